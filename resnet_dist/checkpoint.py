@@ -1,0 +1,159 @@
+"""Checkpoints: atomic folders, `latest` and `best` beside them, and what they hold.
+
+    checkpoints/step-00000440/state.pt    all of TrainState, loaded with weights_only=True
+    checkpoints/step-00000440/meta.json   step, scores, and the SHA-256 of state.pt
+    checkpoints/latest, checkpoints/best  symbolic links, replaced atomically
+
+A folder is written under another name, flushed to the disk and then renamed, so a name without a
+leading dot is always whole. Model keys are torchvision's: no `module.` prefix.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from resnet_dist.config import Config, to_dict
+from resnet_dist.errors import UserError
+
+FORMAT = 1
+
+
+@dataclass
+class TrainState:
+    """All that changes in training. No loader, schedule or RNG state exists: see DESIGN.md.
+
+    Two rules have a memory: the best evaluation, and the plateau schedule's drops.
+    """
+
+    model: nn.Module  # unwrapped
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    step: int = 0  # optimizer steps done
+    best_acc1: float = -1.0
+    best_step: int = -1
+    evals_since_best: int = 0  # or since the last plateau drop
+    plateau_drops: list[int] = field(default_factory=list)  # steps from which the lr is lower
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "ema": None,  # the place of the averaged weights
+            "step": self.step,
+            "best": {"acc1": self.best_acc1, "step": self.best_step},
+            "plateau": {"drops": self.plateau_drops, "evals_since_best": self.evals_since_best},
+        }
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        self.model.load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.scaler.load_state_dict(saved["scaler"])
+        self.step = saved["step"]
+        self.best_acc1, self.best_step = saved["best"]["acc1"], saved["best"]["step"]
+        self.plateau_drops = list(saved["plateau"]["drops"])
+        self.evals_since_best = saved["plateau"]["evals_since_best"]
+
+
+def save(state: TrainState, config: Config, classes: tuple[str, ...], fingerprint: str) -> Path:
+    """Writes a checkpoint of `state` and points `latest` (and `best`) at it. For one rank only."""
+    folder = config.run_dir / "checkpoints"
+    final = folder / f"step-{state.step:08d}"
+    if not final.exists():
+        content = state.state_dict() | {
+            "format": FORMAT,
+            "config": to_dict(config),
+            "classes": list(classes),
+            "data_fingerprint": fingerprint,
+        }
+        partial = folder / f".partial-{final.name}"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        with open(partial / "state.pt", "wb") as file:
+            torch.save(content, file)
+            os.fsync(file.fileno())
+        meta = {
+            "step": state.step,
+            "best": content["best"],
+            "sha256": _sha256(partial / "state.pt"),
+        }
+        with open(partial / "meta.json", "w") as file:
+            json.dump(meta, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        _flush_folder(partial)
+        os.rename(partial, final)
+        _flush_folder(folder)
+    _point(folder / "latest", final)
+    if state.best_step == state.step:
+        _point(folder / "best", final)
+    _remove_old(folder, config.train.keep_checkpoints)
+    return final
+
+
+def latest(run_dir: Path) -> Path | None:
+    """The newest complete checkpoint of a run, or None."""
+    link = run_dir / "checkpoints" / "latest"
+    return link.resolve() if link.exists() else None
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Reads a checkpoint folder (or a run folder, whose `best` or `latest` it takes) to the CPU.
+
+    Raises:
+        UserError: no checkpoint there, or one that is damaged or of another format.
+    """
+    for inner in ("checkpoints/best", "checkpoints/latest"):
+        if (path / inner).exists():
+            path = path / inner
+            break
+    if not (path / "state.pt").is_file() or not (path / "meta.json").is_file():
+        raise UserError(f"{path}: no checkpoint; give a folder such as RUN/checkpoints/best")
+    expected = json.loads((path / "meta.json").read_text())["sha256"]
+    if _sha256(path / "state.pt") != expected:
+        raise UserError(
+            f"{path}/state.pt: damaged (SHA-256 differs from meta.json); use another checkpoint"
+        )
+    content: dict[str, Any] = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+    if content.get("format") != FORMAT:
+        raise UserError(f"{path}: format {content.get('format')}, this version reads {FORMAT}")
+    return content
+
+
+def _remove_old(folder: Path, keep: int) -> None:
+    checkpoints = sorted(folder.glob("step-*"))
+    kept = {(folder / link).resolve() for link in ("latest", "best")} | {
+        path.resolve() for path in checkpoints[-keep:]
+    }
+    for path in checkpoints:
+        if path.resolve() not in kept:
+            # Renamed first: a name that stands is whole, even if the removal is cut short.
+            doomed = path.with_name(f".removed-{path.name}")
+            os.rename(path, doomed)
+            shutil.rmtree(doomed)
+
+
+def _point(link: Path, target: Path) -> None:
+    fresh = link.with_name(f".{link.name}")
+    fresh.unlink(missing_ok=True)
+    fresh.symlink_to(target.name)
+    os.replace(fresh, link)
+    _flush_folder(link.parent)
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)

@@ -1,0 +1,122 @@
+"""A verb per subcommand. No logic: each verb is a function elsewhere.
+
+Exit codes: 0 done (or stopped cleanly on request), 2 bad input (one line says what and where).
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from resnet_dist import __version__
+from resnet_dist.config import Config, load_config, to_yaml
+from resnet_dist.data.listing import count_images
+from resnet_dist.errors import UserError
+from resnet_dist.plan import Plan
+
+# The verbs import what they need: a dry run works without torch, and `compare` without DALI.
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.verb(arguments)
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":  # under torchrun one rank speaks for all
+            print(f"resnet-dist: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    config = load_config(arguments.config, arguments.overrides)
+    if arguments.dry_run:
+        print(dry_run(config, arguments.world_size, arguments.train_images))
+        return
+    from resnet_dist.train import train
+
+    train(config, recipe=recipe_name(arguments.config))
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    from resnet_dist.evaluate import evaluate_checkpoint
+
+    score = evaluate_checkpoint(arguments.checkpoint, arguments.overrides)
+    if os.environ.get("RANK", "0") == "0":
+        print(score)
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    from resnet_dist.compare import compare
+
+    print(compare(arguments.runs, arguments.run_root))
+
+
+def _prepare_digits(arguments: argparse.Namespace) -> None:
+    from resnet_dist.data.prepare import write_digits
+
+    train_images, val_images = write_digits(arguments.root)
+    print(f"{arguments.root}: {train_images} train and {val_images} val images of 10 digits")
+
+
+def dry_run(config: Config, world_size: int, train_images: int | None) -> str:
+    """The merged config and the plan, as text. Counts the images unless `train_images` is given."""
+    val_images = None
+    if train_images is None:
+        data = config.data
+        train_images, val_images = (
+            count_images(data.format, Path(data.root), split) for split in ("train", "val")
+        )
+    return to_yaml(config) + "\n" + Plan.of(config, world_size, train_images, val_images).describe()
+
+
+def recipe_name(path: str) -> str:
+    """configs/imagenet/resnet50.yaml -> imagenet/resnet50."""
+    parts = Path(path).with_suffix("").parts
+    return "/".join(parts[parts.index("configs") + 1 :]) if "configs" in parts else parts[-1]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="resnet-dist", description="ResNet training")
+    parser.add_argument("--version", action="version", version=__version__)
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+
+    train = verbs.add_parser("train", help="train the config; the same command again goes on")
+    train.set_defaults(verb=_train)
+    train.add_argument("config", metavar="CONFIG.yaml")
+    train.add_argument("overrides", nargs="*", metavar="key.sub=value", help="on top of the file")
+    train.add_argument(
+        "--dry-run", action="store_true", help="print the merged config and the plan"
+    )
+    train.add_argument(
+        "--world-size",
+        type=_positive,
+        default=int(os.environ.get("WORLD_SIZE", "1")),
+        metavar="N",
+        help="dry run: plan for N ranks",
+    )
+    train.add_argument(
+        "--train-images", type=_positive, metavar="N", help="dry run: plan without the data"
+    )
+
+    evaluate = verbs.add_parser("evaluate", help="exact acc1, acc5 and loss of a checkpoint")
+    evaluate.set_defaults(verb=_evaluate)
+    evaluate.add_argument("checkpoint", type=Path, help="RUN/checkpoints/best, or RUN")
+    evaluate.add_argument("overrides", nargs="*", metavar="key.sub=value")
+
+    compare = verbs.add_parser("compare", help="runs side by side: settings that differ, scores")
+    compare.set_defaults(verb=_compare)
+    compare.add_argument("runs", nargs="+", metavar="RUN", help="run folder, its name, or a run id")
+    compare.add_argument("--run-root", type=Path, default=Path("runs"), metavar="DIR")
+
+    prepare = verbs.add_parser("prepare", help="make a data set ready")
+    data_sets = prepare.add_subparsers(required=True, metavar="DATA_SET")
+    digits = data_sets.add_parser("digits", help="scikit-learn's digits as an image folder")
+    digits.set_defaults(verb=_prepare_digits)
+    digits.add_argument("root", type=Path)
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above zero")
+    return int(text)

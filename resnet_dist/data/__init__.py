@@ -1,0 +1,1 @@
+"""From files to batches: listing -> index -> order -> augment -> dali."""

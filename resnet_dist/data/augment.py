@@ -1,0 +1,127 @@
+"""HOW an image is seen: its crop window and flip, a pure function of (seed, epoch, sample).
+
+Each sample draws its numbers from a counter-based generator keyed by (seed, epoch, sample), so
+neither its place in a batch, nor the number of ranks, nor a restart changes what is seen.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from resnet_dist.config import DataConfig
+
+RANDOM_RESIZED_ATTEMPTS = 10  # Szegedy et al. 2015, as torchvision's RandomResizedCrop does it
+
+
+@dataclass(frozen=True)
+class Windows:
+    """What part of each image of a batch is looked at, in pixels after the EXIF rotation."""
+
+    roi: np.ndarray  # float64 [B, 4]: top, left, bottom, right; may be fractional
+    flip: np.ndarray  # bool [B]: mirrored left to right after the crop
+
+
+def train_windows(
+    data: DataConfig, seed: int, epoch: int, samples: np.ndarray, sizes: np.ndarray
+) -> Windows:
+    """Windows of training images. samples: int64 [B]; sizes: [B, 2] height, width."""
+    random = uniforms(seed, epoch, samples, draws=3 + 2 * RANDOM_RESIZED_ATTEMPTS)
+    flip, place, rest = random[:, 0], random[:, 1:3], random[:, 3:]
+    if data.train_crop == "scale":
+        roi = _scale(sizes, data.scale_px, data.crop_px, rest[:, 0], place)
+    elif data.train_crop == "random_resized":
+        roi = _random_resized(sizes, data, rest, place)
+    else:
+        roi = _pad(sizes, data.pad_px, data.crop_px, place)
+    return Windows(roi, (flip < 0.5) & data.flip)
+
+
+def eval_windows(data: DataConfig, sizes: np.ndarray) -> Windows:
+    """Shorter side to eval_resize_px, then the central eval_crop_px square. sizes: [B, 2]."""
+    resized = _resized_sizes(sizes, np.full(len(sizes), data.eval_resize_px))
+    corner = np.rint((resized - data.eval_crop_px) / 2)  # as torchvision's center_crop rounds
+    return Windows(
+        _in_original(corner, resized, sizes, data.eval_crop_px), np.zeros(len(sizes), bool)
+    )
+
+
+def _scale(
+    sizes: np.ndarray, scale_px: tuple[int, int], crop_px: int, u: np.ndarray, place: np.ndarray
+) -> np.ndarray:
+    """Scale augmentation (Simonyan & Zisserman 2015; He et al. 2015, section 3.4)."""
+    low, high = scale_px
+    shorter = low + np.floor(u * (high - low + 1))
+    resized = _resized_sizes(sizes, shorter)
+    corner = np.floor(place * (resized - crop_px + 1))
+    return _in_original(corner, resized, sizes, crop_px)
+
+
+def _random_resized(
+    sizes: np.ndarray, data: DataConfig, u: np.ndarray, place: np.ndarray
+) -> np.ndarray:
+    """Area and aspect drawn until they fit, ten times; else the largest central crop that does."""
+    height, width = sizes[:, 0, None].astype(float), sizes[:, 1, None].astype(float)
+    share = data.area[0] + u[:, 0::2] * (data.area[1] - data.area[0])  # [B, attempts]
+    low, high = np.log(data.aspect)
+    aspect = np.exp(low + u[:, 1::2] * (high - low))  # width / height, log-uniform
+    w = np.rint(np.sqrt(share * height * width * aspect))
+    h = np.rint(np.sqrt(share * height * width / aspect))
+    fits = (w >= 1) & (w <= width) & (h >= 1) & (h <= height)
+    first = (np.arange(len(sizes)), fits.argmax(axis=1))
+
+    # The fallback: whole image, its longer side cut until the aspect is legal; central.
+    fallback_w = np.minimum(width[:, 0], np.rint(height[:, 0] * data.aspect[1]))
+    fallback_h = np.minimum(height[:, 0], np.rint(width[:, 0] / data.aspect[0]))
+    found = fits.any(axis=1)
+    crop = np.stack(
+        [np.where(found, h[first], fallback_h), np.where(found, w[first], fallback_w)], axis=1
+    )
+    crop = np.maximum(crop, 1)  # a 1-pixel strip stays one
+    corner = np.where(
+        found[:, None], np.floor(place * (sizes - crop + 1)), np.floor((sizes - crop) / 2)
+    )
+    return np.concatenate([corner, corner + crop], axis=1)
+
+
+def _pad(sizes: np.ndarray, pad_px: int, crop_px: int, place: np.ndarray) -> np.ndarray:
+    """pad_px zeros on each side, then a random crop: He et al. 2015, section 4.2."""
+    corner = np.floor(place * (sizes + 2 * pad_px - crop_px + 1)) - pad_px
+    return np.concatenate([corner, corner + crop_px], axis=1)
+
+
+def _resized_sizes(sizes: np.ndarray, shorter: np.ndarray) -> np.ndarray:
+    """int64 [B, 2]: sizes after a resize of the shorter side; the longer is rounded down."""
+    return shorter.astype(np.int64)[:, None] * sizes // sizes.min(axis=1, keepdims=True)
+
+
+def _in_original(
+    corner: np.ndarray, resized: np.ndarray, sizes: np.ndarray, crop_px: int
+) -> np.ndarray:
+    """A crop of the resized image as a window of the original: [B, 4]."""
+    scale = sizes / resized
+    return np.concatenate([corner * scale, (corner + crop_px) * scale], axis=1)
+
+
+def uniforms(seed: int, epoch: int, samples: np.ndarray, draws: int) -> np.ndarray:
+    """float64 [B, draws] in [0, 1): numbers that belong to (seed, epoch, sample, draw).
+
+    A keyed SplitMix64 (Steele et al. 2014): the key is mixed word by word, draws count up by the
+    golden gamma. NumPy's own counter-based generators would need one object per sample.
+    """
+    key = np.zeros(len(samples), np.uint64)
+    for word in (np.uint64(seed), np.uint64(epoch), samples.astype(np.uint64)):
+        key = _mix(key ^ word)
+    counters = np.arange(1, draws + 1, dtype=np.uint64) * _GOLDEN_GAMMA
+    bits = _mix(key[:, None] + counters)
+    return (bits >> np.uint64(11)) * 2.0**-53
+
+
+_GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)
+
+
+def _mix(z: np.ndarray) -> np.ndarray:
+    """SplitMix64's finalizer, a bijection of 64-bit words (arithmetic modulo 2**64)."""
+    z = z + _GOLDEN_GAMMA
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))

@@ -1,0 +1,128 @@
+"""WHAT there is: the samples of a split, their classes, labels and sizes.
+
+EXIF has one policy in the whole project: the orientation is honoured. `sizes` holds what a viewer
+shows, crop windows are drawn in that frame, and DALI and Pillow are both told to turn the image.
+"""
+
+import hashlib
+import os
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from resnet_dist.data.listing import (
+    CIFAR10_RECORD_BYTES,
+    Listing,
+    cifar10_files,
+    list_folder,
+)
+from resnet_dist.errors import UserError
+
+CIFAR10_CLASSES = tuple("airplane automobile bird cat deer dog frog horse ship truck".split())
+EXIF_ORIENTATION = 0x0112
+HEADER_THREADS = 16
+
+
+@dataclass(frozen=True)
+class Index:
+    """The samples of one split, numbered 0..N-1 in an order that every machine agrees on."""
+
+    classes: tuple[str, ...]
+    labels: np.ndarray  # int64 [N]
+    sizes: np.ndarray  # int32 [N, 2]: height, width, after the EXIF rotation
+    paths: tuple[str, ...]  # encoded image files, absolute; empty where the pixels are in memory
+    pixels: np.ndarray | None  # uint8 [N, H, W, 3] raw pixels (CIFAR), or None
+    fingerprint: str  # changes when a name, a label or a size does
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def build_index(data_format: str, root: Path, split: str, cache_dir: Path | None) -> Index:
+    """Reads what is in `root` for `split` ("train" or "val").
+
+    `cache_dir` keeps the image sizes of folders: reading 1.28 M headers takes minutes, once.
+
+    Raises:
+        UserError: missing folders or files, or an image whose header cannot be read.
+    """
+    if data_format == "cifar10":
+        return _cifar10(root, split)
+    return _folder(root, split, cache_dir)
+
+
+def _cifar10(root: Path, split: str) -> Index:
+    parts = [np.fromfile(file, np.uint8) for file in cifar10_files(root, split)]
+    records = np.concatenate(parts).reshape(-1, CIFAR10_RECORD_BYTES)
+    labels = records[:, 0].astype(np.int64)
+    if labels.max() >= len(CIFAR10_CLASSES):
+        bad = int(labels.argmax())
+        raise UserError(f"{root}: record {bad} of {split} has label {labels[bad]}; copy it again")
+    planes = records[:, 1:].reshape(-1, 3, 32, 32)  # [N, C, H, W]
+    return Index(
+        classes=CIFAR10_CLASSES,
+        labels=labels,
+        sizes=np.full((len(labels), 2), 32, np.int32),
+        paths=(),
+        pixels=np.ascontiguousarray(planes.transpose(0, 2, 3, 1)),
+        fingerprint=hashlib.sha256(records).hexdigest(),
+    )
+
+
+def _folder(root: Path, split: str, cache_dir: Path | None) -> Index:
+    listing = list_folder(root, split)
+    top = (root / split).absolute()
+    paths = tuple(os.path.join(top, path) for path in listing.paths)
+    cached = cache_dir / f"sizes-{_listing_key(top, listing)}.npy" if cache_dir else None
+    if cached and cached.is_file():
+        sizes = np.load(cached)
+    else:
+        with ThreadPoolExecutor(HEADER_THREADS) as pool:
+            sizes = np.array(list(pool.map(displayed_size, paths, chunksize=256)), np.int32)
+        if cached:
+            _save_atomically(cached, sizes)
+    labels = np.array(listing.labels, np.int64)
+    digest = hashlib.sha256("\0".join((*listing.classes, "", *listing.paths)).encode())
+    digest.update(labels.tobytes())
+    digest.update(sizes.tobytes())
+    return Index(listing.classes, labels, sizes, paths, None, digest.hexdigest())
+
+
+def displayed_size(path: str) -> tuple[int, int]:
+    """(height, width) as a viewer shows the image: after its EXIF orientation.
+
+    Raises:
+        UserError: the header cannot be read.
+    """
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            turned = image.getexif().get(EXIF_ORIENTATION) in (5, 6, 7, 8)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        reason = str(error).replace(f" {path!r}", "") or type(error).__name__
+        raise UserError(f"{path}: not a readable image ({reason}); remove or replace it") from None
+    return (width, height) if turned else (height, width)
+
+
+def _listing_key(top: Path, listing: Listing) -> str:
+    """Changes when a file is added, removed or replaced in any class folder."""
+    digest = hashlib.sha256(str(top).encode())
+    digest.update("\0".join(listing.paths).encode())
+    for folder in sorted({os.path.dirname(path) for path in listing.paths}):
+        digest.update(f"{os.stat(top / folder).st_mtime_ns}".encode())
+    return digest.hexdigest()[:16]
+
+
+def _save_atomically(path: Path, array: np.ndarray) -> None:
+    """The cache is a help, not a need: a folder that cannot be written costs only time."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            np.save(file, array)
+        os.replace(file.name, path)
+    except OSError:
+        return

@@ -1,0 +1,5 @@
+"""The one exception that speaks to the user: a single line, shown without a traceback, exit code 2."""
+
+
+class UserError(Exception):
+    """What is wrong, where (file, key, sample), and how to mend it, in one line."""

@@ -1,0 +1,130 @@
+"""The parts of a training run, built the same on every rank; and the verbs that touch its folder."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from resnet_dist import checkpoint
+from resnet_dist.checkpoint import TrainState
+from resnet_dist.config import Config
+from resnet_dist.data.dali import Loader
+from resnet_dist.data.index import Index
+from resnet_dist.data.source import load_index, make_loader
+from resnet_dist.data.stream import eval_requests
+from resnet_dist.distributed import World
+from resnet_dist.errors import UserError
+from resnet_dist.evaluate import Score, evaluate
+from resnet_dist.models.build import build_model
+from resnet_dist.models.sync_batchnorm import average_running_stats, convert_sync_batchnorm
+from resnet_dist.optim import build_optimizer
+from resnet_dist.plan import Plan
+from resnet_dist.precision import grad_scaler
+
+
+@dataclass(frozen=True)
+class Job:
+    """What training works on; only `state` changes."""
+
+    config: Config
+    plan: Plan
+    world: World
+    state: TrainState
+    model: nn.Module  # state.model, or DDP around it
+    train_index: Index
+    train_loader: Loader
+    val_index: Index
+    val_loader: Loader
+
+
+def build(config: Config, world: World) -> Job:
+    """Raises UserError where the config does not fit the data or the world."""
+    train_index = load_index(config, "train", world)
+    val_index = load_index(config, "val", world)
+    differing = set(train_index.classes) ^ set(val_index.classes)
+    if differing:
+        raise UserError(
+            f"data.root={config.data.root}: train/ and val/ differ in {len(differing)} class "
+            f"folders, such as {min(differing)}; they must have the same"
+        )
+    plan = Plan.of(config, world.size, len(train_index), len(val_index))
+    network = build_network(config, world, len(train_index.classes))
+    optimizer = build_optimizer(network, config.optim)
+    state = TrainState(network, optimizer, grad_scaler(world.device, config.train.precision))
+    return Job(
+        config=config,
+        plan=plan,
+        world=world,
+        state=state,
+        model=distribute(network, world),
+        train_index=train_index,
+        train_loader=make_loader(train_index, config, world, config.data.crop_px),
+        val_index=val_index,
+        val_loader=make_loader(val_index, config, world, config.data.eval_crop_px),
+    )
+
+
+def build_network(config: Config, world: World, num_classes: int) -> nn.Module:
+    """The network of the config, on the device, its BN synchronized as asked."""
+    torch.manual_seed(config.seed)  # the same weights on every rank
+    model = build_model(config.model.name, num_classes, config.model.zero_init_last_gamma)
+    if config.model.sync_batchnorm == "world" and world.size > 1:
+        model = convert_sync_batchnorm(model, world.group)
+    elif config.model.sync_batchnorm == "node" and world.local_size > 1:
+        model = convert_sync_batchnorm(model, world.node_group())
+    layout = torch.channels_last if config.train.channels_last else torch.contiguous_format
+    return model.to(world.device, memory_format=layout)  # type: ignore[call-overload]
+
+
+def distribute(network: nn.Module, world: World) -> nn.Module:
+    if world.size == 1:
+        return network
+    return DistributedDataParallel(
+        network,
+        process_group=world.group,
+        device_ids=[world.device.index] if world.device.type == "cuda" else None,
+        # Running statistics are equal (synchronized BN), or averaged where they are used.
+        broadcast_buffers=False,
+        gradient_as_bucket_view=True,
+    )
+
+
+def restore(job: Job) -> Path | None:
+    """Goes on from the run folder's newest checkpoint, if it has one. Every rank reads it."""
+    path = job.world.on_main(lambda: checkpoint.latest(job.config.run_dir))
+    if path is None:
+        return None
+    saved = checkpoint.load(path)
+    if saved["data_fingerprint"] != job.train_index.fingerprint:
+        raise UserError(
+            f"data.root={job.config.data.root}: not the training images that {path} was made with; "
+            "give the same images, or another name="
+        )
+    job.state.load_state_dict(saved)
+    return path
+
+
+def save(job: Job) -> None:
+    """Writes a checkpoint. Every rank calls it; rank 0 writes, the others wait."""
+    _agree_on_running_stats(job)
+    index = job.train_index
+    job.world.on_main(
+        lambda: checkpoint.save(job.state, job.config, index.classes, index.fingerprint)
+    )
+
+
+def evaluate_now(job: Job) -> Score:
+    """The network's score on the validation images. Every rank calls it."""
+    _agree_on_running_stats(job)
+    config, world = job.config, job.world
+    batch_size = config.train.max_local_batch_size
+    requests = eval_requests(config, job.val_index, world.rank, world.size, batch_size)
+    batches = job.val_loader.batches(requests)
+    return evaluate(job.state.model, batches, world, config.train.precision)
+
+
+def _agree_on_running_stats(job: Job) -> None:
+    if job.config.model.sync_batchnorm != "world":
+        average_running_stats(job.state.model, job.world.group)

@@ -1,0 +1,1 @@
+"""Networks. `depths` is free of torch, so that a config can be checked on a login node."""

@@ -1,0 +1,37 @@
+"""ResNets in the CIFAR form: 6n+2 layers, option A shortcuts (He et al. 2015, section 4.2)."""
+
+from torch import Tensor, nn
+
+from resnet_dist.models.residual import BLOCKS, ZeroPadShortcut, conv3x3, initialize, stage
+
+
+class CifarResNet(nn.Module):
+    """[B, 3, H, W] -> logits [B, num_classes]; H and W are 32 in the paper.
+
+    Parameters for 10 classes: 0.27 M (20), 0.46 M (32), 0.66 M (44), 0.85 M (56), 1.7 M (110),
+    19.4 M (1202): table 6.
+    """
+
+    def __init__(
+        self,
+        block_name: str,
+        depths: tuple[int, ...],
+        num_classes: int,
+        zero_init_last_gamma: bool = False,
+    ):
+        super().__init__()
+        block = BLOCKS[block_name]
+        self.conv1 = conv3x3(3, 16)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.relu = nn.ReLU(inplace=True)
+        self.layer1 = stage(block, 16, 16, depths[0], ZeroPadShortcut)
+        self.layer2 = stage(block, 16, 32, depths[1], ZeroPadShortcut)
+        self.layer3 = stage(block, 32, 64, depths[2], ZeroPadShortcut)
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(64, num_classes)
+        initialize(self, zero_init_last_gamma)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.bn1(self.conv1(x)))  # [B, 16, H, W]
+        x = self.layer3(self.layer2(self.layer1(x)))  # [B, 64, H/4, W/4]
+        return self.fc(self.avgpool(x).flatten(1))

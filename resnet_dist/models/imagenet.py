@@ -1,0 +1,36 @@
+"""ResNets in the ImageNet form (He et al. 2015, table 1), state_dicts interchangeable with torchvision."""
+
+from torch import Tensor, nn
+
+from resnet_dist.models.residual import BLOCKS, initialize, projection, stage
+
+
+class ImageNetResNet(nn.Module):
+    """[B, 3, H, W] -> logits [B, num_classes]; H and W are 224 in training."""
+
+    def __init__(
+        self,
+        block_name: str,
+        depths: tuple[int, ...],
+        num_classes: int,
+        zero_init_last_gamma: bool = False,
+    ):
+        super().__init__()
+        block = BLOCKS[block_name]
+        wide = block.expansion
+        self.conv1 = nn.Conv2d(3, 64, kernel_size=7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
+        self.layer1 = stage(block, 64, 64, depths[0], projection)
+        self.layer2 = stage(block, 64 * wide, 128, depths[1], projection)
+        self.layer3 = stage(block, 128 * wide, 256, depths[2], projection)
+        self.layer4 = stage(block, 256 * wide, 512, depths[3], projection)
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(512 * wide, num_classes)
+        initialize(self, zero_init_last_gamma)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))  # [B, 64, H/4, W/4]
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))  # [B, 512*wide, H/32, W/32]
+        return self.fc(self.avgpool(x).flatten(1))

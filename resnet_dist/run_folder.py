@@ -1,0 +1,39 @@
+"""The folder of a run: its merged config, and the refusal to go on with another one."""
+
+from typing import Any
+
+import yaml
+
+from resnet_dist.config import Config, config_from_dict, leaves, to_yaml
+
+# What may differ when a run goes on: it changes where and how, not what is computed.
+FREE_TO_CHANGE = (
+    "data.root",
+    "data.decode_threads",
+    "train.max_local_batch_size",
+    "train.log_every_steps",
+    "train.save_every_epochs",
+    "train.keep_checkpoints",
+    "tracking.",
+)
+
+
+def open_run_folder(config: Config) -> None:
+    """Makes RUN and writes RUN/config.yaml; in a folder that has one, checks that it is the same.
+
+    Raises:
+        UserError: the folder belongs to a run with other settings.
+    """
+    path = config.run_dir / "config.yaml"
+    if path.exists():
+        saved = leaves(config_from_dict(yaml.safe_load(path.read_text()), str(path)))
+        _refuse_change(config, saved)
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    path.write_text(to_yaml(config))
+
+
+def _refuse_change(config: Config, saved: dict[str, Any]) -> None:
+    for key, value in leaves(config).items():
+        if value != saved[key] and not key.startswith(FREE_TO_CHANGE):
+            why = f"differs from {config.run_dir}/config.yaml: give another name=, or go on with it"
+            raise config.invalid(key, why, saved[key])

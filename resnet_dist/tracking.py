@@ -1,0 +1,246 @@
+"""The record of a run: journal.jsonl is the truth, MLflow mirrors it.
+
+Rank 0 appends each record to RUN/journal.jsonl; a thread of its own sends what stands there on to
+MLflow and writes in RUN/mlflow.json how far it came. A slow or dead server so costs training
+nothing, and a resumed run goes on under its run id, with no step logged twice.
+"""
+
+import json
+import logging
+import os
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from resnet_dist.config import Config, leaves
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+POLL_SECONDS = 1.0
+RETRY_SECONDS = 15.0
+DRAIN_SECONDS = 60.0  # at the end of a run, the most that is spent on MLflow
+METRICS_PER_CALL = 1000  # the server's limits
+PARAMS_PER_CALL = 100
+PARAM_CHARACTERS = 6000
+
+
+def tracking_uri(run_root: Path) -> str:
+    """MLFLOW_TRACKING_URI, or a database at an absolute path inside the run root."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{run_root.absolute()}/mlflow.db"
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """RUN/mlflow.json: the MLflow run that mirrors a run folder, and how far it got."""
+
+    tracking_uri: str
+    experiment_id: str
+    run_id: str
+    journal_bytes: int = 0
+
+    @classmethod
+    def read(cls, run_dir: Path) -> "RunRecord | None":
+        path = run_dir / "mlflow.json"
+        return cls(**json.loads(path.read_text())) if path.is_file() else None
+
+    def write(self, run_dir: Path) -> None:
+        fresh = run_dir / ".mlflow.json"
+        fresh.write_text(json.dumps(vars(self), indent=1))
+        os.replace(fresh, run_dir / "mlflow.json")
+
+
+class Tracker:
+    """Writes metrics down. Made on every rank; only the one that `records` does anything."""
+
+    def __init__(
+        self,
+        config: Config,
+        tags: Mapping[str, str],
+        records: bool,
+        warn: Callable[[str], None],
+    ):
+        self.records = records
+        self.run_dir = config.run_dir
+        self._last_step: dict[str, int] = {}
+        self._mirror: _Mirror | None = None
+        if not records:
+            return
+        self._journal = _open_journal(self.run_dir / "journal.jsonl", self._last_step)
+        if config.tracking.mlflow:
+            self._mirror = _Mirror(config, tags, warn)
+            self._mirror.start()
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Records metrics of `step`; what an earlier try of this run logged already is skipped."""
+        if not self.records:
+            return
+        new = {name: value for name, value in metrics.items() if step > self._last(name)}
+        if new:
+            self._last_step.update(dict.fromkeys(new, step))
+            record = {"step": step, "time_ms": time.time_ns() // 1_000_000, "metrics": new}
+            self._journal.write(json.dumps(record) + "\n")
+            self._journal.flush()
+
+    def close(self, status: str, artifacts: Mapping[str, Path]) -> RunRecord | None:
+        """Ends the record: MLflow's status ("FINISHED", "KILLED", "FAILED"), name -> artifact.
+
+        Waits for the mirror, at most DRAIN_SECONDS. Returns the MLflow run, if there is one.
+        """
+        if not self.records:
+            return None
+        self._journal.close()
+        if self._mirror is not None:
+            self._mirror.finish(status, artifacts)
+        return RunRecord.read(self.run_dir)
+
+    def _last(self, name: str) -> int:
+        return self._last_step.get(name, -1)
+
+
+def _open_journal(path: Path, last_step: dict[str, int]) -> Any:
+    """Opens for appending, after noting the last step of each metric and cutting a torn last line."""
+    whole = 0
+    if path.exists():
+        with open(path, "rb") as file:
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                whole += len(line)
+                record = json.loads(line)
+                last_step.update(dict.fromkeys(record["metrics"], record["step"]))
+        os.truncate(path, whole)
+    return open(path, "a")
+
+
+class _Mirror(threading.Thread):
+    """Sends the journal on to MLflow. Training never waits for it and never fails because of it."""
+
+    def __init__(self, config: Config, tags: Mapping[str, str], warn: Callable[[str], None]):
+        super().__init__(name="mlflow-mirror", daemon=True)
+        self.config = config
+        self.run_dir = config.run_dir
+        self.tags = dict(tags)
+        self.warn = warn
+        self.ending = threading.Event()
+        self.status = "FINISHED"
+        self.artifacts: Mapping[str, Path] = {}
+        self._warned = False
+
+    def finish(self, status: str, artifacts: Mapping[str, Path]) -> None:
+        self.status, self.artifacts = status, artifacts
+        self.ending.set()
+        self.join(DRAIN_SECONDS)
+        if self.is_alive():
+            self.warn("MLflow: not all records were sent; journal.jsonl holds them")
+
+    def run(self) -> None:
+        client: MlflowClient | None = None
+        while True:
+            last_round = self.ending.is_set()  # read before sending: nothing comes after it
+            try:
+                if client is None:
+                    client = self._connect()
+                self._send_journal(client)
+                if last_round:
+                    self._close_run(client)
+                    return
+            except Exception as error:  # whatever the server or its client throws
+                if not self._warned:
+                    reason = " ".join(str(error).split())[:200]
+                    self.warn(f"MLflow: {reason}; training goes on, journal.jsonl holds the record")
+                    self._warned = True
+                if last_round:
+                    return
+                self.ending.wait(RETRY_SECONDS)
+                continue
+            self.ending.wait(POLL_SECONDS)
+
+    def _connect(self) -> "MlflowClient":
+        uri = tracking_uri(self.run_dir.parent)
+        client = mlflow_client(uri)
+        record = RunRecord.read(self.run_dir)
+        if record is None or record.tracking_uri != uri:
+            record = self._create_run(client, uri)
+            record.write(self.run_dir)
+        client.update_run(record.run_id, status="RUNNING")
+        for key, value in self.tags.items():
+            client.set_tag(record.run_id, key, value)
+        return client
+
+    def _create_run(self, client: "MlflowClient", uri: str) -> RunRecord:
+        from mlflow.entities import Param
+
+        name = self.config.tracking.experiment
+        experiment = client.get_experiment_by_name(name)
+        if experiment is None:
+            local = uri.startswith("sqlite:")
+            root = (self.run_dir.parent / "mlartifacts").as_uri() if local else None
+            experiment_id = client.create_experiment(name, artifact_location=root)
+        else:
+            experiment_id = experiment.experiment_id
+        run = client.create_run(experiment_id, run_name=self.config.name)
+        run_id = run.info.run_id
+        params = [Param(k, str(v)[:PARAM_CHARACTERS]) for k, v in leaves(self.config).items()]
+        for start in range(0, len(params), PARAMS_PER_CALL):
+            client.log_batch(run_id, params=params[start : start + PARAMS_PER_CALL])
+        client.log_artifact(run_id, str(self.run_dir / "config.yaml"))
+        return RunRecord(uri, experiment_id, run_id)
+
+    def _send_journal(self, client: "MlflowClient") -> None:
+        from mlflow.entities import Metric
+
+        record = RunRecord.read(self.run_dir)
+        assert record is not None  # written by _connect
+        journal = self.run_dir / "journal.jsonl"
+        with open(journal, "rb") as file:
+            file.seek(record.journal_bytes)
+            text = file.read()
+        whole = text[: text.rfind(b"\n") + 1]
+        metrics = []
+        for line in whole.splitlines():
+            entry = json.loads(line)
+            for name, value in entry["metrics"].items():
+                metrics.append(Metric(name, value, entry["time_ms"], entry["step"]))
+        for start in range(0, len(metrics), METRICS_PER_CALL):
+            client.log_batch(record.run_id, metrics=metrics[start : start + METRICS_PER_CALL])
+        if whole:
+            sent = record.journal_bytes + len(whole)
+            RunRecord(record.tracking_uri, record.experiment_id, record.run_id, sent).write(
+                self.run_dir
+            )
+
+    def _close_run(self, client: "MlflowClient") -> None:
+        record = RunRecord.read(self.run_dir)
+        assert record is not None  # written by _connect
+        for name, path in self.artifacts.items():
+            client.log_artifacts(record.run_id, str(path), name)
+        client.set_terminated(record.run_id, self.status)
+
+
+def mlflow_client(uri: str) -> "MlflowClient":
+    """A client that gives up on a dead server within seconds, not after MLflow's four minutes."""
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    for noisy in ("alembic", "mlflow"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    # Imported here: it takes seconds, which rank 0 spends in its side thread and others never.
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=uri)
+
+
+def git_commit() -> str:
+    """The commit of the source tree, "-dirty" with changes on top; "unknown" outside a checkout."""
+    command = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    try:
+        done = subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return done.stdout.strip() or "unknown"

@@ -1,0 +1,182 @@
+"""Training: build, restore, loop. Start here.
+
+The images of global step s depend on (seed, s) alone, the lr on s alone, and the gradient is the
+mean over the global batch, whoever computed which part. So the same command, on any number of
+ranks, goes on where the last one stopped.
+"""
+
+import sys
+import time
+from collections.abc import Iterator
+from enum import Enum
+
+from torch import nn
+from torch.nn import functional as F
+
+from resnet_dist import distributed
+from resnet_dist.config import Config
+from resnet_dist.data.dali import Batch
+from resnet_dist.data.stream import train_requests
+from resnet_dist.distributed import Interrupt
+from resnet_dist.evaluate import Score
+from resnet_dist.job import Job, build, evaluate_now, restore, save
+from resnet_dist.meter import Meter
+from resnet_dist.optim import set_lr
+from resnet_dist.precision import autocast
+from resnet_dist.progress import Progress, duration, table
+from resnet_dist.run_folder import open_run_folder
+from resnet_dist.tracking import RunRecord, Tracker, git_commit
+
+
+class Outcome(Enum):
+    """In MLflow's words."""
+
+    FINISHED = "FINISHED"
+    PREEMPTED = "KILLED"
+
+
+def train(config: Config, recipe: str) -> Outcome:
+    """Trains until the plan's last step or a request to stop; every rank calls it.
+
+    recipe: the config file's name, for the record.
+
+    Raises:
+        UserError: the config does not fit the data, the world or the run folder.
+    """
+    with Interrupt() as interrupt:
+        world = distributed.start()
+        world.on_main(lambda: open_run_folder(config))
+        job = build(config, world)
+        resumed_from = restore(job)
+        progress = Progress(job.plan, job.state.step, speaks=world.is_main)
+        progress.say(f"{config.name}: {config.model.name} on {world.size} x {world.device.type}\n")
+        progress.say(job.plan.describe() + "\n")
+        if resumed_from:
+            progress.say(f"resumed from {resumed_from}\n")
+        tracker = Tracker(config, tags(job, recipe), records=world.is_main, warn=progress.say)
+        try:
+            outcome, score = run(job, interrupt, tracker, progress)
+        except BaseException:
+            tracker.close("FAILED", {})
+            raise
+        best = {"best": config.run_dir / "checkpoints" / "best"}
+        record = tracker.close(outcome.value, best if outcome is Outcome.FINISHED else {})
+        progress.say(summary(job, outcome, score, record, time.monotonic() - progress.started))
+    distributed.stop()
+    return outcome
+
+
+def run(
+    job: Job, interrupt: Interrupt, tracker: Tracker, progress: Progress
+) -> tuple[Outcome, Score | None]:
+    """The loop. Returns the last score, None if nothing was evaluated."""
+    plan, state, world = job.plan, job.state, job.world
+    meter = Meter(world)
+    score: Score | None = None
+    batches = job.train_loader.batches(
+        train_requests(job.config, plan, job.train_index, world.rank, state.step)
+    )
+    for step in range(state.step, plan.total_steps):
+        lr = plan.lr_at(step, tuple(state.plateau_drops))
+        set_lr(state.optimizer, lr)
+        train_step(job, batches, meter)
+        state.step = step + 1
+        progress.tick(state.step)
+
+        if plan.logs_after(state.step):
+            epoch = plan.epoch_at(state.step)
+            metrics = meter.drain() | {"train/lr": lr, "progress/epoch": epoch}
+            tracker.log(state.step, metrics)
+            progress.update(state.step, metrics)
+        with meter.paused():
+            if plan.evals_after(state.step):
+                score = evaluate_now(job)
+                remember(job, score)
+                tracker.log(state.step, score.metrics())
+                progress.say(f"epoch {plan.epoch_at(state.step):.2f}  val {score}")
+            stops = plan.polls_after(state.step) and world.any(interrupt.requested)
+            if stops or plan.saves_after(state.step) or state.best_step == state.step:
+                save(job)
+        if stops and state.step < plan.total_steps:
+            return Outcome.PREEMPTED, score
+    return Outcome.FINISHED, score
+
+
+def train_step(job: Job, batches: Iterator[Batch], meter: Meter) -> None:
+    """One optimizer step over the global batch, in `accumulation` passes."""
+    config, plan, state = job.config, job.plan, job.state
+    state.optimizer.zero_grad(set_to_none=True)
+    for accumulated in range(plan.accumulation):
+        with meter.waiting():
+            batch = next(batches)
+        # DDP reduces in the last pass only: its own flag, flipped, instead of a second code path
+        # under no_sync(). To a bare network it means nothing.
+        job.model.require_backward_grad_sync = accumulated == plan.accumulation - 1  # type: ignore[assignment]
+        with autocast(job.world.device, config.train.precision):
+            logits = job.model(batch.images)
+            loss_sum = F.cross_entropy(
+                logits, batch.labels, reduction="sum", label_smoothing=config.optim.label_smoothing
+            )
+        # DDP takes the mean over ranks, whose slices may differ by an image. So: sum, divide by
+        # the global count, and multiply by the ranks that DDP will divide by.
+        loss = loss_sum * plan.world_size / plan.global_batch_size
+        state.scaler.scale(loss).backward()
+        meter.add(loss_sum.detach(), logits.detach(), batch.labels)
+    if config.optim.clip_grad_norm is not None:
+        state.scaler.unscale_(state.optimizer)
+        nn.utils.clip_grad_norm_(state.model.parameters(), config.optim.clip_grad_norm)
+    # fp16: a step whose gradients overflow is skipped, on all ranks alike, and the scale halved.
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+
+
+def remember(job: Job, score: Score) -> None:
+    """What outlives an evaluation: the best one, and the plateau schedule's drops."""
+    state, optim = job.state, job.config.optim
+    state.evals_since_best += 1
+    if score.acc1 > state.best_acc1:
+        state.best_acc1, state.best_step, state.evals_since_best = score.acc1, state.step, 0
+    if optim.schedule == "plateau" and state.evals_since_best >= optim.plateau_patience_evals:
+        state.plateau_drops.append(state.step)
+        state.evals_since_best = 0
+
+
+def tags(job: Job, recipe: str) -> dict[str, str]:
+    """What MLflow's table can be filtered by, besides the config."""
+    return {
+        "git.commit": git_commit(),
+        "world_size": str(job.world.size),
+        "precision": job.config.train.precision,
+        "recipe": recipe,
+        "model": job.config.model.name,
+        "device": job.world.device.type,
+        "global_batch_size": str(job.plan.global_batch_size),
+    }
+
+
+def summary(
+    job: Job, outcome: Outcome, score: Score | None, record: RunRecord | None, seconds: float
+) -> str:
+    """The table at the end: the scores, where everything is, and how to open it."""
+    plan, state, run_dir = job.plan, job.state, job.config.run_dir
+    rows = [("run", f"{job.config.name}, {outcome.name.lower()} at step {state.step}")]
+    if score is not None:
+        rows += [("last val", str(score))]
+    if state.best_step >= 0:
+        epoch = plan.epoch_at(state.best_step)
+        rows += [("best val", f"acc1 {state.best_acc1:.2f} % after epoch {epoch:.2f}")]
+        rows += [("checkpoint", f"{run_dir}/checkpoints/best")]
+    rows += [("time", f"{duration(seconds)} for {plan.epoch_at(state.step):.2f} epochs")]
+    if record is not None:
+        rows += [
+            ("MLflow run", f"{record.run_id} in {record.tracking_uri}"),
+            (
+                "curves",
+                f"http://127.0.0.1:5000/#/experiments/{record.experiment_id}"
+                f"/runs/{record.run_id}/model-metrics, after:",
+            ),
+            ("", f"{sys.executable} -m mlflow ui --backend-store-uri {record.tracking_uri}"),
+        ]
+    if outcome is Outcome.PREEMPTED:
+        rows += [("to go on", "the same command again")]
+    return table(rows)
