@@ -1,4 +1,4 @@
-"""The one exception that speaks to the user: a single line, shown without a traceback, exit code 2."""
+"""The one exception that speaks to the user: one line, no traceback, exit code 2."""
 
 
 class UserError(Exception):

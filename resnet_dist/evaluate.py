@@ -1,4 +1,4 @@
-"""Exact evaluation: every image counts once, on any number of ranks; sums are added, then divided."""
+"""Exact evaluation: each image counts once, on any number of ranks. Sum, count, then divide."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass

@@ -1,5 +1,6 @@
-"""The parts of a training run, built the same on every rank; and the verbs that touch its folder."""
+"""The parts of a training run, built the same on every rank, and the verbs that use them."""
 
+import inspect
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,13 +82,16 @@ def build_network(config: Config, world: World, num_classes: int) -> nn.Module:
 def distribute(network: nn.Module, world: World) -> nn.Module:
     if world.size == 1:
         return network
+    # Running statistics are equal (synchronized BN), or averaged where they are used: DDP need not
+    # send them before each forward. torch 2.14 gave the switch a new name.
+    switches = ("forward_sync_buffers", "broadcast_buffers")
+    known = inspect.signature(DistributedDataParallel).parameters
     return DistributedDataParallel(
         network,
         process_group=world.group,
         device_ids=[world.device.index] if world.device.type == "cuda" else None,
-        # Running statistics are equal (synchronized BN), or averaged where they are used.
-        broadcast_buffers=False,
         gradient_as_bucket_view=True,
+        **{next(name for name in switches if name in known): False},
     )
 
 

@@ -86,7 +86,7 @@ class Plan:
     def lr_at(self, step: int, plateau_drops: tuple[int, ...] = ()) -> float:
         """Learning rate of `step`: a function of the step alone.
 
-        The paper's plateau rule has a memory, which is `plateau_drops`: the steps at which it fired.
+        The paper's plateau rule has a memory: `plateau_drops`, the steps at which it fired.
         Warm-up is linear, per step: the first step has 1/warmup_steps of the peak.
         """
         optim = self.optim
@@ -134,7 +134,7 @@ class Plan:
             ("images", f"{self.train_images:,} train, {val} val"),
             ("global batch", f"{batch} = {per_rank} on each of {self.world_size} ranks"),
             ("per-rank batch", f"{per_pass} images per pass"),
-            ("accumulation", f"{self.accumulation} passes per step"),
+            ("accumulation", f"{self.accumulation} x forward and backward per step"),
             (
                 "steps per epoch",
                 f"{self.steps_per_epoch:,} = {self.train_images:,} // {batch} "

@@ -1,4 +1,4 @@
-"""What a person sees: one line that lives on a terminal, plain lines elsewhere. Rank 0 only speaks."""
+"""What a person sees: one living line on a terminal, plain lines elsewhere, from rank 0 only."""
 
 import shutil
 import sys

@@ -103,7 +103,7 @@ class Tracker:
 
 
 def _open_journal(path: Path, last_step: dict[str, int]) -> Any:
-    """Opens for appending, after noting the last step of each metric and cutting a torn last line."""
+    """Opens for appending; notes the last step of each metric, cuts a torn last line."""
     whole = 0
     if path.exists():
         with open(path, "rb") as file:
@@ -226,8 +226,8 @@ def mlflow_client(uri: str) -> "MlflowClient":
     """A client that gives up on a dead server within seconds, not after MLflow's four minutes."""
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
-    for noisy in ("alembic", "mlflow"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    logging.getLogger("alembic").setLevel(logging.WARNING)
     # Imported here: it takes seconds, which rank 0 spends in its side thread and others never.
     from mlflow import MlflowClient
 

@@ -22,7 +22,18 @@ from resnet_dist.data.listing import (
 )
 from resnet_dist.errors import UserError
 
-CIFAR10_CLASSES = tuple("airplane automobile bird cat deer dog frog horse ship truck".split())
+CIFAR10_CLASSES = (
+    "airplane",
+    "automobile",
+    "bird",
+    "cat",
+    "deer",
+    "dog",
+    "frog",
+    "horse",
+    "ship",
+    "truck",
+)
 EXIF_ORIENTATION = 0x0112
 HEADER_THREADS = 16
 

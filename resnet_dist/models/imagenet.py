@@ -1,4 +1,4 @@
-"""ResNets in the ImageNet form (He et al. 2015, table 1), state_dicts interchangeable with torchvision."""
+"""ResNets in the ImageNet form (He et al. 2015, table 1), with torchvision's parameter names."""
 
 from torch import Tensor, nn
 

@@ -114,7 +114,7 @@ def stage(
 def initialize(model: nn.Module, zero_init_last_gamma: bool) -> None:
     """He et al. 2015, arXiv:1502.01852, for convolutions (fan out); BN starts as the identity.
 
-    zero_init_last_gamma: each residual block starts as the identity (Goyal et al. 2017, section 5.1).
+    zero_init_last_gamma: each block starts as the identity (Goyal et al. 2017, section 5.1).
     """
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
