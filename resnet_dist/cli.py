@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 from resnet_dist import __version__
-from resnet_dist.config import Config, load_config, to_yaml
+from resnet_dist.config import Config, to_yaml
+from resnet_dist.config_file import load_config
 from resnet_dist.data.listing import count_images
 from resnet_dist.errors import UserError
 from resnet_dist.plan import Plan
@@ -18,7 +19,13 @@ from resnet_dist.plan import Plan
 
 
 def main(argv: list[str] | None = None) -> None:
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    # argparse takes no overrides after an option (`train x.yaml --dry-run seed=1`): they are left.
+    arguments, left = parser.parse_known_args(argv)
+    if left and (not hasattr(arguments, "overrides") or any(text[0] == "-" for text in left)):
+        parser.error(f"unrecognized arguments: {' '.join(left)}")
+    if left:
+        arguments.overrides += left
     try:
         arguments.verb(arguments)
     except UserError as error:
@@ -63,9 +70,12 @@ def dry_run(config: Config, world_size: int, train_images: int | None) -> str:
     val_images = None
     if train_images is None:
         data = config.data
-        train_images, val_images = (
-            count_images(data.format, Path(data.root), split) for split in ("train", "val")
-        )
+        try:
+            train_images, val_images = (
+                count_images(data.format, Path(data.root), split) for split in ("train", "val")
+            )
+        except UserError as error:
+            raise UserError(f"{error} (--train-images N plans without the data)") from None
     return to_yaml(config) + "\n" + Plan.of(config, world_size, train_images, val_images).describe()
 
 

@@ -1,24 +1,18 @@
 """What a run is, and nothing that can be computed from it.
 
-A config is closed: frozen dataclasses, read from YAML with `base:` inheritance and `key.sub=value`
-overrides on top. An unknown key, a wrong type or an impossible value is one line that names the
-file, the key, the value and the nearest valid one. Every derived number is plan.py's.
-
-Only PyYAML is needed here, so that a config can be checked on a login node without torch.
+A config is closed: frozen dataclasses, one leaf per setting, units in the names. config_file.py
+reads it from YAML; every derived number is plan.py's. No torch here: a login node checks configs.
 """
 
 import difflib
-import math
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
 import yaml
 
-from resnet_dist.errors import UserError
+from resnet_dist.errors import UserError, invalid_value
 from resnet_dist.models.depths import DEPTHS
 
 
@@ -118,21 +112,8 @@ class Config:
 
     def invalid(self, key: str, why: str, nearest: object) -> UserError:
         """The one line for an impossible value of `key`: file, key, value, reason, way out."""
-        return _invalid(self.origins.get(key, "defaults"), key, leaves(self)[key], why, nearest)
-
-
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Reads a YAML file, its bases, then the overrides ("optim.base_lr=0.2").
-
-    Raises:
-        UserError: an unreadable file, an unknown key, a wrong type or an impossible value.
-    """
-    return _build(_read_file(Path(path), ()) | _read_overrides(overrides))
-
-
-def config_from_dict(nested: dict[str, Any], origin: str, overrides: Sequence[str] = ()) -> Config:
-    """The inverse of `to_dict`, with overrides on top; `origin` names the source in messages."""
-    return _build(_flatten(nested, origin) | _read_overrides(overrides))
+        origin = self.origins.get(key, "defaults")
+        return invalid_value(origin, key, leaves(self)[key], why, nearest)
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -154,188 +135,6 @@ def leaves(config: Config) -> dict[str, Any]:
     return dict(_leaves(config, ""))
 
 
-# --------------------------------------------------------------------------------------------------
-# Reading
-
-
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 1e-4 as a float (YAML 1.2) and refuses a key written twice."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
-
-
-def _mapping_without_duplicates(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    keys = [loader.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
-    for number, key in enumerate(keys):
-        if key in keys[:number]:
-            raise yaml.constructor.ConstructorError(
-                problem=f"the key {key!r} stands twice",
-                problem_mark=node.value[number][0].start_mark,
-            )
-    return loader.construct_mapping(node, deep=True)
-
-
-_Loader.add_constructor("tag:yaml.org,2002:map", _mapping_without_duplicates)
-
-
-def _parse_yaml(text: str, origin: str) -> Any:
-    try:
-        return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{origin}:{mark.line + 1}" if mark else origin
-        problem = getattr(error, "problem", None) or str(error)
-        raise UserError(f"{where}: not valid YAML: {' '.join(problem.split())}") from None
-
-
-def _read_file(path: Path, children: tuple[Path, ...]) -> dict[str, tuple[Any, str]]:
-    """Dotted key -> (value, file), the bases of `path` first; `children` led here by `base:`."""
-    if path.resolve() in children:
-        raise UserError(f"{path}: base: leads back to itself; remove it in one of the files")
-    try:
-        text = path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not a text file"
-        named = f" (base of {children[-1]})" if children else ""
-        raise UserError(f"{path}: cannot be read: {reason}{named}") from None
-    content = _parse_yaml(text, str(path))
-    if content is None:
-        content = {}
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: must hold keys and values, as in 'name: quickstart'")
-    base = content.pop("base", None)
-    found: dict[str, tuple[Any, str]] = {}
-    if base is not None:
-        if not isinstance(base, str):
-            raise UserError(f"{path}: base={base!r}: must be one file name, relative to this file")
-        found = _read_file(path.parent / base, (*children, path.resolve()))
-    found.update(_flatten(content, str(path)))
-    return found
-
-
-def _read_overrides(overrides: Sequence[str]) -> dict[str, tuple[Any, str]]:
-    found: dict[str, tuple[Any, str]] = {}
-    for text in overrides:
-        key, equals, value = text.partition("=")
-        if not equals:
-            raise UserError(f"command line: {text!r} is no override; write key.sub=value")
-        found |= _flatten({key.strip(): _parse_yaml(value, "command line")}, "command line")
-    return found
-
-
-def _flatten(nested: dict[Any, Any], origin: str, prefix: str = "") -> dict[str, tuple[Any, str]]:
-    flat: dict[str, tuple[Any, str]] = {}
-    for name, value in nested.items():
-        key = f"{prefix}{name}"
-        if isinstance(value, dict) and key not in _SCHEMA:
-            flat.update(_flatten(value, origin, f"{key}."))
-        elif value is None and key in _SECTIONS:
-            continue  # a section whose keys are all commented out
-        else:
-            flat[key] = (value, origin)
-    return flat
-
-
-def _build(found: dict[str, tuple[Any, str]]) -> Config:
-    values: dict[str, dict[str, Any]] = {}
-    for key, (value, origin) in found.items():
-        if key not in _SCHEMA:
-            raise _unknown(key, value, origin)
-        section, _, name = key.rpartition(".")
-        values.setdefault(section, {})[name] = _typed(value, _SCHEMA[key], key, origin)
-    sections: dict[str, Any] = {
-        name: kind(**values.pop(name, {})) for name, kind in _SECTIONS.items()
-    }
-    origins = {key: origin for key, (_, origin) in found.items()}
-    config = Config(**values.get("", {}), **sections, origins=origins)
-    for key, why, nearest in _impossible(config):
-        raise config.invalid(key, why, nearest)
-    return config
-
-
-def _unknown(key: str, value: Any, origin: str) -> UserError:
-    if key in _SECTIONS:
-        return UserError(
-            f"{origin}: {key}={value!r}: is a section; write one of its keys, "
-            f"such as {key}.{fields(_SECTIONS[key])[0].name}"
-        )
-    # A misspelt key first, then a right name in the wrong section.
-    near = difflib.get_close_matches(key, _SCHEMA, n=1, cutoff=0.75)
-    near = near or [known for known in _SCHEMA if known.split(".")[-1] == key.split(".")[-1]]
-    near = near or difflib.get_close_matches(key, _SCHEMA, n=1, cutoff=0.0)
-    return UserError(f"{origin}: {key}={value!r}: unknown key; did you mean {near[0]}?")
-
-
-def _invalid(origin: str, key: str, value: Any, why: str, nearest: object) -> UserError:
-    shown = _shown(value)
-    return UserError(
-        f"{origin}: {key}={shown}: {why}; the nearest valid value is {_shown(nearest)}"
-    )
-
-
-def _shown(value: Any) -> str:
-    """As it would stand in YAML."""
-    if isinstance(value, tuple):
-        return "[" + ", ".join(_shown(part) for part in value) + "]"
-    if value is None:
-        return "null"
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-# --------------------------------------------------------------------------------------------------
-# Types
-
-
-def _typed(value: Any, kind: Any, key: str, origin: str) -> Any:
-    """`value` as `kind`, or the line that says why not. An int is a float; a bool is no number."""
-    if get_origin(kind) is Literal:
-        options = get_args(kind)
-        if value not in options:
-            nearest = (difflib.get_close_matches(str(value), options, 1, 0.0) or options)[0]
-            raise _invalid(origin, key, value, f"must be one of {', '.join(options)}", nearest)
-        return value
-    if isinstance(kind, UnionType):  # `X | None`
-        if value is None:
-            return None
-        return _typed(value, next(k for k in get_args(kind) if k is not NoneType), key, origin)
-    if get_origin(kind) is tuple:
-        kinds = get_args(kind)
-        default = _DEFAULTS[key]
-        if not isinstance(value, list | tuple):
-            raise _invalid(origin, key, value, "must be a list in [ ]", default)
-        if kinds[-1] is Ellipsis:
-            kinds = (kinds[0],) * len(value)
-        if len(value) != len(kinds):
-            raise _invalid(origin, key, tuple(value), f"must have {len(kinds)} parts", default)
-        return tuple(_typed(v, k, key, origin) for v, k in zip(value, kinds, strict=True))
-    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
-        if not math.isfinite(value):
-            raise _invalid(origin, key, value, "must be a finite number", _DEFAULTS[key])
-        return float(value)
-    if type(value) is kind:
-        return value
-    named = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[kind]
-    raise _invalid(origin, key, value, f"must be {named}", _nearest_of_type(value, kind, key))
-
-
-def _nearest_of_type(value: Any, kind: Any, key: str) -> Any:
-    """What the user may have meant: 64 for "64", 3 for 2.9, true for "True"; else the default."""
-    try:
-        if kind is str and isinstance(value, int | float):
-            return f'"{_shown(value)}"'
-        if kind is bool:
-            words = {"true": True, "yes": True, "on": True, "1": True}
-            return words.get(str(value).lower(), False)
-        return round(float(value)) if kind is int else kind(value)
-    except (TypeError, ValueError, OverflowError):
-        return _DEFAULTS[key]
-
-
 def _leaves(part: Any, prefix: str) -> Iterator[tuple[str, Any]]:
     for item in fields(part):
         if item.name == "origins":
@@ -345,21 +144,6 @@ def _leaves(part: Any, prefix: str) -> Iterator[tuple[str, Any]]:
             yield from _leaves(value, f"{item.name}.")
         else:
             yield f"{prefix}{item.name}", value
-
-
-def _schema() -> dict[str, Any]:
-    kinds: dict[str, Any] = {}
-    for name, kind in get_type_hints(Config).items():
-        if is_dataclass(kind):
-            kinds.update({f"{name}.{leaf}": k for leaf, k in get_type_hints(kind).items()})
-        elif name != "origins":
-            kinds[name] = kind
-    return kinds
-
-
-_SCHEMA: dict[str, Any] = _schema()
-_SECTIONS: dict[str, Any] = {n: k for n, k in get_type_hints(Config).items() if is_dataclass(k)}
-_DEFAULTS: dict[str, Any] = leaves(Config())
 
 
 # --------------------------------------------------------------------------------------------------
@@ -394,7 +178,7 @@ _ABOVE_ZERO: dict[str, float] = {  # key -> a sane small value to name
 }
 
 
-def _impossible(config: Config) -> Iterator[tuple[str, str, object]]:
+def impossible(config: Config) -> Iterator[tuple[str, str, object]]:
     """(key, why, nearest valid value) of each impossible value."""
     flat = leaves(config)
     for key, least in _AT_LEAST.items():
@@ -438,7 +222,7 @@ def _impossible(config: Config) -> Iterator[tuple[str, str, object]]:
     for key in ("mean", "std"):
         low, high = min(flat[f"data.{key}"]), max(flat[f"data.{key}"])
         if low < 0 or high > 1 or (key == "std" and low == 0):
-            yield f"data.{key}", "is on the 0..1 scale, not 0..255", _DEFAULTS[f"data.{key}"]
+            yield f"data.{key}", "is on the 0..1 scale, not 0..255", leaves(Config())[f"data.{key}"]
     if optim.nesterov and optim.momentum == 0:
         yield "optim.nesterov", "needs optim.momentum above zero", False
     if list(optim.milestones_epochs) != sorted(set(optim.milestones_epochs)):

@@ -53,21 +53,20 @@ class World:
         """Runs `function` on rank 0 and gives its result, or its error, to every rank."""
         if self.size == 1:
             return function()
-        answer: list[Any] = [None, None]
+        answer: list[Any] = [None, None]  # result, failure
         if self.is_main:
             try:
                 answer[0] = function()
-            except UserError as error:
-                answer[1] = error
-            except Exception as error:  # the others must not wait for a broadcast for ever
-                answer[1] = RuntimeError(f"rank 0: {type(error).__name__}: {error}")
-                answer[1].__cause__ = error
-        shared = [answer[0], answer[1] if not self.is_main else _without_cause(answer[1])]
-        dist.broadcast_object_list(shared, src=0)
-        error = answer[1] if self.is_main else shared[1]
-        if error is not None:
-            raise error
-        return shared[0]
+            except Exception as failure:  # the others must not wait for an answer for ever
+                known = isinstance(failure, UserError)
+                text = str(failure) if known else f"rank 0: {type(failure).__name__}: {failure}"
+                dist.broadcast_object_list([None, (known, text)], src=0)
+                raise
+        dist.broadcast_object_list(answer, src=0)
+        if answer[1] is not None:
+            known, text = answer[1]
+            raise UserError(text) if known else RuntimeError(text)
+        return answer[0]
 
     def node_group(self) -> dist.ProcessGroup | None:
         """The group of the ranks of this node; None where that is this rank alone."""
@@ -76,10 +75,6 @@ class World:
         backend = None if self.group is None else "nccl"
         group, _ = dist.new_subgroups(self.local_size, backend=backend)
         return group
-
-
-def _without_cause(error: BaseException | None) -> BaseException | None:
-    return None if error is None else type(error)(*error.args)  # tracebacks cannot be pickled
 
 
 def start() -> World:
@@ -103,7 +98,7 @@ def start() -> World:
         dist.init_process_group("gloo", rank=rank, world_size=size)
     # The default group is gloo, for flags and objects on the CPU; gradients and BN statistics go
     # over NCCL, which refuses two ranks on one GPU: there gloo carries them too, slowly.
-    group = None
+    group: Any = None
     if device.type == "cuda" and _has_own_gpu(device, size):
         group = dist.new_group(backend="nccl")
     return World(rank, local_rank, size, local_size, device, group)

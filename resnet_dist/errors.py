@@ -1,5 +1,24 @@
 """The one exception that speaks to the user: one line, no traceback, exit code 2."""
 
+from typing import Any
+
 
 class UserError(Exception):
     """What is wrong, where (file, key, sample), and how to mend it, in one line."""
+
+
+def invalid_value(origin: str, key: str, value: Any, why: str, nearest: object) -> UserError:
+    """The line for a bad setting: file, key, value, reason, and the nearest valid value."""
+    nearest_text = as_yaml(nearest)
+    return UserError(
+        f"{origin}: {key}={as_yaml(value)}: {why}; the nearest valid value is {nearest_text}"
+    )
+
+
+def as_yaml(value: Any) -> str:
+    """A plain value as it would stand in a config file."""
+    if isinstance(value, tuple | list):
+        return "[" + ", ".join(as_yaml(part) for part in value) + "]"
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from resnet_dist import checkpoint, distributed
-from resnet_dist.config import config_from_dict
+from resnet_dist.config_file import config_from_dict
 from resnet_dist.data.dali import Batch
 from resnet_dist.data.source import load_index, make_loader
 from resnet_dist.data.stream import eval_requests

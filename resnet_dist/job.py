@@ -3,6 +3,7 @@
 import inspect
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -86,12 +87,13 @@ def distribute(network: nn.Module, world: World) -> nn.Module:
     # send them before each forward. torch 2.14 gave the switch a new name.
     switches = ("forward_sync_buffers", "broadcast_buffers")
     known = inspect.signature(DistributedDataParallel).parameters
+    off: dict[str, Any] = {next(name for name in switches if name in known): False}
     return DistributedDataParallel(
         network,
         process_group=world.group,
         device_ids=[world.device.index] if world.device.type == "cuda" else None,
         gradient_as_bucket_view=True,
-        **{next(name for name in switches if name in known): False},
+        **off,
     )
 
 

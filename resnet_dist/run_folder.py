@@ -4,7 +4,8 @@ from typing import Any
 
 import yaml
 
-from resnet_dist.config import Config, config_from_dict, leaves, to_yaml
+from resnet_dist.config import Config, leaves, to_yaml
+from resnet_dist.config_file import config_from_dict
 
 # What may differ when a run goes on: it changes where and how, not what is computed.
 FREE_TO_CHANGE = (

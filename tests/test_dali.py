@@ -25,7 +25,7 @@ from resnet_dist.data.index import Index
 
 MEAN = np.array([0.485, 0.456, 0.406])
 STD = np.array([0.229, 0.224, 0.225])
-MAX_DIFF, MEAN_DIFF = 1.01, 0.35  # grey levels, measured: 1.00 and 0.31
+MAX_DIFF, MEAN_DIFF = 1.01, 0.35  # grey levels, measured: 1.00 and 0.33
 EXIF_ORIENTATION = 0x0112
 
 # top, left, bottom, right in a picture of 300 x 400: whole pixels, fractional, squeezed, enlarged.
@@ -75,7 +75,7 @@ def windows(roi: Any, flip: Any = False) -> Windows:
 
 
 def loader(index: Index, px: int = 96, device: str = "cpu", **kwargs: Any) -> Loader:
-    defaults = {"dtype": torch.float32, "max_batch_size": 16, "num_threads": 2}
+    defaults: dict[str, Any] = {"dtype": torch.float32, "max_batch_size": 16, "num_threads": 2}
     return Loader(
         index,
         output_px=px,
@@ -101,7 +101,9 @@ def pillow(path: str, seen: Windows, i: int, px: int = 96, repeat_edge: bool = F
     image, pad = decode(path), 0
     if repeat_edge:
         pad = 64  # more than any filter here reaches
-        image = Image.fromarray(np.pad(image, ((pad, pad), (pad, pad), (0, 0)), mode="edge"))
+        image = Image.fromarray(
+            np.pad(np.asarray(image), ((pad, pad), (pad, pad), (0, 0)), mode="edge")
+        )
     top, left, bottom, right = seen.roi[i] + pad
     box = (left, top, right, bottom)
     out = np.asarray(image.resize((px, px), Image.Resampling.BILINEAR, box=box), np.float64)
@@ -129,7 +131,7 @@ def test_png_windows_inside_the_image(tmp_path: Path, flip: bool) -> None:
 def test_png_windows_at_the_border(tmp_path: Path) -> None:
     path = save(tmp_path / "a.png", picture(300, 400))
     assert_parity(path, windows(BORDER_WINDOWS), repeat_edge=True)
-    # Plain Pillow: only the outermost pixels of the output may differ (measured: max 3.2).
+    # Plain Pillow: only the outermost pixels of the output may differ (measured: max 4.4).
     assert_parity(path, windows(BORDER_WINDOWS), max_diff=6)
     got = grey_levels(one_batch(index_of([path]), [0], windows(BORDER_WINDOWS[0])))[0]
     diff = np.abs(got - pillow(path, windows(BORDER_WINDOWS[0]), 0))
@@ -189,21 +191,22 @@ def test_same_geometry_as_resize_then_crop(tmp_path: Path) -> None:
     assert diff.mean() <= MEAN_DIFF
 
 
+@pytest.mark.parametrize("px", [16, 96])
 def test_decoding_only_the_window_changes_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, px: int
 ) -> None:
     path = save(tmp_path / "a.jpg", picture(300, 400, noise=40), subsampling="4:2:0")
     index, seen = index_of([path]), windows(INNER_WINDOWS + BORDER_WINDOWS)
     samples = [0] * len(seen.roi)
-    start, end = dali.decoded_part(seen.roi, index.sizes[samples], 96)
-    assert (end - start)[:4].prod(axis=1).max() < 0.75 * 300 * 400  # it does save decoding
+    start, end = dali.decoded_part(seen.roi, index.sizes[samples], px)
+    assert (end - start).prod(axis=1).mean() < 0.5 * 300 * 400  # it does save decoding
 
-    part = grey_levels(one_batch(index, samples, seen))
+    part = grey_levels(one_batch(index, samples, seen, px=px))
     monkeypatch.setattr(
         dali, "decoded_part", lambda roi, sizes, px: (np.zeros_like(sizes), sizes.astype(np.int32))
     )
-    whole = grey_levels(one_batch(index, samples, seen))
-    # Measured: 0.002. The windows' float32 coordinates are relative to different corners.
+    whole = grey_levels(one_batch(index, samples, seen, px=px))
+    # Measured: 0.0015. The windows' float32 coordinates are relative to different corners.
     assert np.abs(part - whole).max() <= 0.01
 
 
@@ -296,7 +299,7 @@ def test_streams_are_independent(folder: Index, kind: str) -> None:
         return np.array(samples), windows([[0, 0, 96, 96]] * len(samples))
 
     forth = [ask([i, i + 1]) for i in range(7)]
-    expected = [one_batch(index, samples, seen) for samples, seen in forth]
+    expected = [one_batch(index, list(samples), seen) for samples, seen in forth]
     same = loader(index)
 
     def check(batches: Iterator[Batch], reference: list[Batch]) -> None:

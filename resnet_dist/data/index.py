@@ -80,7 +80,7 @@ def _cifar10(root: Path, split: str) -> Index:
         sizes=np.full((len(labels), 2), 32, np.int32),
         paths=(),
         pixels=np.ascontiguousarray(planes.transpose(0, 2, 3, 1)),
-        fingerprint=hashlib.sha256(records).hexdigest(),
+        fingerprint=hashlib.sha256(records.data).hexdigest(),
     )
 
 

@@ -33,6 +33,8 @@ def list_folder(root: Path, split: str) -> Listing:
     Raises:
         UserError: no such folder, no classes, or a class without images.
     """
+    if not root.is_dir():
+        raise UserError(f"data.root={root}: no such folder; it must hold train/ and val/")
     top = root / split
     if not top.is_dir():
         raise UserError(

@@ -1,0 +1,211 @@
+"""A config from YAML: `base:` inheritance, then `key.sub=value` overrides; strict about both.
+
+An unknown key, a wrong type or an impossible value is one line that names the file, the key, the
+value and the nearest valid one.
+"""
+
+import difflib
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import yaml
+
+from resnet_dist.config import Config, impossible, leaves
+from resnet_dist.errors import UserError, as_yaml, invalid_value
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads a YAML file, its bases, then the overrides ("optim.base_lr=0.2").
+
+    Raises:
+        UserError: an unreadable file, an unknown key, a wrong type or an impossible value.
+    """
+    return _build(_read_file(Path(path), ()) | _read_overrides(overrides))
+
+
+def config_from_dict(nested: dict[str, Any], origin: str, overrides: Sequence[str] = ()) -> Config:
+    """The inverse of `to_dict`, with overrides on top; `origin` names the source in messages."""
+    return _build(_flatten(nested, origin) | _read_overrides(overrides))
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads 1e-4 as a float (YAML 1.2) and refuses a key written twice."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+def _mapping_without_duplicates(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    keys = [loader.construct_object(key, deep=True) for key, _ in node.value]
+    for number, key in enumerate(keys):
+        if key in keys[:number]:
+            raise yaml.constructor.ConstructorError(
+                problem=f"the key {key!r} stands twice",
+                problem_mark=node.value[number][0].start_mark,
+            )
+    return loader.construct_mapping(node, deep=True)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:map", _mapping_without_duplicates)
+
+
+def _parse_yaml(text: str, origin: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{origin}:{mark.line + 1}" if mark else origin
+        problem = getattr(error, "problem", None) or str(error)
+        raise UserError(f"{where}: not valid YAML: {' '.join(problem.split())}") from None
+
+
+def _read_file(path: Path, children: tuple[Path, ...]) -> dict[str, tuple[Any, str]]:
+    """Dotted key -> (value, file), the bases of `path` first; `children` led here by `base:`."""
+    if path.resolve() in children:
+        raise UserError(f"{path}: base: leads back to itself; remove it in one of the files")
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not a text file"
+        named = f" (base of {children[-1]})" if children else ""
+        raise UserError(f"{path}: cannot be read: {reason}{named}") from None
+    content = _parse_yaml(text, str(path))
+    if content is None:
+        content = {}
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: must hold keys and values, as in 'name: quickstart'")
+    base = content.pop("base", None)
+    found: dict[str, tuple[Any, str]] = {}
+    if base is not None:
+        if not isinstance(base, str):
+            raise UserError(f"{path}: base={base!r}: must be one file name, relative to this file")
+        found = _read_file(path.parent / base, (*children, path.resolve()))
+    found.update(_flatten(content, str(path)))
+    return found
+
+
+def _read_overrides(overrides: Sequence[str]) -> dict[str, tuple[Any, str]]:
+    found: dict[str, tuple[Any, str]] = {}
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise UserError(f"command line: {text!r} is no override; write key.sub=value")
+        found |= _flatten({key.strip(): _parse_yaml(value, "command line")}, "command line")
+    return found
+
+
+def _flatten(nested: dict[Any, Any], origin: str, prefix: str = "") -> dict[str, tuple[Any, str]]:
+    flat: dict[str, tuple[Any, str]] = {}
+    for name, value in nested.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, dict) and key not in _SCHEMA:
+            flat.update(_flatten(value, origin, f"{key}."))
+        elif value is None and key in _SECTIONS:
+            continue  # a section whose keys are all commented out
+        else:
+            flat[key] = (value, origin)
+    return flat
+
+
+def _build(found: dict[str, tuple[Any, str]]) -> Config:
+    values: dict[str, dict[str, Any]] = {}
+    for key, (value, origin) in found.items():
+        if key not in _SCHEMA:
+            raise _unknown(key, value, origin)
+        section, _, name = key.rpartition(".")
+        values.setdefault(section, {})[name] = _typed(value, _SCHEMA[key], key, origin)
+    sections: dict[str, Any] = {
+        name: kind(**values.pop(name, {})) for name, kind in _SECTIONS.items()
+    }
+    origins = {key: origin for key, (_, origin) in found.items()}
+    config = Config(**values.get("", {}), **sections, origins=origins)
+    for key, why, nearest in impossible(config):
+        raise config.invalid(key, why, nearest)
+    return config
+
+
+def _unknown(key: str, value: Any, origin: str) -> UserError:
+    if key in _SECTIONS:
+        return UserError(
+            f"{origin}: {key}={as_yaml(value)}: is a section; write one of its keys, "
+            f"such as {key}.{fields(_SECTIONS[key])[0].name}"
+        )
+    # A misspelt key first, then a right name in the wrong section.
+    near = difflib.get_close_matches(key, _SCHEMA, n=1, cutoff=0.75)
+    near = near or [known for known in _SCHEMA if known.split(".")[-1] == key.split(".")[-1]]
+    near = near or difflib.get_close_matches(key, _SCHEMA, n=1, cutoff=0.0)
+    return UserError(f"{origin}: {key}={as_yaml(value)}: unknown key; did you mean {near[0]}?")
+
+
+# --------------------------------------------------------------------------------------------------
+# Types
+
+
+def _typed(value: Any, kind: Any, key: str, origin: str) -> Any:
+    """`value` as `kind`, or the line that says why not. An int is a float; a bool is no number."""
+    if get_origin(kind) is Literal:
+        options = get_args(kind)
+        if value not in options:
+            nearest = (difflib.get_close_matches(str(value), options, 1, 0.0) or options)[0]
+            raise invalid_value(origin, key, value, f"must be one of {', '.join(options)}", nearest)
+        return value
+    if isinstance(kind, UnionType):  # `X | None`
+        if value is None:
+            return None
+        return _typed(value, next(k for k in get_args(kind) if k is not NoneType), key, origin)
+    if get_origin(kind) is tuple:
+        kinds = get_args(kind)
+        default = _DEFAULTS[key]
+        if not isinstance(value, list | tuple):
+            raise invalid_value(origin, key, value, "must be a list in [ ]", default)
+        if kinds[-1] is Ellipsis:
+            kinds = (kinds[0],) * len(value)
+        if len(value) != len(kinds):
+            raise invalid_value(origin, key, tuple(value), f"must have {len(kinds)} parts", default)
+        return tuple(_typed(v, k, key, origin) for v, k in zip(value, kinds, strict=True))
+    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+        if not math.isfinite(value):
+            raise invalid_value(origin, key, value, "must be a finite number", _DEFAULTS[key])
+        return float(value)
+    if type(value) is kind:
+        return value
+    named = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[kind]
+    raise invalid_value(origin, key, value, f"must be {named}", _nearest_of_type(value, kind, key))
+
+
+def _nearest_of_type(value: Any, kind: Any, key: str) -> Any:
+    """What the user may have meant: 64 for "64", 3 for 2.9, true for "True"; else the default."""
+    try:
+        if kind is str and isinstance(value, int | float):
+            return f'"{as_yaml(value)}"'
+        if kind is bool:
+            words = ("true", "yes", "on", "1", "false", "no", "off", "0")
+            near = difflib.get_close_matches(str(value).lower(), words, 1, 0.0)
+            return bool(near) and words.index(near[0]) < 4  # the first four mean true
+        return round(float(value)) if kind is int else kind(value)
+    except (TypeError, ValueError, OverflowError):
+        return _DEFAULTS[key]
+
+
+def _schema() -> dict[str, Any]:
+    kinds: dict[str, Any] = {}
+    for name, kind in get_type_hints(Config).items():
+        if is_dataclass(kind):
+            kinds.update({f"{name}.{leaf}": k for leaf, k in get_type_hints(kind).items()})
+        elif name != "origins":
+            kinds[name] = kind
+    return kinds
+
+
+_SCHEMA: dict[str, Any] = _schema()
+_SECTIONS: dict[str, Any] = {n: k for n, k in get_type_hints(Config).items() if is_dataclass(k)}
+_DEFAULTS: dict[str, Any] = leaves(Config())

@@ -1,0 +1,138 @@
+"""A config is closed, inherits, and answers bad input in one line."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from resnet_dist.config import Config, leaves, to_dict, to_yaml
+from resnet_dist.config_file import config_from_dict, load_config
+from resnet_dist.errors import UserError
+from resnet_dist.plan import Plan
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+SHIPPED = sorted(
+    str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml") if path.stem != "base"
+)
+
+
+def write(folder: Path, name: str, text: str) -> Path:
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_shipped_config_loads_and_plans_for_any_world(name: str) -> None:
+    config = load_config(CONFIGS / name)
+    for world_size in (1, 2, 3, 8, 64):
+        plan = Plan.of(config, world_size, train_images=1_281_167, val_images=50_000)
+        assert plan.local_batch_size <= config.train.max_local_batch_size
+        assert plan.global_batch_size == config.train.global_batch_size
+    assert config_from_dict(to_dict(config), "again") == config
+    assert config_from_dict(yaml.safe_load(to_yaml(config)), "again") == config
+
+
+def test_base_then_file_then_overrides(tmp_path: Path) -> None:
+    write(tmp_path, "a.yaml", "seed: 1\noptim: {base_lr: 0.1, momentum: 0.5}\n")
+    write(tmp_path, "b.yaml", "base: a.yaml\noptim:\n  base_lr: 0.2\ntrain:\n")
+    (tmp_path / "sub").mkdir()
+    path = write(tmp_path / "sub", "c.yaml", "base: ../b.yaml\nname: c\ntrain.epochs: 3\n")
+    config = load_config(path, ["optim.base_lr=1e-4", "data.scale_px=[300, 400]"])
+    assert (config.seed, config.name, config.train.epochs) == (1, "c", 3.0)
+    assert (config.optim.base_lr, config.optim.momentum) == (1e-4, 0.5)
+    assert config.data.scale_px == (300, 400)
+
+
+@pytest.mark.parametrize("text", ["1e-4", "1E-4", "1.0e-4", "0.0001", "+1e-4", ".0001"])
+def test_floats_are_floats(tmp_path: Path, text: str) -> None:
+    config = load_config(write(tmp_path, "a.yaml", f"optim: {{weight_decay: {text}}}"))
+    assert config.optim.weight_decay == 0.0001
+    assert load_config(tmp_path / "a.yaml", [f"optim.base_lr={text}"]).optim.base_lr == 0.0001
+
+
+def test_a_whole_number_is_a_float_and_frozen(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, "a.yaml", "train: {epochs: 3}"))
+    assert isinstance(config.train.epochs, float)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.train.epochs = 4  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [  # what stands in the file; what the one line must name
+        ("optim: {base_lrr: 0.1}", ["optim.base_lrr=0.1", "unknown key", "optim.base_lr?"]),
+        ("base_lr: 0.1", ["base_lr=0.1", "unknown key", "optim.base_lr?"]),
+        ("train: {epohcs: 5}", ["train.epohcs=5", "train.epochs?"]),
+        ("optim: 3", ["optim=3", "section"]),
+        ("train: {epochs: ten}", ["train.epochs=ten", "a number", "90"]),
+        ("train: {epochs: true}", ["train.epochs=true", "a number"]),
+        ("train: {epochs: .nan}", ["train.epochs=nan", "finite"]),
+        ("train: {epochs: -1}", ["train.epochs=-1", "above zero"]),
+        ("train: {global_batch_size: 64.5}", ["global_batch_size=64.5", "whole number", "is 64"]),
+        ("train: {global_batch_size: '64'}", ["global_batch_size=64", "whole number", "is 64"]),
+        ("data: {flip: yess}", ["data.flip=yess", "true or false", "is true"]),
+        ("name: 12", ["name=12", "text", '"12"']),
+        ("name: a/b", ["name=a/b", "folder name", "is b"]),
+        ("model: {name: resnet51}", ["model.name=resnet51", "resnet50, resnet101"]),
+        ("optim: {schedule: cosin}", ["optim.schedule=cosin", "one of", "is cosine"]),
+        ("data: {scale_px: 256}", ["data.scale_px=256", "list", "[256, 480]"]),
+        ("data: {scale_px: [256]}", ["data.scale_px=[256]", "2 parts", "[256, 480]"]),
+        ("data: {scale_px: [480, 256]}", ["data.scale_px=[480, 256]", "is [256, 480]"]),
+        ("data: {crop_px: 300}", ["data.crop_px=300", "scale_px[0]=256", "is 256"]),
+        ("data: {eval_crop_px: 257}", ["data.eval_crop_px=257", "eval_resize_px=256", "is 256"]),
+        ("data: {mean: [123, 116, 103]}", ["data.mean=[123", "0..1"]),
+        ("data: {train_crop: pad}", ["data.train_crop=pad", "data.format=folder", "is scale"]),
+        ("optim: {momentum: 1.5}", ["optim.momentum=1.5", "at most 1"]),
+        ("optim: {milestones_epochs: [9, 3]}", ["milestones_epochs=[9.0, 3.0]", "[3.0, 9.0]"]),
+        ("optim: {warmup_epochs: 91}", ["optim.warmup_epochs=91", "epochs=90", "is 90"]),
+        ("seed: 1\nseed: 2", [":2:", "not valid YAML", "'seed' stands twice"]),
+        ("seed: [1", ["not valid YAML"]),
+        ("- 1", ["must hold keys and values"]),
+        ("base: nowhere.yaml", ["nowhere.yaml", "cannot be read", "No such file"]),
+        ("base: bad.yaml", ["leads back to itself"]),
+        ("seed: !!python/object/apply:os.system ['true']", ["not valid YAML"]),
+    ],
+)
+def test_bad_input_is_one_line_that_names_it(tmp_path: Path, text: str, parts: list[str]) -> None:
+    path = write(tmp_path, "bad.yaml", text)
+    with pytest.raises(UserError) as caught:
+        load_config(path)
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in ["bad.yaml", *parts]:
+        assert part in message
+
+
+def test_an_override_is_named_as_its_own_source(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.yaml", "seed: 1")
+    with pytest.raises(UserError, match=r"^command line: seed=x: must be a whole number"):
+        load_config(path, ["seed=x"])
+    with pytest.raises(UserError, match="'seed' is no override"):
+        load_config(path, ["seed"])
+
+
+def test_every_leaf_has_a_dotted_key() -> None:
+    flat = leaves(Config())
+    assert flat["optim.base_lr"] == 0.1
+    assert flat["seed"] == 0
+    assert len(flat) == 2 + sum(
+        len(dataclasses.fields(getattr(Config(), section)))
+        for section in ("model", "data", "optim", "train", "tracking")
+    )
+
+
+def test_config_and_plan_need_no_torch() -> None:
+    """A login node plans with PyYAML alone."""
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(['torch', 'numpy', 'PIL', 'mlflow']))\n"
+        "from resnet_dist.cli import main\n"
+        f"main(['train', {str(CONFIGS / 'imagenet/resnet50.yaml')!r}, '--dry-run',"
+        " '--world-size', '3', '--train-images', '1281167'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "85 or 86 on each of 3 ranks" in done.stdout

@@ -1,0 +1,104 @@
+"""Every derived number, as tables."""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from resnet_dist.config import Config, OptimConfig, TrainConfig
+from resnet_dist.errors import UserError
+from resnet_dist.plan import Plan
+
+
+def plan(
+    world_size: int = 1, images: int = 1000, optim: dict[str, Any] | None = None, **train: Any
+):
+    config = Config(
+        optim=OptimConfig(**(optim or {})), train=replace(TrainConfig(epochs=10), **train)
+    )
+    return Plan.of(config, world_size, images, 100)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "largest", "accumulation", "local"),
+    [(1, 256, 1, 256), (1, 128, 2, 128), (1, 100, 3, 86), (2, 128, 1, 128), (3, 128, 1, 86)]
+    + [(3, 50, 2, 43), (8, 32, 1, 32), (64, 32, 1, 4), (7, 10, 4, 10)],
+)
+def test_accumulation_keeps_the_global_batch(
+    world_size: int, largest: int, accumulation: int, local: int
+) -> None:
+    p = plan(world_size, global_batch_size=256, max_local_batch_size=largest)
+    assert (p.accumulation, p.local_batch_size) == (accumulation, local)
+    assert p.global_batch_size == 256
+    assert p.local_batch_size <= largest
+
+
+def test_the_partial_batch_is_dropped_and_said() -> None:
+    p = plan(images=1000, global_batch_size=64)
+    assert (p.steps_per_epoch, p.dropped_images_per_epoch) == (15, 40)
+    assert p.total_steps == 150
+    assert "40 images dropped" in p.describe()
+
+
+def test_peak_lr_is_linear_in_the_global_batch() -> None:
+    assert plan(global_batch_size=256, images=9000).peak_lr == 0.1
+    assert plan(global_batch_size=8192, images=9000).peak_lr == pytest.approx(3.2)  # Goyal, 1 h
+
+
+def test_warmup_is_linear_per_step() -> None:
+    p = plan(global_batch_size=100, optim={"warmup_epochs": 2, "schedule": "cosine"})
+    assert p.warmup_steps == 20
+    rises = [p.lr_at(step) for step in range(20)]
+    assert rises == pytest.approx([p.peak_lr * (step + 1) / 20 for step in range(20)])
+    assert p.lr_at(20) == p.peak_lr
+
+
+def test_schedules_as_tables() -> None:
+    optim = {"milestones_epochs": (3.0, 6.0), "gamma": 0.1}
+    step = plan(global_batch_size=100, optim=optim | {"schedule": "step"})
+    assert [step.lr_at(s) / step.peak_lr for s in (0, 29, 30, 59, 60, 99)] == pytest.approx(
+        [1, 1, 0.1, 0.1, 0.01, 0.01]
+    )
+    cosine = plan(global_batch_size=100, optim={"schedule": "cosine"})
+    assert [cosine.lr_at(s) / cosine.peak_lr for s in (0, 25, 50, 75)] == pytest.approx(
+        [1, 0.5 + 0.5 * math.cos(math.pi / 4), 0.5, 0.5 - 0.5 * math.cos(math.pi / 4)]
+    )
+    polynomial = plan(global_batch_size=100, optim={"schedule": "polynomial", "power": 2.0})
+    assert [polynomial.lr_at(s) / polynomial.peak_lr for s in (0, 50, 90)] == pytest.approx(
+        [1, 0.25, 0.01]
+    )
+    plateau = plan(global_batch_size=100, optim={"schedule": "plateau"})
+    drops = (40, 70)
+    assert [plateau.lr_at(s, drops) / plateau.peak_lr for s in (39, 40, 69, 70)] == pytest.approx(
+        [1, 0.1, 0.1, 0.01]
+    )
+
+
+@pytest.mark.parametrize("schedule", ["step", "cosine", "polynomial"])
+def test_the_lr_does_not_depend_on_the_world(schedule: str) -> None:
+    optim = {"schedule": schedule, "warmup_epochs": 1}
+    alone = plan(1, global_batch_size=96, optim=optim, max_local_batch_size=8)
+    many = plan(5, global_batch_size=96, optim=optim, max_local_batch_size=8)
+    assert alone.total_steps == many.total_steps
+    steps = range(alone.total_steps)
+    assert [alone.lr_at(s) for s in steps] == [many.lr_at(s) for s in steps]
+
+
+def test_cadence() -> None:
+    p = plan(global_batch_size=100, eval_every_epochs=2.5, log_every_steps=40)
+    assert [s for s in range(1, 101) if p.evals_after(s)] == [25, 50, 75, 100]
+    assert [s for s in range(1, 101) if p.logs_after(s)] == [40, 80, 100]
+    half = plan(global_batch_size=100, epochs=0.5)
+    assert half.total_steps == 5
+    assert half.evals_after(5)
+    assert half.saves_after(5)
+
+
+def test_impossible_batches() -> None:
+    with pytest.raises(UserError, match=r"global_batch_size=4: cannot be divided over 8.* is 8$"):
+        plan(8, global_batch_size=4)
+    with pytest.raises(UserError, match=r"=256: is larger than the 100 training images.* is 100$"):
+        plan(1, images=100)
+    with pytest.raises(UserError, match=r"max_local_batch_size=1: leaves some of 3 ranks.* is 2$"):
+        plan(3, global_batch_size=4, max_local_batch_size=1)
