@@ -36,5 +36,5 @@ def open_run_folder(config: Config) -> None:
 def _refuse_change(config: Config, saved: dict[str, Any]) -> None:
     for key, value in leaves(config).items():
         if value != saved[key] and not key.startswith(FREE_TO_CHANGE):
-            why = f"differs from {config.run_dir}/config.yaml: give another name=, or go on with it"
+            why = f"differs from {config.run_dir}/config.yaml: give another name=, or go on as it was"
             raise config.invalid(key, why, saved[key])

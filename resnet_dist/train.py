@@ -45,8 +45,8 @@ def train(config: Config, recipe: str) -> Outcome:
     """
     with Interrupt() as interrupt:
         world = distributed.start()
-        world.on_main(lambda: open_run_folder(config))
         job = build(config, world)
+        world.on_main(lambda: open_run_folder(config))
         resumed_from = restore(job)
         progress = Progress(job.plan, job.state.step, speaks=world.is_main)
         progress.say(f"{config.name}: {config.model.name} on {world.size} x {world.device.type}\n")

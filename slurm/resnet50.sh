@@ -76,7 +76,7 @@ ranks_per_node=${NPROC_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
 
 plan=$("$PYTHON" -m resnet_dist train "$config" "$@" --dry-run \
   --world-size "$((SLURM_JOB_NUM_NODES * ranks_per_node))")
-[[ ${SLURM_RESTART_COUNT:-0} == 0 ]] && printf '%s\n\n' "$plan"
+printf '%s\n\n' "${plan%%$'\n\n'*}" # the merged config; rank 0 prints the plan
 
 # --------------------------------------------------------------------------------------------------
 # One torchrun per node
@@ -145,7 +145,7 @@ srun=$!
 while kill -0 "$srun" 2>/dev/null; do wait "$srun" || true; done
 status=0
 wait "$srun" || status=$?
-[[ -z $reminder ]] || kill "$reminder"
+[[ -z $reminder ]] || kill "$reminder" 2>/dev/null || true
 
 if [[ $status != 0 ]]; then
   echo "job $SLURM_JOB_ID failed with exit code $status, $(date)" >&2

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# A fork server that has imported torch starts a rank in milliseconds instead of seconds, and
+# A fork server that has imported torch and DALI starts a rank in milliseconds, not seconds, and
 # unlike a fork of pytest's own process carries over none of its threads.
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "torch.distributed"])
+_CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "resnet_dist.train"])
 
 
 class RankError(RuntimeError):

@@ -49,6 +49,14 @@ def test_sizes_are_what_a_viewer_shows(tmp_path: Path, orientation: int) -> None
     assert displayed_size(str(tmp_path / "x.jpg")) == expected
 
 
+def test_a_tiff_is_turned_once(tmp_path: Path) -> None:
+    """Pillow turns a TIFF's size by itself."""
+    picture(tmp_path / "x.tif", 64, 48, orientation=6)
+    with Image.open(tmp_path / "x.tif") as image:
+        image.load()
+        assert displayed_size(str(tmp_path / "x.tif")) == (image.height, image.width) == (64, 48)
+
+
 def test_the_fingerprint_changes_with_the_data(tmp_path: Path) -> None:
     small_folder(tmp_path)
     before = build_index("folder", tmp_path, "train", None).fingerprint

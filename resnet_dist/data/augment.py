@@ -21,6 +21,9 @@ class Windows:
     flip: np.ndarray  # bool [B]: mirrored left to right after the crop
 
 
+Request = tuple[np.ndarray, Windows]  # a batch before it is read: sample numbers int64 [B], windows
+
+
 def train_windows(
     data: DataConfig, seed: int, epoch: int, samples: np.ndarray, sizes: np.ndarray
 ) -> Windows:

@@ -15,10 +15,8 @@ import numpy as np
 import torch
 from nvidia.dali import Pipeline, fn, pipeline_def, types
 
-from resnet_dist.data.augment import Windows
+from resnet_dist.data.augment import Request
 from resnet_dist.data.index import Index
-
-Request = tuple[np.ndarray, Windows]  # sample numbers int64 [B], and the windows of those samples
 
 PATHS_IN_ERROR = 5
 

@@ -112,7 +112,11 @@ def displayed_size(path: str) -> tuple[int, int]:
     try:
         with Image.open(path) as image:
             width, height = image.size
-            turned = image.getexif().get(EXIF_ORIENTATION) in (5, 6, 7, 8)
+            # Only the EXIF block itself: Pillow's getexif() also looks in XMP, which DALI does not,
+            # and in a TIFF's own tags, by which Pillow has turned `size` already.
+            exif = Image.Exif()
+            exif.load(image.info.get("exif", b""))
+            turned = exif.get(EXIF_ORIENTATION) in (5, 6, 7, 8)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         reason = str(error).replace(f" {path!r}", "") or type(error).__name__
         raise UserError(f"{path}: not a readable image ({reason}); remove or replace it") from None

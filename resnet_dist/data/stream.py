@@ -5,12 +5,10 @@ from collections.abc import Iterator
 import numpy as np
 
 from resnet_dist.config import Config
-from resnet_dist.data.augment import Windows, eval_windows, train_windows
+from resnet_dist.data.augment import Request, eval_windows, train_windows
 from resnet_dist.data.index import Index
 from resnet_dist.data.order import slice_of, step_samples
 from resnet_dist.plan import Plan
-
-Request = tuple[np.ndarray, Windows]  # sample numbers int64 [B], their windows
 
 
 def train_requests(

@@ -1,0 +1,39 @@
+# Two commands: `make quickstart`, `make test`. Each makes .venv, or uses it again.
+#   make quickstart PYTHON=python3.12
+
+PYTHON ?= python3
+VENV := .venv
+RANKS := 2
+# torchrun's default is one thread per rank; on more cores than ranks that wastes them.
+CORES := $(shell getconf _NPROCESSORS_ONLN)
+export OMP_NUM_THREADS ?= $(shell expr \( $(CORES) + $(RANKS) - 1 \) / $(RANKS))
+
+.PHONY: install quickstart test lint format clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "$(PYTHON) is older than Python 3.11: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --editable '.[dev]'
+	@touch $@
+
+quickstart: install
+	$(VENV)/bin/resnet-dist prepare digits data/digits
+	$(VENV)/bin/torchrun --standalone --nproc_per_node=$(RANKS) -m resnet_dist train configs/quickstart.yaml
+
+test: install
+	$(VENV)/bin/pytest -q
+
+lint: install
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+format: install
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache *.egg-info

@@ -1,0 +1,249 @@
+"""Submits a training to Slurm with submitit: one task per rank, the config as it is now.
+
+    python launch/submit.py configs/imagenet/resnet50.yaml --nodes 2 --gpus-per-node 8
+    python launch/submit.py CONFIG.yaml name=lr02 optim.base_lr=0.2 --partition gpu --time-min 720
+    python launch/submit.py CONFIG.yaml --nodes 8 --gpus-per-node 8 --dry-run
+    python launch/submit.py CONFIG.yaml --local --gpus-per-node 0 --ranks-per-node 2
+
+A job that is preempted or reaches its time limit saves a checkpoint, queues itself again and goes
+on from that step. Only PyYAML and submitit are needed here; the job itself needs the rest.
+"""
+
+import argparse
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import submitit
+
+REPO = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPO))  # the checkout need not be installed
+
+from resnet_dist.cli import dry_run, recipe_name  # noqa: E402
+from resnet_dist.config import Config  # noqa: E402
+from resnet_dist.config_file import load_config  # noqa: E402
+from resnet_dist.errors import UserError  # noqa: E402
+
+SIGNAL_BEFORE_LIMIT_S = 120
+KILLED_WITHIN_S = 300  # Slurm's KillWait is 30 s where nobody changed it
+
+
+@dataclass(frozen=True)
+class Training:
+    """What each task runs. The same pickle runs again after a requeue: the run folder knows how
+    far it came, so nothing needs to be carried over."""
+
+    config: Config
+    recipe: str
+
+    def __call__(self) -> str:
+        """Returns the outcome; of a requeued job, it does not return."""
+        job = submitit.helpers.TorchDistributedEnvironment()
+        # Each rank sees all GPUs of its node and takes number LOCAL_RANK.
+        job.export(set_cuda_visible_devices=False, overwrite=True)
+        os.environ["MASTER_ADDR"] = address_of(job.master_addr)
+        from resnet_dist.train import Outcome, train
+
+        # submitit's handler of USR2 saves nothing and requeues at once, in the middle of a step.
+        # train() has its own, under which all ranks stop at the same step; before and after it
+        # there is nothing to save.
+        for number in (signal.SIGUSR1, signal.SIGUSR2):
+            signal.signal(number, signal.SIG_IGN)
+        try:
+            outcome = train(self.config, self.recipe)
+        except UserError as error:
+            if job.rank == 0:
+                print(f"resnet-dist: {error}", file=sys.stderr, flush=True)
+            sys.exit(2)
+        # Here every rank has saved. On a workstation who stops a job means it; in Slurm it goes on
+        # in the queue.
+        if outcome is Outcome.PREEMPTED and "SLURM_JOB_ID" in os.environ:
+            requeue(os.environ["SLURM_JOB_ID"], job.rank)
+        return outcome.name
+
+
+def address_of(node: str) -> str:
+    """A name that this host can resolve, or the address that Slurm has for the node."""
+    try:
+        socket.getaddrinfo(node, None)
+        return node
+    except OSError:
+        shown = subprocess.run(
+            ["scontrol", "show", "node", node], capture_output=True, text=True, timeout=60
+        )
+        fields = dict(field.partition("=")[::2] for field in shown.stdout.split())
+        return fields.get("NodeAddr", node)
+
+
+def requeue(job_id: str, rank: int) -> None:
+    """Rank 0 asks; all wait to be killed. To return would write a result: done, says submitit."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # submitit ignores it, and would be in the way
+    if rank == 0:
+        print(f"told to stop: job {job_id} goes back to the queue", flush=True)
+        subprocess.run(["scontrol", "requeue", job_id], check=True, timeout=60)
+    time.sleep(KILLED_WITHIN_S)
+    raise RuntimeError(f"job {job_id} was not requeued; submit it again, it goes on")
+
+
+# --------------------------------------------------------------------------------------------------
+# On the login node
+
+
+class SlurmExecutor(submitit.SlurmExecutor):
+    """Also where Slurm is not: --dry-run only writes its script."""
+
+    @classmethod
+    def affinity(cls) -> int:
+        return 2
+
+    def script(self) -> str:
+        return str(self._make_submission_file_text(self._submitit_command_str, "dry-run"))
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = parse(argv)
+    try:
+        run(arguments)
+    except UserError as error:
+        print(f"resnet-dist: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    config = load_config(arguments.config, arguments.overrides)
+    # Before anything is queued: an impossible plan is refused here, not in the job's log.
+    plan = dry_run(config, arguments.nodes * arguments.ranks_per_node, arguments.train_images)
+    if arguments.dry_run:
+        print(plan)
+        if not arguments.local:
+            print("\n" + slurm_executor(arguments, config).script())
+        return
+    training = Training(config, recipe_name(arguments.config))
+    make_private(arguments.log_dir)
+    if arguments.local:
+        run_here(arguments, training)
+        return
+    job = slurm_executor(arguments, config).submit(training)
+    print(f"job {job.job_id}, its log: {job.paths.stdout}")
+    if arguments.wait:
+        finish(job)
+
+
+def slurm_executor(arguments: argparse.Namespace, config: Config) -> SlurmExecutor:
+    executor = SlurmExecutor(arguments.log_dir)
+    names = ("partition", "account", "qos", "constraint", "exclude", "comment", "mem", "gres")
+    chosen = {name: getattr(arguments, name) for name in names}
+    if arguments.gpus_per_node:
+        chosen["gpus_per_node"] = arguments.gpus_per_node
+    executor.update_parameters(
+        job_name=config.name,
+        nodes=arguments.nodes,
+        ntasks_per_node=arguments.ranks_per_node,
+        cpus_per_task=arguments.cpus_per_task,
+        time=arguments.time_min,
+        signal_delay_s=SIGNAL_BEFORE_LIMIT_S,
+        stderr_to_stdout=True,  # one log per rank
+        # The job unpickles Training, and so needs this checkout.
+        setup=[f"export PYTHONPATH={shlex.quote(str(REPO))}${{PYTHONPATH:+:$PYTHONPATH}}"],
+        # Since Slurm 22.05 srun does not take it from sbatch. One rank's failure ends the others'.
+        srun_args=[f"--cpus-per-task={arguments.cpus_per_task}", "--kill-on-bad-exit=1"],
+        additional_parameters={"requeue": True},
+        **{name: value for name, value in chosen.items() if value is not None},
+    )
+    return executor
+
+
+def make_private(log_dir: Path) -> None:
+    """Whoever can write there can have code run as you: submitit's pickles are programs."""
+    parent = log_dir.parent if "%j" in log_dir.name else log_dir
+    parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+
+# --------------------------------------------------------------------------------------------------
+# On this machine
+
+
+def run_here(arguments: argparse.Namespace, training: Training) -> None:
+    """Starts the ranks, shows rank 0's log and waits. Ctrl-C, or TERM: they save and stop."""
+    paths = [str(REPO), *filter(None, [os.environ.get("PYTHONPATH")])]
+    os.environ["PYTHONPATH"] = os.pathsep.join(paths)
+    executor = submitit.LocalExecutor(arguments.log_dir)
+    executor.update_parameters(
+        tasks_per_node=arguments.ranks_per_node,
+        gpus_per_node=arguments.gpus_per_node,
+        timeout_min=arguments.time_min,
+        signal_delay_s=SIGNAL_BEFORE_LIMIT_S,
+        stderr_to_stdout=True,
+    )
+    # submitit's controller, which starts the ranks, would kill them at Ctrl-C; TERM it passes on.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    job = executor.submit(training)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: os.kill(int(job.job_id), signal.SIGTERM))
+    with open(wait_for(job.paths.stdout)) as log:
+        while not job.done():
+            show(log)
+            time.sleep(0.2)
+        show(log)
+    finish(job)
+
+
+def wait_for(path: Path) -> Path:
+    while not path.exists():
+        time.sleep(0.1)
+    return path
+
+
+def show(log: IO[str]) -> None:
+    print(log.read(), end="", flush=True)
+
+
+def finish(job: Any) -> None:
+    """Waits, and exits with 1 if a rank has failed."""
+    if job.exception() is not None:
+        folder = job.paths.stdout.parent
+        print(f"resnet-dist: job {job.job_id} failed, its logs: {folder}", file=sys.stderr)
+        sys.exit(1)
+
+
+# --------------------------------------------------------------------------------------------------
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="launch/submit.py", description="Submits a training to Slurm."
+    )
+    parser.add_argument("config", metavar="CONFIG.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="on top of the file")
+    parser.add_argument("--nodes", type=int, default=1)
+    parser.add_argument("--gpus-per-node", type=int, default=8, help="(8) 0: train on CPUs")
+    parser.add_argument("--ranks-per-node", type=int, help="one per GPU, if not given")
+    parser.add_argument("--cpus-per-task", type=int, default=8, help="(8) cores of one rank")
+    parser.add_argument("--time-min", type=int, default=24 * 60, help="(1440) limit of one start")
+    for name in ("partition", "account", "qos", "constraint", "exclude", "comment", "mem", "gres"):
+        parser.add_argument(f"--{name}", help="as sbatch has it")
+    parser.add_argument("--log-dir", type=Path, default=Path("runs/submitit/%j"), metavar="DIR")
+    parser.add_argument("--dry-run", action="store_true", help="print config, plan and script")
+    parser.add_argument("--train-images", type=int, metavar="N", help="plan without the data")
+    parser.add_argument("--local", action="store_true", help="the ranks run here, without Slurm")
+    parser.add_argument("--wait", action="store_true", help="until the job is done")
+    arguments = parser.parse_intermixed_args(argv)
+    if arguments.ranks_per_node is None:
+        arguments.ranks_per_node = arguments.gpus_per_node or 1
+    for name in ("nodes", "ranks_per_node", "cpus_per_task", "time_min"):
+        if getattr(arguments, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if arguments.local and arguments.nodes > 1:
+        parser.error("--local has one node")
+    return arguments
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""A tiny image folder, and configs over it."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from resnet_dist.config import Config
+from resnet_dist.config_file import load_config
+
+TINY_CONFIG = """
+name: tiny
+model: {name: resnet20}
+data:
+  train_crop: scale
+  scale_px: [32, 40]
+  crop_px: 32
+  eval_resize_px: 32
+  eval_crop_px: 32
+  decode_threads: 1
+optim: {base_lr: 0.4, schedule: cosine, warmup_epochs: 0.5}
+train: {epochs: 2, global_batch_size: 8, max_local_batch_size: 8, log_every_steps: 1}
+tracking: {mlflow: false}
+"""
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """3 classes, 30 train and 17 val JPEGs of different sizes; the colour tells the class."""
+    root = tmp_path_factory.mktemp("tiny")
+    rng = np.random.default_rng(0)
+    for split, counts in {"train": (12, 10, 8), "val": (6, 6, 5)}.items():
+        for label, count in enumerate(counts):
+            folder = root / split / f"class{label}"
+            folder.mkdir(parents=True)
+            for number in range(count):
+                height, width = rng.integers(33, 60, 2)
+                pixels = rng.integers(0, 160, (height, width, 3))
+                pixels[..., label] += 90
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{number}.jpg", quality=90)
+    return root
+
+
+@pytest.fixture
+def tiny_yaml(tiny_folder: Path, tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(f"{TINY_CONFIG}data.root: {tiny_folder}\ntracking.run_root: {tmp_path}/runs\n")
+    return path
+
+
+@pytest.fixture
+def tiny_config(tiny_yaml: Path) -> Callable[..., Config]:
+    """tiny_config("optim.base_lr=0.2", ...)"""
+    return lambda *overrides: load_config(tiny_yaml, overrides)

@@ -1,0 +1,82 @@
+"""The verbs that all ranks say together, and the request to stop."""
+
+import os
+import signal
+
+import pytest
+import torch
+from multirank import run_ranks
+
+from resnet_dist import distributed
+from resnet_dist.distributed import Interrupt
+from resnet_dist.errors import UserError
+
+
+def say_the_verbs(rank: int, world_size: int) -> dict:
+    world = distributed.start()
+    said = {
+        "who": (world.rank, world.size, world.local_size, world.is_main, world.device.type),
+        "sum": world.sum(torch.tensor([1.0, rank])).tolist(),
+        "any": (world.any(rank == world_size - 1), world.any(False)),
+        "on_main": world.on_main(lambda: {"rank": rank}),
+    }
+    for error in (UserError("one line"), ValueError("a bug")):
+        try:
+            world.on_main(lambda error=error: raises(error))
+        except Exception as caught:
+            said[type(error).__name__] = (type(caught).__name__, str(caught))
+    distributed.stop()
+    return said
+
+
+def raises(error: Exception) -> None:
+    raise error
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_every_rank_hears_the_same(world_size: int) -> None:
+    ranks = run_ranks(say_the_verbs, world_size, init_process_group=False)
+    for rank, said in enumerate(ranks):
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        assert said["who"] == (rank, world_size, world_size, rank == 0, device)
+        assert said["sum"] == [world_size, sum(range(world_size))]
+        assert said["any"] == (True, False)
+        assert said["on_main"] == {"rank": 0}
+        assert said["UserError"] == ("UserError", "one line")
+        kind, text = said["ValueError"]
+        assert (kind, "a bug" in text) == ("ValueError" if rank == 0 else "RuntimeError", True)
+
+
+def test_a_world_of_one_needs_no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    world = distributed.start()
+    assert (world.rank, world.size, world.any(True), world.on_main(lambda: 3)) == (0, 1, True, 3)
+    assert world.sum(torch.tensor(2.0)).item() == 2
+
+
+def test_half_an_environment_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=r"environment: RANK='': must be a whole number.*torchrun"):
+        distributed.start()
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    with pytest.raises(UserError, match="WORLD_SIZE='two'"):
+        distributed.start()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT])
+def test_a_signal_is_remembered_not_obeyed(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with Interrupt() as interrupt:
+        assert not interrupt.requested
+        os.kill(os.getpid(), number)
+        assert interrupt.requested
+    assert signal.getsignal(number) == before
+
+
+def test_a_second_ctrl_c_stops_at_once() -> None:
+    with Interrupt():
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)

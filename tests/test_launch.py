@@ -1,0 +1,156 @@
+"""The launchers where there is no Slurm: what they print, what they refuse; and one real run.
+
+tests/slurm holds what needs a scheduler.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+REPO = Path(__file__).resolve().parent.parent
+SCRIPTS = [REPO / "slurm" / "resnet50.sh", REPO / "launch" / "torchrun.sh"]
+RESNET50 = str(REPO / "configs" / "imagenet" / "resnet50.yaml")
+
+NOT_ON_A_LOGIN_NODE = ("torch", "torchvision", "numpy", "nvidia", "mlflow", "PIL")
+BLOCK = f"""
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {NOT_ON_A_LOGIN_NODE}:
+            raise ModuleNotFoundError("blocked: " + name)
+sys.meta_path.insert(0, Block())
+"""
+
+
+def run(command: list, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+    return subprocess.run(
+        [str(part) for part in command],
+        cwd=cwd,
+        env=kept | {"PYTHON": sys.executable} | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.fixture
+def login_node(tmp_path):
+    """PYTHONPATH of an interpreter that has PyYAML and submitit, and cannot import torch."""
+    folder = tmp_path / "login_node"
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(BLOCK)
+    for name in NOT_ON_A_LOGIN_NODE:
+        tried = run([sys.executable, "-c", f"import {name}"], tmp_path, PYTHONPATH=str(folder))
+        assert f"blocked: {name}" in tried.stderr  # or the tests with it would prove nothing
+    return str(folder)
+
+
+def submit(cwd: Path, *arguments: object, **environment: str) -> subprocess.CompletedProcess:
+    return run([sys.executable, REPO / "launch" / "submit.py", *arguments], cwd, **environment)
+
+
+def assert_one_line(done: subprocess.CompletedProcess, *parts: str) -> None:
+    assert done.returncode == 2, done.stdout + done.stderr
+    lines = done.stderr.splitlines()
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("resnet-dist: ")
+    for part in parts:
+        assert part in lines[0]
+
+
+def test_submit_dry_run_needs_neither_torch_nor_slurm_nor_data(tmp_path, login_node):
+    options = ["--nodes", 4, "--gpus-per-node", 8, "--partition", "gpu", "--time-min", 90]
+    options += ["--account", "vision", "--train-images", 1281167, "--dry-run"]
+    done = submit(tmp_path, RESNET50, *options, "train.epochs=50", PYTHONPATH=login_node)
+    assert done.returncode == 0, done.stderr
+    plan, script = done.stdout.split("#!/bin/bash")
+    assert "epochs: 50.0" in plan
+    assert "8 on each of 32 ranks" in plan
+    for line in (
+        "#SBATCH --nodes=4",
+        "#SBATCH --ntasks-per-node=8",
+        "#SBATCH --gpus-per-node=8",
+        "#SBATCH --partition=gpu",
+        "#SBATCH --account=vision",
+        "#SBATCH --time=90",
+        "#SBATCH --signal=USR2@120",
+        "#SBATCH --open-mode=append",
+        "#SBATCH --requeue",
+    ):
+        assert line in script.splitlines()
+    assert "--kill-on-bad-exit=1" in script
+    assert not (tmp_path / "runs").exists()  # a dry run leaves nothing behind
+
+
+def test_submit_refuses_a_bad_config_in_one_line(tmp_path, login_node):
+    done = submit(tmp_path, RESNET50, "optim.base_lrr=1", "--dry-run", PYTHONPATH=login_node)
+    assert_one_line(done, "optim.base_lrr", "did you mean optim.base_lr?")
+
+
+def test_submit_refuses_a_plan_that_cannot_be_before_it_submits(tmp_path, login_node):
+    options = ["--nodes", 64, "--gpus-per-node", 8, "--train-images", 1281167]
+    done = submit(tmp_path, RESNET50, *options, PYTHONPATH=login_node)
+    assert_one_line(done, "train.global_batch_size", "512 ranks")
+
+
+@pytest.mark.parametrize("nodes", ["1", "2"])
+def test_torchrun_refuses_a_bad_config_in_one_line(tmp_path, nodes):
+    ranks = {"NNODES": nodes, "NPROC_PER_NODE": "2"}
+    done = run([SCRIPTS[1], RESNET50, "train.epoch=1"], tmp_path, **ranks)
+    assert_one_line(done, "train.epoch", "did you mean train.epochs?")
+
+
+def test_batch_script_refuses_a_bad_config_before_it_starts_anything(tmp_path):
+    fake = tmp_path / "bin"
+    fake.mkdir()
+    (fake / "scontrol").write_text(f"#!/bin/sh\necho '   Command={SCRIPTS[0]} train.epoch=1'\n")
+    (fake / "srun").write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
+    for command in fake.iterdir():
+        command.chmod(0o755)
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[0-1]", "SLURM_JOB_NUM_NODES": "2"}
+    slurm |= {"SLURM_SUBMIT_DIR": str(tmp_path), "PATH": f"{fake}:{os.environ['PATH']}"}
+    done = run([SCRIPTS[0], "train.epoch=1"], tmp_path, **slurm)
+    assert_one_line(done, "train.epoch", "did you mean train.epochs?")
+    assert not (tmp_path / "started").exists()
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_shell_scripts_are_well_formed(script):
+    assert os.access(script, os.X_OK)
+    checked = run(["bash", "-n", script], REPO)
+    assert checked.returncode == 0, checked.stderr
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+def test_shellcheck_finds_nothing(script):
+    checked = run(["shellcheck", script], REPO)
+    assert checked.returncode == 0, checked.stdout
+
+
+def test_submit_local_trains_on_two_ranks(tmp_path):
+    for split in ("train", "val"):
+        for number in range(12):
+            folder = tmp_path / "data" / split / f"class{number % 2}"
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (32, 32), (20 * number, 255 * (number % 2), 0)).save(
+                folder / f"{number}.png"
+            )
+    done = submit(
+        tmp_path,
+        REPO / "configs" / "quickstart.yaml",
+        *("--local", "--gpus-per-node", 0, "--ranks-per-node", 2),
+        *("name=tiny", "data.root=data", "train.global_batch_size=4", "train.epochs=1"),
+        "tracking.mlflow=false",
+        OMP_NUM_THREADS="1",
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "resnet20 on 2 x cpu" in done.stdout
+    assert "finished at step 3" in done.stdout
+    assert (tmp_path / "runs" / "tiny" / "checkpoints" / "latest" / "state.pt").is_file()

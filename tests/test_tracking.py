@@ -1,0 +1,144 @@
+"""The journal is the truth; a real MLflow database mirrors it and never holds training up."""
+
+import json
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from resnet_dist.compare import compare
+from resnet_dist.config import Config, leaves, to_yaml
+from resnet_dist.errors import UserError
+from resnet_dist.tracking import RunRecord, Tracker
+
+TAGS = {"git.commit": "abc", "world_size": "2", "precision": "fp32", "recipe": "tiny"}
+
+
+@pytest.fixture(autouse=True)
+def _no_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+def start(config: Config, warnings: list[str] | None = None) -> Tracker:
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    (config.run_dir / "config.yaml").write_text(to_yaml(config))
+    said = [] if warnings is None else warnings
+    return Tracker(config, TAGS, records=True, warn=said.append)
+
+
+def test_a_run_in_mlflow(tiny_config: Callable[..., Config], tmp_path: Path) -> None:
+    config = tiny_config("tracking.mlflow=true")
+    warnings: list[str] = []
+    tracker = start(config, warnings)
+    for step in (10, 20):
+        tracker.log(step, {"train/loss": 1 / step, "train/lr": 0.1})
+    tracker.log(20, {"val/acc1": 55.0})
+    (tmp_path / "best").mkdir()
+    (tmp_path / "best" / "state.pt").write_bytes(b"weights")
+    record = tracker.close("FINISHED", {"best": tmp_path / "best"})
+
+    assert warnings == []
+    assert record is not None
+    assert record.tracking_uri == f"sqlite:///{tmp_path}/runs/mlflow.db"  # absolute
+    client = MlflowClient(record.tracking_uri)
+    run = client.get_run(record.run_id)
+    assert (run.info.status, run.info.run_name) == ("FINISHED", "tiny")
+    assert run.data.params == {key: str(value) for key, value in leaves(config).items()}
+    assert TAGS.items() <= run.data.tags.items()
+    history = client.get_metric_history(record.run_id, "train/loss")
+    assert [(point.step, point.value) for point in history] == [(10, 0.1), (20, 0.05)]
+    assert {a.path for a in client.list_artifacts(record.run_id)} == {"best", "config.yaml"}
+    assert (tmp_path / "runs" / "mlartifacts" / record.run_id).is_dir()
+
+    # The same command again: the same run goes on, and no step stands twice.
+    again = start(config, warnings)
+    again.log(20, {"train/loss": 9.0, "val/acc1": 9.0})
+    again.log(30, {"train/loss": 0.04})
+    assert again.close("KILLED", {}) == RunRecord(
+        record.tracking_uri, record.experiment_id, record.run_id, journal_size(config)
+    )
+    history = client.get_metric_history(record.run_id, "train/loss")
+    assert [(point.step, point.value) for point in history] == [(10, 0.1), (20, 0.05), (30, 0.04)]
+    assert client.get_metric_history(record.run_id, "val/acc1")[0].value == 55.0
+    assert client.get_run(record.run_id).info.status == "KILLED"
+
+    # Side by side with a run of another config.
+    other = tiny_config("tracking.mlflow=true", "name=other", "optim.base_lr=0.8")
+    tracker = start(other)
+    tracker.log(10, {"val/acc1": 60.0})
+    second = tracker.close("FINISHED", {})
+    assert second is not None
+    rows = compare(["tiny", str(other.run_dir), second.run_id], tmp_path / "runs").splitlines()
+    assert rows[0].split() == ["tiny", "other", "other"]
+    cells = {row.rsplit("  ", 1)[0].split("  ")[0]: row.split() for row in rows}
+    assert cells["optim.base_lr"] == ["optim.base_lr", "0.4", "0.8", "0.8"]
+    assert "optim.momentum" not in cells  # the same in all
+    assert "best val/acc1" in cells
+    assert "55 (step 20)" in compare(["tiny"], tmp_path / "runs")
+    with pytest.raises(UserError, match="nobody: no run folder below"):
+        compare(["nobody"], tmp_path / "runs")
+    with pytest.raises(UserError, match="no run folder and no"):
+        compare(["nobody"], tmp_path / "elsewhere")
+
+
+def journal_size(config: Config) -> int:
+    return (config.run_dir / "journal.jsonl").stat().st_size
+
+
+def test_the_journal_alone(tiny_config: Callable[..., Config]) -> None:
+    config = tiny_config()
+    tracker = start(config)
+    tracker.log(1, {"train/loss": 1.0})
+    tracker.log(2, {"train/loss": 0.5, "val/acc1": 3.0})
+    assert tracker.close("FINISHED", {}) is None
+    journal = config.run_dir / "journal.jsonl"
+    with open(journal, "a") as file:
+        file.write('{"step": 3, "metr')  # the last write of a killed process
+    tracker = start(config)
+    tracker.log(2, {"train/loss": 7.0})
+    tracker.log(3, {"train/loss": 0.25})
+    tracker.close("FINISHED", {})
+    records = [json.loads(line) for line in journal.read_text().splitlines()]
+    assert [(r["step"], r["metrics"]) for r in records] == [
+        (1, {"train/loss": 1.0}),
+        (2, {"train/loss": 0.5, "val/acc1": 3.0}),
+        (3, {"train/loss": 0.25}),
+    ]
+    assert all(abs(r["time_ms"] / 1000 - time.time()) < 600 for r in records)
+
+
+def test_other_ranks_write_nothing(tiny_config: Callable[..., Config]) -> None:
+    config = tiny_config("tracking.mlflow=true")
+    tracker = Tracker(config, TAGS, records=False, warn=print)
+    tracker.log(1, {"train/loss": 1.0})
+    assert tracker.close("FINISHED", {}) is None
+    assert not config.run_dir.exists()
+
+
+def test_a_dead_server_costs_a_warning_and_no_record(
+    tiny_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]  # closed again below: nobody listens
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    config = tiny_config("tracking.mlflow=true")
+    warnings: list[str] = []
+    tracker = start(config, warnings)
+    began = time.monotonic()
+    tracker.log(1, {"train/loss": 1.0})
+    assert time.monotonic() - began < 0.5  # logging does not wait for the server
+    assert tracker.close("FINISHED", {}) is None
+    assert any("training goes on" in line for line in warnings)
+    assert "train/loss" in (config.run_dir / "journal.jsonl").read_text()
+
+    # The server is back (here: the local database): the next start sends what it missed.
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    record = start(config, warnings).close("FINISHED", {})
+    assert record is not None
+    client = MlflowClient(record.tracking_uri)
+    assert client.get_metric_history(record.run_id, "train/loss")[0].value == 1.0

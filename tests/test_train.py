@@ -1,0 +1,240 @@
+"""Training end to end: N ranks equal one, resume equals no stop, scores are exact."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from multirank import run_ranks
+
+from resnet_dist import checkpoint
+from resnet_dist.config import Config
+from resnet_dist.errors import UserError
+from resnet_dist.evaluate import Score, evaluate_checkpoint
+from resnet_dist.job import Job
+from resnet_dist.train import Outcome, remember, train
+
+
+def run(rank: int, world_size: int, config: Config) -> str:
+    return train(config, "test").name
+
+
+def weights(config: Config, which: str = "latest") -> dict[str, torch.Tensor]:
+    return checkpoint.load(config.run_dir / "checkpoints" / which)["model"]
+
+
+def journal(config: Config) -> dict[int, dict[str, float]]:
+    metrics: dict[int, dict[str, float]] = {}
+    for line in (config.run_dir / "journal.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        metrics.setdefault(record["step"], {}).update(record["metrics"])
+    return metrics
+
+
+def run_on(world_size: int, config: Config) -> dict[str, torch.Tensor]:
+    outcomes = run_ranks(run, world_size, config, init_process_group=False, timeout_s=200)
+    assert outcomes == ["FINISHED"] * world_size
+    return weights(config)
+
+
+def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    assert list(a) == list(b)
+    return max((a[key].double() - b[key].double()).abs().max().item() for key in a)
+
+
+def test_n_ranks_equal_one(tiny_config: Callable[..., Config]) -> None:
+    """A batch of 8 on 1, 2 and 3 ranks (3+3+2, 2+3+3 images), synchronized BN, three steps."""
+    settings = ["train.epochs=1", "optim.base_lr=0.05", "optim.clip_grad_norm=1.0"]
+    alone = run_on(1, tiny_config("name=w1", *settings))
+    for world_size in (2, 3):
+        config = tiny_config(f"name=w{world_size}", *settings)
+        assert largest_difference(run_on(world_size, config), alone) < 2e-4
+        for step, metrics in journal(config).items():
+            first = journal(tiny_config("name=w1", *settings))[step]
+            assert metrics["train/loss"] == pytest.approx(first["train/loss"], rel=1e-3)
+            assert metrics["train/lr"] == first["train/lr"]
+    # The test can fail: without synchronized BN the same two ranks go elsewhere.
+    config = tiny_config("name=local", "model.sync_batchnorm=none", *settings)
+    assert largest_difference(run_on(2, config), alone) > 1e-3
+
+
+def test_accumulation_is_weighted_by_count(tiny_config: Callable[..., Config]) -> None:
+    """2 ranks x 2 passes and 1 rank x 4 passes of 2 images: the same slices, each its own BN batch.
+
+    Without synchronized BN each slice is normalized alone, so the gradients must be equal.
+    """
+    settings = ["train.epochs=1", "model.sync_batchnorm=none", "train.max_local_batch_size=2"]
+    one = tiny_config("name=w1", "optim.base_lr=0.05", *settings)
+    two = tiny_config("name=w2", "optim.base_lr=0.05", *settings)
+    first, second = run_on(1, one), run_on(2, two)
+    parameters = {k for k in first if "running" not in k and "num_batches" not in k}
+    differences = [(first[k] - second[k]).abs().max().item() for k in parameters]
+    assert max(differences) < 2e-4
+
+
+def test_resume_equals_no_stop(tiny_config: Callable[..., Config]) -> None:
+    """Stopped by a signal to one of two ranks; the same command goes on, to the last bit."""
+    whole = tiny_config("name=whole", "train.epochs=4")
+    run_on(2, whole)
+    parts = replace(whole, name="parts")
+    outcomes = run_ranks(run_and_interrupt, 2, parts, init_process_group=False, timeout_s=200)
+    assert outcomes == ["PREEMPTED"] * 2
+    stopped = checkpoint.load(parts.run_dir / "checkpoints" / "latest")["step"]
+    assert 0 < stopped < 12
+    run_on(2, parts)
+    assert largest_difference(weights(parts), weights(whole)) == 0
+    ours, theirs = journal(parts), journal(whole)
+    assert list(ours) == list(theirs)
+    for step in theirs:
+        for name in ("train/loss", "train/acc1", "train/lr", "val/acc1", "val/loss"):
+            assert ours[step].get(name) == theirs[step].get(name)
+    # Once more: nothing is left to do, and nothing is logged.
+    before = (parts.run_dir / "journal.jsonl").read_bytes()
+    run_on(2, parts)
+    assert (parts.run_dir / "journal.jsonl").read_bytes() == before
+
+
+def run_and_interrupt(rank: int, world_size: int, config: Config) -> str:
+    """Rank 1 is told to stop once the first step is on record."""
+    if rank == 1:
+
+        def watch() -> None:
+            path = config.run_dir / "journal.jsonl"
+            while not (path.exists() and path.stat().st_size):
+                threading.Event().wait(0.01)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        threading.Thread(target=watch, daemon=True).start()
+    return train(config, "test").name
+
+
+def test_a_resumed_run_may_have_another_world(tiny_config: Callable[..., Config]) -> None:
+    whole = tiny_config("name=whole", "optim.base_lr=0.05")
+    run_on(1, whole)
+    parts = replace(whole, name="parts")
+    run_ranks(run_and_interrupt, 2, parts, init_process_group=False, timeout_s=200)
+    assert run_on(3, parts).keys() == weights(whole).keys()
+    assert largest_difference(weights(parts), weights(whole)) < 5e-3
+    assert list(journal(parts)) == list(journal(whole))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_evaluation_is_exact_on_any_world(
+    tiny_config: Callable[..., Config], world_size: int
+) -> None:
+    """17 images, uneven batches of at most 4. `evaluate` gives what training printed."""
+    config = tiny_config("train.epochs=1", "train.max_local_batch_size=4")
+    run_on(2, config)
+    last = journal(config)[3]
+    path = config.run_dir / "checkpoints" / "latest"
+    scores = run_ranks(score_of, world_size, path, init_process_group=False)
+    assert len(set(scores)) == 1
+    assert scores[0].images == 17
+    assert scores[0].acc1 == pytest.approx(last["val/acc1"])
+    assert scores[0].acc5 == 100  # of three classes
+    assert scores[0].loss == pytest.approx(last["val/loss"], rel=1e-5)
+
+
+def score_of(rank: int, world_size: int, path: Path) -> Score:
+    return evaluate_checkpoint(path, [])
+
+
+def test_local_batchnorm_agrees_before_it_is_used(tiny_config: Callable[..., Config]) -> None:
+    config = tiny_config("train.epochs=1", "model.sync_batchnorm=none", "optim.base_lr=0.05")
+    run_on(2, config)
+    score = run_ranks(score_of, 1, config.run_dir, init_process_group=False)[0]
+    assert score.loss == pytest.approx(journal(config)[3]["val/loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_low_precision_trains(tiny_config: Callable[..., Config], precision: str) -> None:
+    config = tiny_config("train.epochs=1", f"train.precision={precision}")
+    run_on(2, config)
+    losses = [metrics["train/loss"] for metrics in journal(config).values()]
+    assert all(0 < loss < 20 for loss in losses)
+    content = checkpoint.load(config.run_dir)
+    assert bool(content["scaler"]) == (precision == "fp16")
+    assert content["model"]["conv1.weight"].dtype == torch.float32
+
+
+def test_the_plateau_rule_drops_and_remembers(tiny_config: Callable[..., Config]) -> None:
+    config = tiny_config("optim.schedule=plateau", "optim.plateau_patience_evals=2")
+    state = checkpoint.TrainState(torch.nn.Linear(1, 1), None, None)  # type: ignore[arg-type]
+    job = Job(config, None, None, state, None, None, None, None, None)  # type: ignore[arg-type]
+    for step, right in enumerate([5, 6, 6, 4, 6, 7, 1, 1], start=1):
+        state.step = step
+        remember(job, Score(right, right, 0.0, 10))
+    assert (state.best_acc1, state.best_step) == (70.0, 6)
+    assert state.plateau_drops == [4, 8]
+
+
+def test_another_config_or_other_data_is_refused(
+    tiny_config: Callable[..., Config], tiny_folder: Path, tmp_path: Path
+) -> None:
+    run_on(1, tiny_config("train.epochs=1"))
+    for override, line in [
+        ("optim.base_lr=0.3", r"command line: optim\.base_lr=0\.3: differs from .* is 0\.4"),
+        ("seed=1", r"seed=1: differs"),
+    ]:
+        with pytest.raises(UserError, match=line):
+            train(tiny_config("train.epochs=1", override), "test")
+    other = tmp_path / "other"
+    for path in tiny_folder.rglob("*.jpg"):
+        target = other / path.relative_to(tiny_folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.symlink_to(path.with_name("0.jpg") if path.stem == "1" else path)
+    with pytest.raises(UserError, match="not the training images that"):
+        train(tiny_config("train.epochs=1", f"data.root={other}"), "test")
+    # What does not change the result may change.
+    moved = tmp_path / "moved"
+    moved.symlink_to(tiny_folder)
+    free = tiny_config("train.epochs=1", f"data.root={moved}", "train.log_every_steps=2")
+    assert train(free, "test") is Outcome.FINISHED
+
+
+def test_train_and_val_must_have_the_same_classes(
+    tiny_config: Callable[..., Config], tiny_folder: Path, tmp_path: Path
+) -> None:
+    for split, classes in {"train": (0, 1, 2), "val": (0, 1)}.items():
+        for label in classes:
+            (tmp_path / "data" / split).mkdir(parents=True, exist_ok=True)
+            source = tiny_folder / split / f"class{label}"
+            (tmp_path / "data" / split / f"class{label}").symlink_to(source)
+    with pytest.raises(UserError, match="differ in 1 class folders, such as class2"):
+        train(tiny_config(f"data.root={tmp_path}/data"), "test")
+
+
+def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    repository = Path(__file__).parent.parent
+    return subprocess.run(
+        [*command, "-m", "resnet_dist", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        cwd=repository,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
+
+def test_the_command_line_of_the_readme(tiny_yaml: Path, tmp_path: Path) -> None:
+    """torchrun, two ranks, MLflow; only rank 0 speaks, and its words lead to what is there."""
+    done = torchrun("train", str(tiny_yaml), "tracking.mlflow=true", "train.epochs=1")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("tiny: resnet20 on 2 x") == 1
+    assert done.stdout.count("finished at step 3") == 1
+    for part in ("best val", "mlflow ui --backend-store-uri sqlite:///", "/model-metrics"):
+        assert part in done.stdout
+    assert (tmp_path / "runs/tiny/checkpoints/best/state.pt").exists()
+    assert (tmp_path / "runs/tiny/config.yaml").exists()
+    wrong = torchrun("train", str(tiny_yaml), "name=wrong", "train.global_batch_size=1")
+    assert wrong.returncode != 0
+    assert wrong.stderr.count("resnet-dist: command line: train.global_batch_size=1: cannot") == 1
+    assert not (tmp_path / "runs/wrong").exists()
