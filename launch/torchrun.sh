@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Trains on this machine, or on several without a scheduler. The same command again goes on where
-# it stopped; Ctrl-C saves first.
+# it stopped; Ctrl-C saves first (torchrun then ends with a traceback of its own, and code 1).
 #
 #   launch/torchrun.sh configs/imagenet/resnet50.yaml name=first train.epochs=50
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=10.0.0.1 launch/torchrun.sh CONFIG.yaml     # on 10.0.0.1
@@ -25,6 +25,9 @@ ranks=${NPROC_PER_NODE:-$("$PYTHON" -c 'import torch; print(torch.cuda.device_co
 # The ranks share the cores; without a number each would start a thread per core.
 cores=$(nproc)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > ranks ? cores / ranks : 1))}
+
+# Time for the ranks to save after Ctrl-C or TERM, before torchrun kills them.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120}
 
 # A mistake in the config costs one line and exit code 2, not a traceback per rank.
 "$PYTHON" -m resnet_dist train "$@" --dry-run --world-size "$((nodes * ranks))" >/dev/null

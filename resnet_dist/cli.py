@@ -14,6 +14,7 @@ from resnet_dist.config_file import load_config
 from resnet_dist.data.listing import count_images
 from resnet_dist.errors import UserError
 from resnet_dist.plan import Plan
+from resnet_dist.run_folder import check_run_folder
 
 # The verbs import what they need: a dry run works without torch, and `compare` without DALI.
 
@@ -76,6 +77,7 @@ def dry_run(config: Config, world_size: int, train_images: int | None) -> str:
             )
         except UserError as error:
             raise UserError(f"{error} (--train-images N plans without the data)") from None
+    check_run_folder(config)
     return to_yaml(config) + "\n" + Plan.of(config, world_size, train_images, val_images).describe()
 
 

@@ -1,7 +1,5 @@
 """The folder of a run: its merged config, and the refusal to go on with another one."""
 
-from typing import Any
-
 import yaml
 
 from resnet_dist.config import Config, leaves, to_yaml
@@ -25,16 +23,20 @@ def open_run_folder(config: Config) -> None:
     Raises:
         UserError: the folder belongs to a run with other settings.
     """
-    path = config.run_dir / "config.yaml"
-    if path.exists():
-        saved = leaves(config_from_dict(yaml.safe_load(path.read_text()), str(path)))
-        _refuse_change(config, saved)
+    check_run_folder(config)
     config.run_dir.mkdir(parents=True, exist_ok=True)
-    path.write_text(to_yaml(config))
+    (config.run_dir / "config.yaml").write_text(to_yaml(config))
 
 
-def _refuse_change(config: Config, saved: dict[str, Any]) -> None:
+def check_run_folder(config: Config) -> None:
+    """Raises UserError where the folder belongs to a run with other settings."""
+    path = config.run_dir / "config.yaml"
+    if not path.exists():
+        return
+    saved = leaves(config_from_dict(yaml.safe_load(path.read_text()), str(path)))
     for key, value in leaves(config).items():
         if value != saved[key] and not key.startswith(FREE_TO_CHANGE):
-            why = f"differs from {config.run_dir}/config.yaml: give another name=, or go on as it was"
+            why = (
+                f"differs from {config.run_dir}/config.yaml: give another name=, or go on as it was"
+            )
             raise config.invalid(key, why, saved[key])

@@ -95,8 +95,8 @@ export RDZV_ID=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
 export RANKS_PER_NODE=$ranks_per_node MAX_RESTARTS=${MAX_RESTARTS:-3} PYTHON
 cpus=${SLURM_CPUS_PER_TASK:-1}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cpus > ranks_per_node ? cpus / ranks_per_node : 1))}
-# The ranks meet anew after a restart; with torchrun's shared store (torch 2.11 to 2.14) they find
-# the addresses of the dead and never do.
+# After a restart the ranks meet anew; through the store that torchrun shares by default they would
+# look for each other at the addresses of the dead (seen with torch 2.13 and gloo).
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 
 # c10d and not static: with c10d a node whose rank has died calls the others to a new rendezvous;
