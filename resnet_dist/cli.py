@@ -77,8 +77,13 @@ def dry_run(config: Config, world_size: int, train_images: int | None) -> str:
             )
         except UserError as error:
             raise UserError(f"{error} (--train-images N plans without the data)") from None
-    check_run_folder(config)
-    return to_yaml(config) + "\n" + Plan.of(config, world_size, train_images, val_images).describe()
+    plan = Plan.of(config, world_size, train_images, val_images)
+    text = to_yaml(config) + "\n" + plan.describe()
+    try:
+        check_run_folder(config)
+    except UserError as error:  # the plan is worth reading all the same
+        text += f"\n\nnot to be trained under this name: {error}"
+    return text
 
 
 def recipe_name(path: str) -> str:

@@ -72,6 +72,11 @@ class World:
         """The group of the ranks of this node; None where that is this rank alone."""
         if self.local_size == 1:
             return None
+        if self.size % self.local_size:
+            raise UserError(
+                f"model.sync_batchnorm=node: {self.size} ranks are no whole number of nodes of "
+                f"{self.local_size}; give each node as many, or model.sync_batchnorm=world"
+            )
         backend = None if self.group is None else "nccl"
         group, _ = dist.new_subgroups(self.local_size, backend=backend)
         return group

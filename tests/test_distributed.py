@@ -47,6 +47,19 @@ def test_every_rank_hears_the_same(world_size: int) -> None:
         assert (kind, "a bug" in text) == ("ValueError" if rank == 0 else "RuntimeError", True)
 
 
+def sum_within_the_node(rank: int, world_size: int) -> float:
+    os.environ["LOCAL_WORLD_SIZE"] = "2"
+    world = distributed.start()
+    ones = torch.tensor([float(rank)])
+    torch.distributed.all_reduce(ones, group=world.node_group())
+    distributed.stop()
+    return ones.item()
+
+
+def test_a_node_is_its_own_ranks() -> None:
+    assert run_ranks(sum_within_the_node, 4, init_process_group=False) == [1.0, 1.0, 5.0, 5.0]
+
+
 def test_a_world_of_one_needs_no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
