@@ -30,6 +30,7 @@ from resnet_dist.cli import dry_run, recipe_name  # noqa: E402
 from resnet_dist.config import Config  # noqa: E402
 from resnet_dist.config_file import load_config  # noqa: E402
 from resnet_dist.errors import UserError  # noqa: E402
+from resnet_dist.interrupt import Interrupt  # noqa: E402
 
 SIGNAL_BEFORE_LIMIT_S = 120
 KILLED_WITHIN_S = 300  # Slurm's KillWait is 30 s where nobody changed it
@@ -49,24 +50,23 @@ class Training:
         # Each rank sees all GPUs of its node and takes number LOCAL_RANK.
         job.export(set_cuda_visible_devices=False, overwrite=True)
         os.environ["MASTER_ADDR"] = address_of(job.master_addr)
-        from resnet_dist.train import Outcome, train
-
         # submitit's handler of USR2 saves nothing and requeues at once, in the middle of a step.
-        # train() has its own, under which all ranks stop at the same step; before and after it
-        # there is nothing to save.
-        for number in (signal.SIGUSR1, signal.SIGUSR2):
-            signal.signal(number, signal.SIG_IGN)
-        try:
-            outcome = train(self.config, self.recipe)
-        except UserError as error:
-            if job.rank == 0:
-                print(f"resnet-dist: {error}", file=sys.stderr, flush=True)
-            sys.exit(2)
-        # Here every rank has saved. On a workstation who stops a job means it; in Slurm it goes on
-        # in the queue.
-        if outcome is Outcome.PREEMPTED and "SLURM_JOB_ID" in os.environ:
-            requeue(os.environ["SLURM_JOB_ID"], job.rank)
-        return outcome.name
+        # Interrupt only remembers, and all ranks stop at the same step. It listens to the end: a
+        # signal that comes twice must not find submitit's handler again.
+        with Interrupt() as interrupt:
+            from resnet_dist.train import Outcome, train
+
+            try:
+                outcome = train(self.config, self.recipe, interrupt)
+            except UserError as error:
+                if job.rank == 0:
+                    print(f"resnet-dist: {error}", file=sys.stderr, flush=True)
+                sys.exit(2)
+            # Here every rank has saved. On a workstation who stops a job means it; in Slurm it
+            # goes on in the queue.
+            if outcome is Outcome.PREEMPTED and "SLURM_JOB_ID" in os.environ:
+                requeue(os.environ["SLURM_JOB_ID"], job.rank)
+            return outcome.name
 
 
 def address_of(node: str) -> str:

@@ -62,16 +62,18 @@ class TrainState:
         self.evals_since_best = saved["plateau"]["evals_since_best"]
 
 
-def save(state: TrainState, config: Config, classes: tuple[str, ...], fingerprint: str) -> Path:
-    """Writes a checkpoint of `state` and points `latest` (and `best`) at it. For one rank only."""
+def save(state: TrainState, config: Config, facts: dict[str, Any]) -> Path:
+    """Writes a checkpoint of `state` and points `latest` (and `best`) at it. For one rank only.
+
+    facts: what else must be known to use it (classes, the data's fingerprint): plain values.
+    """
     folder = config.run_dir / "checkpoints"
     final = folder / f"step-{state.step:08d}"
     if not final.exists():
         content = state.state_dict() | {
             "format": FORMAT,
             "config": to_dict(config),
-            "classes": list(classes),
-            "data_fingerprint": fingerprint,
+            **facts,
         }
         partial = folder / f".partial-{final.name}"
         shutil.rmtree(partial, ignore_errors=True)
@@ -99,9 +101,12 @@ def save(state: TrainState, config: Config, classes: tuple[str, ...], fingerprin
 
 
 def latest(run_dir: Path) -> Path | None:
-    """The newest complete checkpoint of a run, or None."""
-    link = run_dir / "checkpoints" / "latest"
-    return link.resolve() if link.exists() else None
+    """The newest complete checkpoint of a run, or None.
+
+    By name, not by the link: that is one step behind if its writer died between the two, and lost
+    if somebody copied the folder without links.
+    """
+    return max((run_dir / "checkpoints").glob("step-*"), default=None)
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -128,6 +133,8 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def _remove_old(folder: Path, keep: int) -> None:
+    for leftover in (*folder.glob(".partial-*"), *folder.glob(".removed-*")):
+        shutil.rmtree(leftover)  # of a writer that was killed
     checkpoints = sorted(folder.glob("step-*"))
     kept = {(folder / link).resolve() for link in ("latest", "best")} | {
         path.resolve() for path in checkpoints[-keep:]

@@ -6,6 +6,7 @@ Exit codes: 0 done (or stopped cleanly on request), 2 bad input (one line says w
 import argparse
 import os
 import sys
+import time
 from pathlib import Path
 
 from resnet_dist import __version__
@@ -13,8 +14,11 @@ from resnet_dist.config import Config, to_yaml
 from resnet_dist.config_file import load_config
 from resnet_dist.data.listing import count_images
 from resnet_dist.errors import UserError
+from resnet_dist.interrupt import Interrupt
 from resnet_dist.plan import Plan
 from resnet_dist.run_folder import check_run_folder
+
+OTHER_RANKS_LINGER_SECONDS = 5.0
 
 # The verbs import what they need: a dry run works without torch, and `compare` without DALI.
 
@@ -23,26 +27,34 @@ def main(argv: list[str] | None = None) -> None:
     parser = _parser()
     # argparse takes no overrides after an option (`train x.yaml --dry-run seed=1`): they are left.
     arguments, left = parser.parse_known_args(argv)
-    if left and (not hasattr(arguments, "overrides") or any(text[0] == "-" for text in left)):
+    if left and (not hasattr(arguments, "overrides") or any(text.startswith("-") for text in left)):
         parser.error(f"unrecognized arguments: {' '.join(left)}")
     if left:
         arguments.overrides += left
     try:
         arguments.verb(arguments)
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":  # under torchrun one rank speaks for all
+        # A UserError is the same on every rank: rank 0 speaks for all. The others linger, as
+        # torchrun ends all ranks when the first one leaves.
+        if os.environ.get("RANK", "0") == "0":
             print(f"resnet-dist: {error}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(OTHER_RANKS_LINGER_SECONDS)
         sys.exit(2)
 
 
 def _train(arguments: argparse.Namespace) -> None:
     config = load_config(arguments.config, arguments.overrides)
     if arguments.dry_run:
-        print(dry_run(config, arguments.world_size, arguments.train_images))
+        world_size = arguments.world_size or int(os.environ.get("WORLD_SIZE", "1"))
+        print(dry_run(config, world_size, arguments.train_images))
         return
-    from resnet_dist.train import train
+    if arguments.world_size or arguments.train_images:
+        raise UserError("command line: --world-size and --train-images go with --dry-run")
+    with Interrupt() as interrupt:  # before torch: its import takes seconds
+        from resnet_dist.train import train
 
-    train(config, recipe=recipe_name(arguments.config))
+        train(config, recipe_name(arguments.config), interrupt)
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
@@ -107,7 +119,6 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--world-size",
         type=_positive,
-        default=int(os.environ.get("WORLD_SIZE", "1")),
         metavar="N",
         help="dry run: plan for N ranks",
     )

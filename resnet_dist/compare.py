@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from resnet_dist.errors import UserError
-from resnet_dist.tracking import RunRecord, mlflow_client, tracking_uri
+from resnet_dist.tracking import RunRecord, mlflow_client, tracking_uri, without_credentials
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -61,7 +61,9 @@ def _find(name: str, run_root: Path) -> tuple[Any, "Run"]:
     for folder in (Path(name), run_root / name):
         record = RunRecord.read(folder)
         if record is not None:
-            uri, run_id = record.tracking_uri, record.run_id
+            run_id = record.run_id
+            if without_credentials(uri) != record.tracking_uri:
+                uri = record.tracking_uri
             break
     local = uri.removeprefix("sqlite:///")
     if local != uri and not Path(local).is_file():

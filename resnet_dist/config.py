@@ -78,7 +78,6 @@ class TrainConfig:
     # The most images one rank takes through the network at once: what fits in its memory.
     max_local_batch_size: int = 128
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    channels_last: bool = True
     log_every_steps: int = 50
     eval_every_epochs: float = 1.0
     save_every_epochs: float = 1.0
@@ -169,7 +168,12 @@ _AT_LEAST: dict[str, float] = {  # key -> smallest legal value
     "train.log_every_steps": 1,
     "train.keep_checkpoints": 1,
 }
-_AT_MOST: dict[str, float] = {"optim.momentum": 1, "optim.label_smoothing": 1, "optim.gamma": 1}
+_AT_MOST: dict[str, float] = {
+    "seed": 2**63 - 1,
+    "optim.momentum": 1,
+    "optim.label_smoothing": 1,
+    "optim.gamma": 1,
+}
 _ABOVE_ZERO: dict[str, float] = {  # key -> a sane small value to name
     "train.epochs": 1,
     "train.eval_every_epochs": 1,

@@ -34,17 +34,29 @@ def config_from_dict(nested: dict[str, Any], origin: str, overrides: Sequence[st
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 1e-4 as a float (YAML 1.2) and refuses a key written twice."""
+    """SafeLoader with YAML 1.2's numbers (1e-4 is a float; 1:30, 010 and dates are text)."""
 
 
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, form) for tag, form in forms if tag.split(":")[-1] in ("bool", "null", "merge")]
+    for first, forms in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_NUMBER_START = list("-+.0123456789")
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:int", re.compile(r"^[-+]?(0|[1-9][0-9]*)$"), _NUMBER_START
+)
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
+    re.compile(
+        r"^([-+]?(\.[0-9]+|[0-9]+\.[0-9]*)([eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+"
+        r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"
+    ),
+    _NUMBER_START,
 )
 
 
 def _mapping_without_duplicates(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    """A key that stands twice is a mistake; PyYAML would take the last."""
     keys = [loader.construct_object(key, deep=True) for key, _ in node.value]
     for number, key in enumerate(keys):
         if key in keys[:number]:
@@ -66,6 +78,8 @@ def _parse_yaml(text: str, origin: str) -> Any:
         where = f"{origin}:{mark.line + 1}" if mark else origin
         problem = getattr(error, "problem", None) or str(error)
         raise UserError(f"{where}: not valid YAML: {' '.join(problem.split())}") from None
+    except (ValueError, RecursionError, TypeError) as error:  # PyYAML lets some of its own out
+        raise UserError(f"{origin}: not valid YAML: {' '.join(str(error).split())}") from None
 
 
 def _read_file(path: Path, children: tuple[Path, ...]) -> dict[str, tuple[Any, str]]:

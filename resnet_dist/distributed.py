@@ -5,11 +5,9 @@ which torchrun sets and every other launcher exports. Without them the world is 
 """
 
 import os
-import signal
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import FrameType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -68,15 +66,37 @@ class World:
             raise UserError(text) if known else RuntimeError(text)
         return answer[0]
 
+    def on_all(self, function: Callable[[], T]) -> T:
+        """Runs `function` on every rank; if it fails on one, all raise that rank's UserError."""
+        if self.size == 1:
+            return function()
+        result, failure = None, None
+        try:
+            result = function()
+        except UserError as error:
+            failure = str(error)
+        failures: list[str | None] = [None] * self.size
+        dist.all_gather_object(failures, failure)
+        for rank, text in enumerate(failures):
+            if text is not None:
+                raise UserError(f"rank {rank}: {text}")
+        return cast(T, result)
+
     def node_group(self) -> dist.ProcessGroup | None:
-        """The group of the ranks of this node; None where that is this rank alone."""
+        """The group of the ranks of this node; None where each node has one rank alone.
+
+        Raises:
+            UserError: the nodes have different numbers of ranks.
+        """
+        local_sizes: list[int | None] = [None] * self.size
+        dist.all_gather_object(local_sizes, self.local_size)
+        if set(local_sizes) != {self.local_size}:
+            raise UserError(
+                f"model.sync_batchnorm=node: nodes have different numbers of ranks: {local_sizes}; "
+                "give each node as many, or model.sync_batchnorm=world"
+            )
         if self.local_size == 1:
             return None
-        if self.size % self.local_size:
-            raise UserError(
-                f"model.sync_batchnorm=node: {self.size} ranks are no whole number of nodes of "
-                f"{self.local_size}; give each node as many, or model.sync_batchnorm=world"
-            )
         backend = None if self.group is None else "nccl"
         group, _ = dist.new_subgroups(self.local_size, backend=backend)
         return group
@@ -92,6 +112,8 @@ def start() -> World:
     rank = _from_environment("RANK", 0 if size == 1 else None)
     local_rank = _from_environment("LOCAL_RANK", 0 if size == 1 else None)
     local_size = _from_environment("LOCAL_WORLD_SIZE", size)
+    if not rank < size:
+        raise UserError(f"environment: RANK={rank}: must be below WORLD_SIZE={size}")
     device = torch.device("cpu")
     if torch.cuda.is_available():
         # Some launchers show each rank its own GPU only, as number 0.
@@ -100,11 +122,15 @@ def start() -> World:
     if size == 1:
         return World(rank, local_rank, size, local_size, device)
     if not dist.is_initialized():
+        for name in ("MASTER_ADDR", "MASTER_PORT"):
+            if not os.environ.get(name):
+                raise UserError(f"environment: {name} is not set; start the ranks with torchrun")
         dist.init_process_group("gloo", rank=rank, world_size=size)
     # The default group is gloo, for flags and objects on the CPU; gradients and BN statistics go
     # over NCCL, which refuses two ranks on one GPU: there gloo carries them too, slowly.
+    gpus = _gpus_of_all_ranks(device, size)
     group: Any = None
-    if device.type == "cuda" and _has_own_gpu(device, size):
+    if device.type == "cuda" and len(set(gpus)) == size:
         group = dist.new_group(backend="nccl")
     return World(rank, local_rank, size, local_size, device, group)
 
@@ -124,36 +150,17 @@ def _from_environment(name: str, default: int | None) -> int:
     return int(text)
 
 
-def _has_own_gpu(device: torch.device, size: int) -> bool:
-    gpus: list[Any] = [None] * size
-    dist.all_gather_object(
-        gpus, (os.uname().nodename, torch.cuda.get_device_properties(device).uuid)
-    )
-    return len(set(map(str, gpus))) == size
-
-
-class Interrupt:
-    """Remembers a request to stop; the loop asks at a step boundary, where all ranks agree.
-
-    SIGTERM: schedulers and torchrun. SIGUSR1, SIGUSR2: Slurm's and submitit's early warnings.
-    SIGINT: Ctrl-C; a second one stops at once.
-    """
-
-    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
-
-    def __init__(self) -> None:
-        self.requested = False
-        self._before: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> "Interrupt":
-        self._before = {number: signal.signal(number, self._remember) for number in self.SIGNALS}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _remember(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
+def _gpus_of_all_ranks(device: torch.device, size: int) -> list[str]:
+    """Each rank's host and GPU. Raises UserError where only some ranks have one."""
+    mine = [os.uname().nodename, ""]
+    if device.type == "cuda":
+        mine[1] = str(torch.cuda.get_device_properties(device).uuid)
+    all_ranks: list[Any] = [None] * size
+    dist.all_gather_object(all_ranks, mine)
+    hosts_without = sorted({host for host, gpu in all_ranks if not gpu})
+    if hosts_without and any(gpu for _, gpu in all_ranks):
+        raise UserError(
+            f"no working GPU on {', '.join(hosts_without)}, while other ranks have one; "
+            "look at nvidia-smi there, or leave these hosts out"
+        )
+    return [f"{host} {gpu}" for host, gpu in all_ranks]

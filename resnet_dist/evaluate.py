@@ -80,7 +80,7 @@ def evaluate_checkpoint(path: Path, overrides: list[str]) -> Score:
         UserError: no such checkpoint, or its classes are not those of the data.
     """
     world = distributed.start()
-    saved = checkpoint.load(path)
+    saved = world.on_all(lambda: checkpoint.load(path))
     config = config_from_dict(saved["config"], str(path), overrides)
     index = load_index(config, "val", world)
     if list(index.classes) != saved["classes"]:
@@ -90,9 +90,10 @@ def evaluate_checkpoint(path: Path, overrides: list[str]) -> Score:
         )
     model = build_model(config.model.name, len(index.classes))
     model.load_state_dict(saved["model"])
-    layout = torch.channels_last if config.train.channels_last else torch.contiguous_format
-    model = model.to(world.device, memory_format=layout)  # type: ignore[call-overload]
+    model = model.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     loader = make_loader(index, config, world, config.data.eval_crop_px)
     batch_size = config.train.max_local_batch_size
     requests = eval_requests(config, index, world.rank, world.size, batch_size)
-    return evaluate(model, loader.batches(requests), world, config.train.precision)
+    score = evaluate(model, loader.batches(requests), world, config.train.precision)
+    distributed.stop()
+    return score

@@ -2,7 +2,6 @@
 
 import inspect
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -72,12 +71,13 @@ def build_network(config: Config, world: World, num_classes: int) -> nn.Module:
     """The network of the config, on the device, its BN synchronized as asked."""
     torch.manual_seed(config.seed)  # the same weights on every rank
     model = build_model(config.model.name, num_classes, config.model.zero_init_last_gamma)
-    if config.model.sync_batchnorm == "world" and world.size > 1:
+    if world.size > 1 and config.model.sync_batchnorm == "world":
         model = convert_sync_batchnorm(model, world.group)
-    elif config.model.sync_batchnorm == "node" and world.local_size > 1:
-        model = convert_sync_batchnorm(model, world.node_group())
-    layout = torch.channels_last if config.train.channels_last else torch.contiguous_format
-    return model.to(world.device, memory_format=layout)  # type: ignore[call-overload]
+    elif world.size > 1 and config.model.sync_batchnorm == "node":
+        group = world.node_group()
+        model = model if group is None else convert_sync_batchnorm(model, group)
+    # Tensor cores want channels last; the loader delivers images so.
+    return model.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def distribute(network: nn.Module, world: World) -> nn.Module:
@@ -97,28 +97,47 @@ def distribute(network: nn.Module, world: World) -> nn.Module:
     )
 
 
-def restore(job: Job) -> Path | None:
-    """Goes on from the run folder's newest checkpoint, if it has one. Every rank reads it."""
+def restore(job: Job) -> str | None:
+    """Goes on from the run folder's newest checkpoint, if it has one. Every rank reads it.
+
+    Returns what there is to say about it.
+    """
     path = job.world.on_main(lambda: checkpoint.latest(job.config.run_dir))
     if path is None:
         return None
-    saved = checkpoint.load(path)
+    saved = job.world.on_all(lambda: checkpoint.load(path))
     if saved["data_fingerprint"] != job.train_index.fingerprint:
         raise UserError(
             f"data.root={job.config.data.root}: not the training images that {path} was made with; "
             "give the same images, or another name="
         )
     job.state.load_state_dict(saved)
-    return path
+    said = f"resumed from {path}"
+    before, now = saved["bn_batch_size"], bn_batch_size(job)
+    if before != now:
+        said += (
+            f"\nwarning: BN normalizes {now} images together, {before} before: the world or "
+            "train.max_local_batch_size has changed"
+        )
+    return said
+
+
+def bn_batch_size(job: Job) -> int:
+    """The most images that are normalized together: local batch x the ranks that share BN."""
+    sharing = {"world": job.world.size, "node": job.world.local_size, "none": 1}
+    local = job.plan.local_batch_size * sharing[job.config.model.sync_batchnorm]
+    return min(local, job.plan.global_batch_size)
 
 
 def save(job: Job) -> None:
     """Writes a checkpoint. Every rank calls it; rank 0 writes, the others wait."""
     _agree_on_running_stats(job)
-    index = job.train_index
-    job.world.on_main(
-        lambda: checkpoint.save(job.state, job.config, index.classes, index.fingerprint)
-    )
+    facts = {
+        "classes": list(job.train_index.classes),
+        "data_fingerprint": job.train_index.fingerprint,
+        "bn_batch_size": bn_batch_size(job),
+    }
+    job.world.on_main(lambda: checkpoint.save(job.state, job.config, facts))
 
 
 def evaluate_now(job: Job) -> Score:

@@ -14,11 +14,11 @@ def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.SGD:
     """
     weights = [p for p in model.parameters() if p.ndim >= 2]
     norms_and_biases = [p for p in model.parameters() if p.ndim < 2]
-    no_decay = optim.weight_decay if optim.decay_norm_and_bias else 0.0
+    norm_decay = optim.weight_decay if optim.decay_norm_and_bias else 0.0
     return torch.optim.SGD(
         [
             {"params": weights, "weight_decay": optim.weight_decay},
-            {"params": norms_and_biases, "weight_decay": no_decay},
+            {"params": norms_and_biases, "weight_decay": norm_decay},
         ],
         lr=0.0,
         momentum=optim.momentum,

@@ -8,9 +8,6 @@ from dataclasses import dataclass
 
 from resnet_dist.config import Config, OptimConfig
 
-# A stop request (signal) is looked for after every so many steps: it is a small collective.
-POLL_EVERY_STEPS = 4
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -116,9 +113,6 @@ class Plan:
 
     def saves_after(self, step: int) -> bool:
         return step % self.save_every_steps == 0 or step == self.total_steps
-
-    def polls_after(self, step: int) -> bool:
-        return step % POLL_EVERY_STEPS == 0
 
     def describe(self) -> str:
         """The plan as a table, with the arithmetic that made each number."""

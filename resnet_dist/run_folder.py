@@ -1,5 +1,7 @@
 """The folder of a run: its merged config, and the refusal to go on with another one."""
 
+import os
+
 import yaml
 
 from resnet_dist.config import Config, leaves, to_yaml
@@ -25,7 +27,9 @@ def open_run_folder(config: Config) -> None:
     """
     check_run_folder(config)
     config.run_dir.mkdir(parents=True, exist_ok=True)
-    (config.run_dir / "config.yaml").write_text(to_yaml(config))
+    fresh = config.run_dir / ".config.yaml"
+    fresh.write_text(to_yaml(config))
+    os.replace(fresh, config.run_dir / "config.yaml")
 
 
 def check_run_folder(config: Config) -> None:

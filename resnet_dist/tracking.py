@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit, urlunsplit
 
 from resnet_dist.config import Config, leaves
 
@@ -85,6 +86,8 @@ class Tracker:
             record = {"step": step, "time_ms": time.time_ns() // 1_000_000, "metrics": new}
             self._journal.write(json.dumps(record) + "\n")
             self._journal.flush()
+            # Before a checkpoint of the same step can be: a resumed run logs no step again.
+            os.fsync(self._journal.fileno())
 
     def close(self, status: str, artifacts: Mapping[str, Path]) -> RunRecord | None:
         """Ends the record: MLflow's status ("FINISHED", "KILLED", "FAILED"), name -> artifact.
@@ -108,10 +111,13 @@ def _open_journal(path: Path, last_step: dict[str, int]) -> Any:
     if path.exists():
         with open(path, "rb") as file:
             for line in file:
+                try:
+                    record = json.loads(line)
+                except ValueError:
+                    break
                 if not line.endswith(b"\n"):
                     break
                 whole += len(line)
-                record = json.loads(line)
                 last_step.update(dict.fromkeys(record["metrics"], record["step"]))
         os.truncate(path, whole)
     return open(path, "a")
@@ -161,20 +167,31 @@ class _Mirror(threading.Thread):
             self.ending.wait(POLL_SECONDS)
 
     def _connect(self) -> "MlflowClient":
+        from mlflow.entities import Param
+
         uri = tracking_uri(self.run_dir.parent)
         client = mlflow_client(uri)
         record = RunRecord.read(self.run_dir)
-        if record is None or record.tracking_uri != uri:
+        if record is None or record.tracking_uri != without_credentials(uri):
             record = self._create_run(client, uri)
+            # At once: whatever fails from here on, the next try goes on with this run.
             record.write(self.run_dir)
         client.update_run(record.run_id, status="RUNNING")
         for key, value in self.tags.items():
             client.set_tag(record.run_id, key, value)
+        # MLflow's params cannot change: those of the first start stand.
+        known = client.get_run(record.run_id).data.params
+        params = [
+            Param(key, str(value)[:PARAM_CHARACTERS])
+            for key, value in leaves(self.config).items()
+            if key not in known
+        ]
+        for start in range(0, len(params), PARAMS_PER_CALL):
+            client.log_batch(record.run_id, params=params[start : start + PARAMS_PER_CALL])
+        self._upload(client, record.run_id, self.run_dir / "config.yaml", None)
         return client
 
     def _create_run(self, client: "MlflowClient", uri: str) -> RunRecord:
-        from mlflow.entities import Param
-
         name = self.config.tracking.experiment
         experiment = client.get_experiment_by_name(name)
         if experiment is None:
@@ -184,12 +201,17 @@ class _Mirror(threading.Thread):
         else:
             experiment_id = experiment.experiment_id
         run = client.create_run(experiment_id, run_name=self.config.name)
-        run_id = run.info.run_id
-        params = [Param(k, str(v)[:PARAM_CHARACTERS]) for k, v in leaves(self.config).items()]
-        for start in range(0, len(params), PARAMS_PER_CALL):
-            client.log_batch(run_id, params=params[start : start + PARAMS_PER_CALL])
-        client.log_artifact(run_id, str(self.run_dir / "config.yaml"))
-        return RunRecord(uri, experiment_id, run_id)
+        return RunRecord(without_credentials(uri), experiment_id, run.info.run_id)
+
+    def _upload(self, client: "MlflowClient", run_id: str, path: Path, name: str | None) -> None:
+        """An artifact store that fails must not keep metrics and status from the server."""
+        try:
+            if path.is_dir():
+                client.log_artifacts(run_id, str(path), name)
+            else:
+                client.log_artifact(run_id, str(path), name)
+        except Exception as error:  # whatever the store or its client throws
+            self.warn(f"MLflow: {path} was not uploaded: {' '.join(str(error).split())[:200]}")
 
     def _send_journal(self, client: "MlflowClient") -> None:
         from mlflow.entities import Metric
@@ -198,7 +220,7 @@ class _Mirror(threading.Thread):
         assert record is not None  # written by _connect
         journal = self.run_dir / "journal.jsonl"
         with open(journal, "rb") as file:
-            file.seek(record.journal_bytes)
+            file.seek(min(record.journal_bytes, journal.stat().st_size))
             text = file.read()
         whole = text[: text.rfind(b"\n") + 1]
         metrics = []
@@ -218,8 +240,14 @@ class _Mirror(threading.Thread):
         record = RunRecord.read(self.run_dir)
         assert record is not None  # written by _connect
         for name, path in self.artifacts.items():
-            client.log_artifacts(record.run_id, str(path), name)
+            self._upload(client, record.run_id, path, name)
         client.set_terminated(record.run_id, self.status)
+
+
+def without_credentials(uri: str) -> str:
+    """http://user:secret@host -> http://host: for files and screens."""
+    parts = urlsplit(uri)
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])) if "@" in uri else uri
 
 
 def mlflow_client(uri: str) -> "MlflowClient":
@@ -237,9 +265,12 @@ def mlflow_client(uri: str) -> "MlflowClient":
 def git_commit() -> str:
     """The commit of the source tree, "-dirty" with changes on top; "unknown" outside a checkout."""
     command = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    tree = Path(__file__).resolve().parent.parent
+    # Installed inside somebody else's checkout, it is not that checkout's commit.
+    env = os.environ | {"GIT_CEILING_DIRECTORIES": str(tree.parent)}
     try:
         done = subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10
+            command, cwd=tree, env=env, capture_output=True, text=True, timeout=10
         )
     except (OSError, subprocess.TimeoutExpired):
         return "unknown"

@@ -17,8 +17,8 @@ from resnet_dist import distributed
 from resnet_dist.config import Config
 from resnet_dist.data.dali import Batch
 from resnet_dist.data.stream import train_requests
-from resnet_dist.distributed import Interrupt
 from resnet_dist.evaluate import Score
+from resnet_dist.interrupt import Interrupt
 from resnet_dist.job import Job, build, evaluate_now, restore, save
 from resnet_dist.meter import Meter
 from resnet_dist.optim import set_lr
@@ -35,33 +35,33 @@ class Outcome(Enum):
     PREEMPTED = "KILLED"
 
 
-def train(config: Config, recipe: str) -> Outcome:
+def train(config: Config, recipe: str, interrupt: Interrupt) -> Outcome:
     """Trains until the plan's last step or a request to stop; every rank calls it.
 
-    recipe: the config file's name, for the record.
+    recipe: the config file's name, for the record. interrupt: listens for requests to stop.
 
     Raises:
         UserError: the config does not fit the data, the world or the run folder.
     """
-    with Interrupt() as interrupt:
-        world = distributed.start()
-        job = build(config, world)
-        world.on_main(lambda: open_run_folder(config))
-        resumed_from = restore(job)
-        progress = Progress(job.plan, job.state.step, speaks=world.is_main)
-        progress.say(f"{config.name}: {config.model.name} on {world.size} x {world.device.type}\n")
-        progress.say(job.plan.describe() + "\n")
-        if resumed_from:
-            progress.say(f"resumed from {resumed_from}\n")
-        tracker = Tracker(config, tags(job, recipe), records=world.is_main, warn=progress.say)
-        try:
-            outcome, score = run(job, interrupt, tracker, progress)
-        except BaseException:
-            tracker.close("FAILED", {})
-            raise
-        best = {"best": config.run_dir / "checkpoints" / "best"}
-        record = tracker.close(outcome.value, best if outcome is Outcome.FINISHED else {})
-        progress.say(summary(job, outcome, score, record, time.monotonic() - progress.started))
+    world = distributed.start()
+    job = build(config, world)
+    world.on_main(lambda: open_run_folder(config))
+    resumed = restore(job)
+    progress = Progress(job.plan, job.state.step, speaks=world.is_main)
+    progress.say(f"{config.name}: {config.model.name} on {world.size} x {world.device.type}\n")
+    progress.say(job.plan.describe() + "\n")
+    if resumed:
+        progress.say(resumed + "\n")
+    notes = tags(job, recipe) if world.is_main else {}
+    tracker = Tracker(config, notes, records=world.is_main, warn=progress.say)
+    try:
+        outcome, score = run(job, interrupt, tracker, progress)
+    except BaseException:
+        tracker.close("FAILED", {})
+        raise
+    best = {"best": config.run_dir / "checkpoints" / "best"}
+    record = tracker.close(outcome.value, best if outcome is Outcome.FINISHED else {})
+    progress.say(summary(job, outcome, score, record, time.monotonic() - progress.started))
     distributed.stop()
     return outcome
 
@@ -88,13 +88,13 @@ def run(
             metrics = meter.drain() | {"train/lr": lr, "progress/epoch": epoch}
             tracker.log(state.step, metrics)
             progress.update(state.step, metrics)
+        stops = world.any(interrupt.requested)  # hosts meet here; the GPUs are not waited for
         with meter.paused():
             if plan.evals_after(state.step):
                 score = evaluate_now(job)
                 remember(job, score)
                 tracker.log(state.step, score.metrics())
                 progress.say(f"epoch {plan.epoch_at(state.step):.2f}  val {score}")
-            stops = plan.polls_after(state.step) and world.any(interrupt.requested)
             if stops or plan.saves_after(state.step) or state.best_step == state.step:
                 save(job)
         if stops and state.step < plan.total_steps:
@@ -168,15 +168,13 @@ def summary(
         rows += [("checkpoint", f"{run_dir}/checkpoints/best")]
     rows += [("time", f"{duration(seconds)} for {plan.epoch_at(state.step):.2f} epochs")]
     if record is not None:
-        rows += [
-            ("MLflow run", f"{record.run_id} in {record.tracking_uri}"),
-            (
-                "curves",
-                f"http://127.0.0.1:5000/#/experiments/{record.experiment_id}"
-                f"/runs/{record.run_id}/model-metrics, after:",
-            ),
-            ("", f"{sys.executable} -m mlflow ui --backend-store-uri {record.tracking_uri}"),
-        ]
+        rows += [("MLflow run", f"{record.run_id} in {record.tracking_uri}")]
+        page = f"#/experiments/{record.experiment_id}/runs/{record.run_id}/model-metrics"
+        if record.tracking_uri.startswith("http"):
+            rows += [("curves", f"{record.tracking_uri}/{page}")]
+        else:
+            serve = f"{sys.executable} -m mlflow ui --backend-store-uri {record.tracking_uri}"
+            rows += [("curves", f"http://127.0.0.1:5000/{page}, after:"), ("", serve)]
     if outcome is Outcome.PREEMPTED:
         rows += [("to go on", "the same command again")]
     return table(rows)

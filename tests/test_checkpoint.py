@@ -29,7 +29,7 @@ def make_state(seed: int, step: int = 0) -> TrainState:
 
 
 def save(state: TrainState, config: Config) -> Path:
-    return checkpoint.save(state, config, ("a", "b", "c"), "fingerprint")
+    return checkpoint.save(state, config, {"classes": ["a", "b", "c"]})
 
 
 def test_all_of_the_state_comes_back(tiny_config: Callable[..., Config]) -> None:
@@ -112,6 +112,21 @@ def test_cut_anywhere_the_last_whole_checkpoint_stands(
         if done:
             return
     raise AssertionError(f"{call} was called ten times in one save")
+
+
+def test_copied_without_links_and_with_leftovers(tiny_config: Callable[..., Config]) -> None:
+    config = tiny_config("train.keep_checkpoints=1")
+    state = make_state(0)
+    for step in (1, 2):
+        state.step = step
+        path = save(state, config)
+    (path.parent / "latest").unlink()
+    (path.parent / ".partial-step-00000003").mkdir()
+    (path.parent / ".removed-step-00000002").mkdir()
+    assert checkpoint.latest(config.run_dir) == path
+    state.step = 3
+    save(state, config)
+    assert {p.name for p in path.parent.iterdir()} == {"latest", "step-00000003"}
 
 
 def test_damage_is_named(tiny_config: Callable[..., Config], tmp_path: Path) -> None:

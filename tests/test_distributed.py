@@ -8,8 +8,8 @@ import torch
 from multirank import run_ranks
 
 from resnet_dist import distributed
-from resnet_dist.distributed import Interrupt
 from resnet_dist.errors import UserError
+from resnet_dist.interrupt import Interrupt
 
 
 def say_the_verbs(rank: int, world_size: int) -> dict:
@@ -25,6 +25,11 @@ def say_the_verbs(rank: int, world_size: int) -> dict:
             world.on_main(lambda error=error: raises(error))
         except Exception as caught:
             said[type(error).__name__] = (type(caught).__name__, str(caught))
+    said["on_all"] = world.on_all(lambda: rank)
+    try:
+        world.on_all(lambda: raises(UserError("no such file")) if rank == 1 else None)
+    except UserError as error:
+        said["on_all failed"] = str(error)
     distributed.stop()
     return said
 
@@ -43,6 +48,8 @@ def test_every_rank_hears_the_same(world_size: int) -> None:
         assert said["any"] == (True, False)
         assert said["on_main"] == {"rank": 0}
         assert said["UserError"] == ("UserError", "one line")
+        assert said["on_all"] == rank
+        assert said["on_all failed"] == "rank 1: no such file"
         kind, text = said["ValueError"]
         assert (kind, "a bug" in text) == ("ValueError" if rank == 0 else "RuntimeError", True)
 
@@ -72,6 +79,14 @@ def test_half_an_environment_is_refused_in_one_line(monkeypatch: pytest.MonkeyPa
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match=r"environment: RANK='': must be a whole number.*torchrun"):
+        distributed.start()
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(UserError, match="RANK=2: must be below WORLD_SIZE=2"):
+        distributed.start()
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(UserError, match="MASTER_ADDR is not set"):
         distributed.start()
     monkeypatch.setenv("WORLD_SIZE", "two")
     with pytest.raises(UserError, match="WORLD_SIZE='two'"):

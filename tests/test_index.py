@@ -57,6 +57,15 @@ def test_a_tiff_is_turned_once(tmp_path: Path) -> None:
         assert displayed_size(str(tmp_path / "x.tif")) == (image.height, image.width) == (64, 48)
 
 
+def test_odd_names_and_a_link_in_a_circle(tmp_path: Path) -> None:
+    picture(tmp_path / "train" / "größe 1" / "é ü.jpg", 20, 10)
+    raw = os.fsencode(tmp_path) + b"/train/gr\xc3\xb6\xc3\x9fe 1/\xff.jpg"
+    os.link(tmp_path / "train" / "größe 1" / "é ü.jpg", raw)
+    os.symlink(".", tmp_path / "train" / "größe 1" / "self")
+    index = build_index("folder", tmp_path, "train", tmp_path / "cache")
+    assert index.sizes.tolist() == [[10, 20]] * 2
+
+
 def test_the_fingerprint_changes_with_the_data(tmp_path: Path) -> None:
     small_folder(tmp_path)
     before = build_index("folder", tmp_path, "train", None).fingerprint
@@ -75,7 +84,11 @@ def test_the_size_cache_is_used_and_noticed_to_be_old(tmp_path: Path) -> None:
     picture(root / "train" / "b" / "9.png", 5, 6)
     again = build_index("folder", root, "train", cache)
     assert again.sizes.tolist() == [*first.sizes.tolist(), [6, 5]]
-    assert [again.sizes.tolist()] != [first.sizes.tolist()]
+    picture(root / "train" / "b" / "9.png", 7, 8)  # replaced in place
+    assert build_index("folder", root, "train", cache).sizes[-1].tolist() == [8, 7]
+    for stored in cache.glob("sizes-*.npy"):
+        stored.write_bytes(b"torn")
+    assert build_index("folder", root, "train", cache).sizes[-1].tolist() == [8, 7]
 
 
 def test_cifar10_binary(tmp_path: Path) -> None:

@@ -1,10 +1,16 @@
 """The journal is the truth; a real MLflow database mirrors it and never holds training up."""
 
+import contextlib
 import json
+import os
+import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
 from mlflow import MlflowClient
@@ -108,6 +114,48 @@ def test_the_journal_alone(tiny_config: Callable[..., Config]) -> None:
         (3, {"train/loss": 0.25}),
     ]
     assert all(abs(r["time_ms"] / 1000 - time.time()) < 600 for r in records)
+
+
+def test_a_real_server_whose_artifact_store_fails(
+    tiny_config: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Metrics, params and status arrive in one run; a secret in the URI stays out of the files."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    (tmp_path / "no-folder").write_text("so that nothing can be stored below it")
+    command = [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", f"sqlite:///{tmp_path}/server.db"]
+    command += ["--no-serve-artifacts", "--default-artifact-root", f"{tmp_path}/no-folder"]
+    with open(tmp_path / "server.log", "w") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            with contextlib.suppress(OSError), urlopen(f"http://127.0.0.1:{port}/health"):
+                break
+            time.sleep(0.2)
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:secret@127.0.0.1:{port}")
+        config = tiny_config("tracking.mlflow=true")
+        warnings: list[str] = []
+        tracker = start(config, warnings)
+        tracker.log(1, {"train/loss": 1.0})
+        record = tracker.close("FINISHED", {"best": config.run_dir})
+        assert record is not None
+        assert record.tracking_uri == f"http://127.0.0.1:{port}"
+        client = MlflowClient(record.tracking_uri)
+        run = client.get_run(record.run_id)
+        assert run.info.status == "FINISHED"
+        assert run.data.metrics == {"train/loss": 1.0}
+        assert run.data.params["optim.base_lr"] == "0.4"
+        assert len(client.search_runs([record.experiment_id])) == 1
+        assert sum("was not uploaded" in line for line in warnings) == len(warnings) == 2
+        for path in config.run_dir.iterdir():
+            assert "secret" not in path.read_text()
+        assert "1 (step" not in compare(["tiny"], tmp_path / "runs")
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(30)
 
 
 def test_other_ranks_write_nothing(tiny_config: Callable[..., Config]) -> None:

@@ -6,7 +6,8 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,16 +15,22 @@ import pytest
 import torch
 from multirank import run_ranks
 
-from resnet_dist import checkpoint
+from resnet_dist import checkpoint, cli, distributed
 from resnet_dist.config import Config
+from resnet_dist.data.dali import Batch
+from resnet_dist.data.stream import train_requests
 from resnet_dist.errors import UserError
 from resnet_dist.evaluate import Score, evaluate_checkpoint
-from resnet_dist.job import Job
-from resnet_dist.train import Outcome, remember, train
+from resnet_dist.interrupt import Interrupt
+from resnet_dist.job import Job, build
+from resnet_dist.meter import Meter
+from resnet_dist.optim import set_lr
+from resnet_dist.train import Outcome, remember, train, train_step
 
 
 def run(rank: int, world_size: int, config: Config) -> str:
-    return train(config, "test").name
+    with Interrupt() as interrupt:
+        return train(config, "test", interrupt).name
 
 
 def weights(config: Config, which: str = "latest") -> dict[str, torch.Tensor]:
@@ -112,7 +119,7 @@ def run_and_interrupt(rank: int, world_size: int, config: Config) -> str:
             os.kill(os.getpid(), signal.SIGTERM)
 
         threading.Thread(target=watch, daemon=True).start()
-    return train(config, "test").name
+    return run(rank, world_size, config)
 
 
 def test_a_resumed_run_may_have_another_world(tiny_config: Callable[..., Config]) -> None:
@@ -164,6 +171,70 @@ def test_low_precision_trains(tiny_config: Callable[..., Config], precision: str
     assert content["model"]["conv1.weight"].dtype == torch.float32
 
 
+def job_and_batches(config: Config) -> tuple[Job, Callable[[], Iterator[Batch]]]:
+    job = build(config, distributed.start())
+    requests = train_requests(config, job.plan, job.train_index, rank=0, first_step=0)
+    first = next(requests)
+    set_lr(job.state.optimizer, 0.1)
+    return job, lambda: job.train_loader.batches(iter([first]))
+
+
+def flat(job: Job) -> torch.Tensor:
+    return torch.cat([p.detach().flatten().clone() for p in job.state.model.parameters()])
+
+
+def test_gradients_are_clipped(tiny_config: Callable[..., Config]) -> None:
+    plain = ["optim.momentum=0", "optim.weight_decay=0"]
+    job, batches = job_and_batches(tiny_config("optim.clip_grad_norm=0.01", *plain))
+    before = flat(job)
+    train_step(job, batches(), Meter(job.world))
+    assert (flat(job) - before).norm().item() == pytest.approx(0.1 * 0.01, rel=1e-2)  # lr * norm
+    job, batches = job_and_batches(tiny_config(*plain))
+    train_step(job, batches(), Meter(job.world))
+    assert (flat(job) - before).norm().item() > 0.01
+
+
+def test_label_smoothing_is_in_the_loss(tiny_config: Callable[..., Config]) -> None:
+    job, batches = job_and_batches(tiny_config("optim.label_smoothing=0.1"))
+    meter = Meter(job.world)
+    (batch,) = batches()
+    log_p = job.state.model(batch.images).log_softmax(dim=1)
+    right = log_p[torch.arange(len(batch.labels)), batch.labels]
+    expected = -(0.9 * right + 0.1 * log_p.mean(dim=1)).mean().item()
+    train_step(job, batches(), meter)
+    assert meter.drain()["train/loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_an_fp16_overflow_is_skipped(tiny_config: Callable[..., Config]) -> None:
+    job, batches = job_and_batches(tiny_config("train.precision=fp16", "optim.clip_grad_norm=1.0"))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**120)
+    job = replace(job, state=replace(job.state, scaler=scaler))
+    before = flat(job)
+    train_step(job, batches(), Meter(job.world))
+    assert torch.equal(flat(job), before)
+    assert scaler.get_scale() == 2.0**119
+    job, batches = job_and_batches(tiny_config("train.precision=fp16", "optim.clip_grad_norm=1.0"))
+    train_step(job, batches(), Meter(job.world))
+    assert not torch.equal(flat(job), before)
+    assert flat(job).isfinite().all()
+
+
+def test_waiting_for_data_is_measured(tiny_config: Callable[..., Config]) -> None:
+    job, _ = job_and_batches(tiny_config())
+    meter = Meter(job.world)
+    meter.add(torch.tensor(6.0), torch.eye(3), torch.tensor([0, 1, 0]))
+    with meter.waiting():
+        time.sleep(0.2)
+    with meter.paused():
+        time.sleep(0.4)
+    time.sleep(0.2)
+    metrics = meter.drain()
+    assert metrics["train/loss"] == 2.0
+    assert metrics["train/acc1"] == pytest.approx(200 / 3)
+    assert 35 < metrics["perf/data_wait_pct"] < 65
+    assert 5 < metrics["perf/images_per_sec"] < 8  # 3 images in 0.4 s
+
+
 def test_the_plateau_rule_drops_and_remembers(tiny_config: Callable[..., Config]) -> None:
     config = tiny_config("optim.schedule=plateau", "optim.plateau_patience_evals=2")
     state = checkpoint.TrainState(torch.nn.Linear(1, 1), None, None)  # type: ignore[arg-type]
@@ -184,19 +255,19 @@ def test_another_config_or_other_data_is_refused(
         ("seed=1", r"seed=1: differs"),
     ]:
         with pytest.raises(UserError, match=line):
-            train(tiny_config("train.epochs=1", override), "test")
+            train(tiny_config("train.epochs=1", override), "test", Interrupt())
     other = tmp_path / "other"
     for path in tiny_folder.rglob("*.jpg"):
         target = other / path.relative_to(tiny_folder)
         target.parent.mkdir(parents=True, exist_ok=True)
         target.symlink_to(path.with_name("0.jpg") if path.stem == "1" else path)
     with pytest.raises(UserError, match="not the training images that"):
-        train(tiny_config("train.epochs=1", f"data.root={other}"), "test")
+        train(tiny_config("train.epochs=1", f"data.root={other}"), "test", Interrupt())
     # What does not change the result may change.
     moved = tmp_path / "moved"
     moved.symlink_to(tiny_folder)
     free = tiny_config("train.epochs=1", f"data.root={moved}", "train.log_every_steps=2")
-    assert train(free, "test") is Outcome.FINISHED
+    assert train(free, "test", Interrupt()) is Outcome.FINISHED
 
 
 def test_train_and_val_must_have_the_same_classes(
@@ -208,7 +279,7 @@ def test_train_and_val_must_have_the_same_classes(
             source = tiny_folder / split / f"class{label}"
             (tmp_path / "data" / split / f"class{label}").symlink_to(source)
     with pytest.raises(UserError, match="differ in 1 class folders, such as class2"):
-        train(tiny_config(f"data.root={tmp_path}/data"), "test")
+        train(tiny_config(f"data.root={tmp_path}/data"), "test", Interrupt())
 
 
 def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -224,7 +295,9 @@ def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_the_command_line_of_the_readme(tiny_yaml: Path, tmp_path: Path) -> None:
+def test_the_command_line_of_the_readme(
+    tiny_yaml: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """torchrun, two ranks, MLflow; only rank 0 speaks, and its words lead to what is there."""
     done = torchrun("train", str(tiny_yaml), "tracking.mlflow=true", "train.epochs=1")
     assert done.returncode == 0, done.stderr
@@ -234,6 +307,13 @@ def test_the_command_line_of_the_readme(tiny_yaml: Path, tmp_path: Path) -> None
         assert part in done.stdout
     assert (tmp_path / "runs/tiny/checkpoints/best/state.pt").exists()
     assert (tmp_path / "runs/tiny/config.yaml").exists()
+    best = str(tmp_path / "runs/tiny/checkpoints/best")
+    evaluated = torchrun("evaluate", best)
+    assert evaluated.returncode == 0, evaluated.stderr
+    assert evaluated.stdout.strip() in done.stdout  # the very line that training printed
+    assert evaluated.stdout.count("acc1") == 1
+    cli.main(["compare", "tiny", "--run-root", str(tmp_path / "runs")])
+    assert "best val/acc1" in capsys.readouterr().out
     wrong = torchrun("train", str(tiny_yaml), "name=wrong", "train.global_batch_size=1")
     assert wrong.returncode != 0
     assert wrong.stderr.count("resnet-dist: command line: train.global_batch_size=1: cannot") == 1

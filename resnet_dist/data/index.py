@@ -16,7 +16,6 @@ from PIL import Image
 
 from resnet_dist.data.listing import (
     CIFAR10_RECORD_BYTES,
-    Listing,
     cifar10_files,
     list_folder,
 )
@@ -88,16 +87,20 @@ def _folder(root: Path, split: str, cache_dir: Path | None) -> Index:
     listing = list_folder(root, split)
     top = (root / split).absolute()
     paths = tuple(os.path.join(top, path) for path in listing.paths)
-    cached = cache_dir / f"sizes-{_listing_key(top, listing)}.npy" if cache_dir else None
-    if cached and cached.is_file():
-        sizes = np.load(cached)
-    else:
-        with ThreadPoolExecutor(HEADER_THREADS) as pool:
-            sizes = np.array(list(pool.map(displayed_size, paths, chunksize=256)), np.int32)
-        if cached:
-            _save_atomically(cached, sizes)
+    names = os.fsencode("\0".join((*listing.classes, "", *listing.paths)))
+    with ThreadPoolExecutor(HEADER_THREADS) as pool:
+        cached = None
+        if cache_dir is not None:
+            files = np.array(list(pool.map(_file_facts, paths)), np.int64)
+            key = hashlib.sha256(os.fsencode(top) + names + files.tobytes()).hexdigest()
+            cached = cache_dir / f"sizes-{key[:16]}.npy"
+        sizes = _load_sizes(cached, len(paths))
+        if sizes is None:
+            sizes = np.array(list(pool.map(displayed_size, paths)), np.int32)
+            if cached is not None:
+                _save_atomically(cached, sizes)
     labels = np.array(listing.labels, np.int64)
-    digest = hashlib.sha256("\0".join((*listing.classes, "", *listing.paths)).encode())
+    digest = hashlib.sha256(names)
     digest.update(labels.tobytes())
     digest.update(sizes.tobytes())
     return Index(listing.classes, labels, sizes, paths, None, digest.hexdigest())
@@ -123,13 +126,19 @@ def displayed_size(path: str) -> tuple[int, int]:
     return (width, height) if turned else (height, width)
 
 
-def _listing_key(top: Path, listing: Listing) -> str:
-    """Changes when a file is added, removed or replaced in any class folder."""
-    digest = hashlib.sha256(str(top).encode())
-    digest.update("\0".join(listing.paths).encode())
-    for folder in sorted({os.path.dirname(path) for path in listing.paths}):
-        digest.update(f"{os.stat(top / folder).st_mtime_ns}".encode())
-    return digest.hexdigest()[:16]
+def _file_facts(path: str) -> tuple[int, int]:
+    """What changes when a file is replaced. Far cheaper than its header."""
+    facts = os.stat(path)
+    return facts.st_size, facts.st_mtime_ns
+
+
+def _load_sizes(path: Path | None, count: int) -> np.ndarray | None:
+    """The cached sizes, int32 [count, 2]; None where there are none to rely on."""
+    try:
+        sizes = np.load(path) if path is not None else None
+    except (OSError, ValueError, EOFError):
+        return None
+    return sizes if sizes is not None and sizes.shape == (count, 2) else None
 
 
 def _save_atomically(path: Path, array: np.ndarray) -> None:
@@ -138,6 +147,7 @@ def _save_atomically(path: Path, array: np.ndarray) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
             np.save(file, array)
+        os.chmod(file.name, 0o644)  # run folders are shared
         os.replace(file.name, path)
     except OSError:
         return

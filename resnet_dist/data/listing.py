@@ -89,7 +89,12 @@ def count_images(data_format: str, root: Path, split: str) -> int:
 
 def _images_below(folder: Path, name: str) -> list[str]:
     found = []
+    seen = set()
     for parent, _, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(parent)
+        if real in seen:  # a link back to a folder above would go round and round
+            continue
+        seen.add(real)
         inner = os.path.join(name, os.path.relpath(parent, folder))
         found += [
             os.path.normpath(os.path.join(inner, file))

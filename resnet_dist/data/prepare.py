@@ -35,7 +35,9 @@ def write_digits(root: Path) -> tuple[int, int]:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 grey = np.round(image * (255 / 16)).astype(np.uint8)  # 0..16 -> 0..255
                 size = (DIGITS_PX, DIGITS_PX)
-                Image.fromarray(grey).resize(size, Image.Resampling.BICUBIC).save(path)
+                fresh = path.with_name(f".{path.name}")  # a name that stands is whole
+                Image.fromarray(grey).resize(size, Image.Resampling.BICUBIC).save(fresh)
+                fresh.rename(path)
     except OSError as error:
         raise UserError(f"{root}: cannot be written: {error.strerror}") from None
     return counts["train"], counts["val"]

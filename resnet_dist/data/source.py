@@ -17,7 +17,7 @@ def load_index(config: Config, split: str, world: World) -> Index:
     root, cache = Path(config.data.root), config.run_dir.parent / ".index"
     if config.data.format == "folder":
         return world.on_main(lambda: build_index("folder", root, split, cache))
-    return build_index(config.data.format, root, split, None)
+    return world.on_all(lambda: build_index(config.data.format, root, split, None))
 
 
 def make_loader(index: Index, config: Config, world: World, output_px: int) -> Loader:

@@ -1,0 +1,33 @@
+"""A request to stop, remembered until a step boundary. Standard library only: it must be listening
+before torch is imported, which takes seconds."""
+
+import signal
+from types import FrameType
+from typing import Any
+
+
+class Interrupt:
+    """Remembers a request to stop; the loop asks at a step boundary, where all ranks agree.
+
+    SIGTERM: schedulers and torchrun. SIGUSR1, SIGUSR2: Slurm's and submitit's early warnings.
+    SIGINT: Ctrl-C; a second one stops at once.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "Interrupt":
+        self._before = {number: signal.signal(number, self._remember) for number in self.SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
