@@ -151,7 +151,10 @@ def slurm_executor(arguments: argparse.Namespace, config: Config) -> SlurmExecut
         signal_delay_s=SIGNAL_BEFORE_LIMIT_S,
         stderr_to_stdout=True,  # one log per rank
         # The job unpickles Training, and so needs this checkout.
-        setup=[f"export PYTHONPATH={shlex.quote(str(REPO))}${{PYTHONPATH:+:$PYTHONPATH}}"],
+        setup=[
+            f"export PYTHONPATH={shlex.quote(str(REPO))}${{PYTHONPATH:+:$PYTHONPATH}}",
+            f"export OMP_NUM_THREADS=${{OMP_NUM_THREADS:-{arguments.cpus_per_task}}}",
+        ],
         # Since Slurm 22.05 srun does not take it from sbatch. One rank's failure ends the others'.
         srun_args=[f"--cpus-per-task={arguments.cpus_per_task}", "--kill-on-bad-exit=1"],
         additional_parameters={"requeue": True},

@@ -77,7 +77,7 @@ def test_latest_best_and_retention(tiny_config: Callable[..., Config]) -> None:
     assert json.loads((folder / "best" / "meta.json").read_text())["best"]["acc1"] == 50.0
 
 
-@pytest.mark.parametrize("call", ["fsync", "rename", "replace", "symlink"])
+@pytest.mark.parametrize("call", ["mkdir", "fsync", "rename", "replace", "symlink", "sendfile"])
 def test_cut_anywhere_the_last_whole_checkpoint_stands(
     tiny_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:

@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 from multirank import run_ranks
+from torch.distributed import GradBucket
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
 from resnet_dist import checkpoint, cli, distributed
 from resnet_dist.config import Config
@@ -84,6 +86,27 @@ def test_accumulation_is_weighted_by_count(tiny_config: Callable[..., Config]) -
     parameters = {k for k in first if "running" not in k and "num_batches" not in k}
     differences = [(first[k] - second[k]).abs().max().item() for k in parameters]
     assert max(differences) < 2e-4
+
+
+def reductions_in_one_step(rank: int, world_size: int, config: Config) -> int:
+    job = build(config, distributed.start())
+    count = 0
+
+    def counting(state: object, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
+        nonlocal count
+        count += 1
+        return default_hooks.allreduce_hook(None, bucket)
+
+    job.model.register_comm_hook(None, counting)  # type: ignore[operator]
+    requests = train_requests(config, job.plan, job.train_index, rank, first_step=0)
+    assert job.plan.accumulation == 4
+    train_step(job, job.train_loader.batches(requests), Meter(job.world))
+    return count
+
+
+def test_gradients_are_reduced_once_per_step(tiny_config: Callable[..., Config]) -> None:
+    config = tiny_config("train.max_local_batch_size=1", "model.sync_batchnorm=none")
+    assert run_ranks(reductions_in_one_step, 2, config, init_process_group=False) == [1, 1]
 
 
 def test_resume_equals_no_stop(tiny_config: Callable[..., Config]) -> None:
@@ -183,13 +206,16 @@ def flat(job: Job) -> torch.Tensor:
     return torch.cat([p.detach().flatten().clone() for p in job.state.model.parameters()])
 
 
-def test_gradients_are_clipped(tiny_config: Callable[..., Config]) -> None:
-    plain = ["optim.momentum=0", "optim.weight_decay=0"]
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_gradients_are_clipped(tiny_config: Callable[..., Config], precision: str) -> None:
+    plain = ["optim.momentum=0", "optim.weight_decay=0", f"train.precision={precision}"]
     job, batches = job_and_batches(tiny_config("optim.clip_grad_norm=0.01", *plain))
+    job.state.scaler = torch.amp.GradScaler("cpu", init_scale=64.0, enabled=precision == "fp16")
     before = flat(job)
     train_step(job, batches(), Meter(job.world))
     assert (flat(job) - before).norm().item() == pytest.approx(0.1 * 0.01, rel=1e-2)  # lr * norm
     job, batches = job_and_batches(tiny_config(*plain))
+    job.state.scaler = torch.amp.GradScaler("cpu", init_scale=64.0, enabled=precision == "fp16")
     train_step(job, batches(), Meter(job.world))
     assert (flat(job) - before).norm().item() > 0.01
 
