@@ -24,7 +24,7 @@ from resnet_dist.data.stream import train_requests
 from resnet_dist.errors import UserError
 from resnet_dist.evaluate import Score, evaluate_checkpoint
 from resnet_dist.interrupt import Interrupt
-from resnet_dist.job import Job, build
+from resnet_dist.job import Job, build, restore
 from resnet_dist.meter import Meter
 from resnet_dist.optim import set_lr
 from resnet_dist.train import Outcome, remember, train, train_step
@@ -153,6 +153,16 @@ def test_a_resumed_run_may_have_another_world(tiny_config: Callable[..., Config]
     assert run_on(3, parts).keys() == weights(whole).keys()
     assert largest_difference(weights(parts), weights(whole)) < 5e-3
     assert list(journal(parts)) == list(journal(whole))
+
+
+def test_another_bn_batch_is_warned_of(tiny_config: Callable[..., Config]) -> None:
+    run_on(1, tiny_config("train.epochs=1"))
+    same = build(tiny_config("train.epochs=1"), distributed.start())
+    assert "warning" not in str(restore(same))
+    halves = build(tiny_config("train.epochs=1", "train.max_local_batch_size=4"), same.world)
+    said = str(restore(halves))
+    assert "resumed from" in said
+    assert "BN normalizes 4 images together, 8 before" in said
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
