@@ -61,7 +61,7 @@ def train(config: Config, recipe: str, interrupt: Interrupt) -> Outcome:
         raise
     best = {"best": config.run_dir / "checkpoints" / "best"}
     record = tracker.close(outcome.value, best if outcome is Outcome.FINISHED else {})
-    progress.say(summary(job, outcome, score, record, time.monotonic() - progress.started))
+    progress.say(summary(job, outcome, score, record, progress))
     distributed.stop()
     return outcome
 
@@ -155,7 +155,7 @@ def tags(job: Job, recipe: str) -> dict[str, str]:
 
 
 def summary(
-    job: Job, outcome: Outcome, score: Score | None, record: RunRecord | None, seconds: float
+    job: Job, outcome: Outcome, score: Score | None, record: RunRecord | None, progress: Progress
 ) -> str:
     """The table at the end: the scores, where everything is, and how to open it."""
     plan, state, run_dir = job.plan, job.state, job.config.run_dir
@@ -166,7 +166,9 @@ def summary(
         epoch = plan.epoch_at(state.best_step)
         rows += [("best val", f"acc1 {state.best_acc1:.2f} % after epoch {epoch:.2f}")]
         rows += [("checkpoint", f"{run_dir}/checkpoints/best")]
-    rows += [("time", f"{duration(seconds)} for {plan.epoch_at(state.step):.2f} epochs")]
+    seconds = time.monotonic() - progress.started
+    epochs = plan.epoch_at(state.step - progress.first_step)
+    rows += [("time", f"{duration(seconds)} for {epochs:.2f} epochs")]
     if record is not None:
         rows += [("MLflow run", f"{record.run_id} in {record.tracking_uri}")]
         page = f"#/experiments/{record.experiment_id}/runs/{record.run_id}/model-metrics"
