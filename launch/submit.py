@@ -62,9 +62,11 @@ class Training:
                 if job.rank == 0:
                     print(f"resnet-dist: {error}", file=sys.stderr, flush=True)
                 sys.exit(2)
-            # Here every rank has saved. On a workstation who stops a job means it; in Slurm it
-            # goes on in the queue.
-            if outcome is Outcome.PREEMPTED and "SLURM_JOB_ID" in os.environ:
+            # Here every rank has saved. Slurm's early warning means: go on in the queue. TERM
+            # alone is a scancel, which a requeue would undo, or a preemption, after which Slurm
+            # requeues by itself. And who stops a job on a workstation means it.
+            warned = not interrupt.received.isdisjoint((signal.SIGUSR1, signal.SIGUSR2))
+            if outcome is Outcome.PREEMPTED and warned and "SLURM_JOB_ID" in os.environ:
                 requeue(os.environ["SLURM_JOB_ID"], job.rank)
             return outcome.name
 

@@ -16,8 +16,12 @@ class Interrupt:
     SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
     def __init__(self) -> None:
-        self.requested = False
+        self.received: set[int] = set()  # signal numbers
         self._before: dict[signal.Signals, Any] = {}
+
+    @property
+    def requested(self) -> bool:
+        return bool(self.received)
 
     def __enter__(self) -> "Interrupt":
         self._before = {number: signal.signal(number, self._remember) for number in self.SIGNALS}
@@ -30,4 +34,4 @@ class Interrupt:
     def _remember(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.requested:
             raise KeyboardInterrupt
-        self.requested = True
+        self.received.add(number)

@@ -220,7 +220,8 @@ class _Mirror(threading.Thread):
         assert record is not None  # written by _connect
         journal = self.run_dir / "journal.jsonl"
         with open(journal, "rb") as file:
-            file.seek(min(record.journal_bytes, journal.stat().st_size))
+            # A journal that lost its end to a power cut is shorter than what was sent of it.
+            start = file.seek(min(record.journal_bytes, journal.stat().st_size))
             text = file.read()
         whole = text[: text.rfind(b"\n") + 1]
         metrics = []
@@ -228,10 +229,10 @@ class _Mirror(threading.Thread):
             entry = json.loads(line)
             for name, value in entry["metrics"].items():
                 metrics.append(Metric(name, value, entry["time_ms"], entry["step"]))
-        for start in range(0, len(metrics), METRICS_PER_CALL):
-            client.log_batch(record.run_id, metrics=metrics[start : start + METRICS_PER_CALL])
+        for first in range(0, len(metrics), METRICS_PER_CALL):
+            client.log_batch(record.run_id, metrics=metrics[first : first + METRICS_PER_CALL])
         if whole:
-            sent = record.journal_bytes + len(whole)
+            sent = start + len(whole)
             RunRecord(record.tracking_uri, record.experiment_id, record.run_id, sent).write(
                 self.run_dir
             )

@@ -100,6 +100,7 @@ def test_a_signal_is_remembered_not_obeyed(number: signal.Signals) -> None:
         assert not interrupt.requested
         os.kill(os.getpid(), number)
         assert interrupt.requested
+        assert interrupt.received == {number}
     assert signal.getsignal(number) == before
 
 

@@ -343,6 +343,11 @@ def test_the_command_line_of_the_readme(
         assert part in done.stdout
     assert (tmp_path / "runs/tiny/checkpoints/best/state.pt").exists()
     assert (tmp_path / "runs/tiny/config.yaml").exists()
+    lines = (tmp_path / "runs/tiny/journal.jsonl").read_text().splitlines()
+    assert {name for line in lines for name in json.loads(line)["metrics"]} == {
+        *("train/loss", "train/acc1", "train/lr", "val/loss", "val/acc1", "val/acc5"),
+        *("perf/images_per_sec", "perf/data_wait_pct", "progress/epoch"),
+    }
     best = str(tmp_path / "runs/tiny/checkpoints/best")
     evaluated = torchrun("evaluate", best)
     assert evaluated.returncode == 0, evaluated.stderr
