@@ -2,9 +2,12 @@
 
 from torch import nn
 
-from resnet_dist.models.cifar import CifarResNet
+from resnet_dist.models.cifar import CifarNet
 from resnet_dist.models.depths import DEPTHS
-from resnet_dist.models.imagenet import ImageNetResNet
+from resnet_dist.models.imagenet import ImageNetNet
+from resnet_dist.models.vgg import Vgg
+
+FORMS = {"imagenet": ImageNetNet, "cifar": CifarNet, "vgg": Vgg}
 
 
 def build_model(name: str, num_classes: int, zero_init_last_gamma: bool = False) -> nn.Module:
@@ -13,6 +16,5 @@ def build_model(name: str, num_classes: int, zero_init_last_gamma: bool = False)
     Raises:
         KeyError: `name` is not in DEPTHS (a config is checked for that before).
     """
-    block, depths = DEPTHS[name]
-    form = ImageNetResNet if len(depths) == 4 else CifarResNet
-    return form(block, depths, num_classes, zero_init_last_gamma)
+    net = DEPTHS[name]
+    return FORMS[net.form](net, num_classes, zero_init_last_gamma)

@@ -1,32 +1,26 @@
-"""ResNets in the CIFAR form: 6n+2 layers, option A shortcuts (He et al. 2015, section 4.2)."""
+"""Plain and residual nets in the CIFAR form: 6n+2 layers (He et al. 2015, section 4.2)."""
 
 from torch import Tensor, nn
 
-from resnet_dist.models.residual import BLOCKS, ZeroPadShortcut, conv3x3, initialize, stage
+from resnet_dist.models.depths import Net
+from resnet_dist.models.residual import conv3x3, initialize, stage
 
 
-class CifarResNet(nn.Module):
+class CifarNet(nn.Module):
     """[B, 3, H, W] -> logits [B, num_classes]; H and W are 32 in the paper.
 
-    Parameters for 10 classes: 0.27 M (20), 0.46 M (32), 0.66 M (44), 0.85 M (56), 1.7 M (110),
-    19.4 M (1202): table 6.
+    Parameters of the residual nets for 10 classes: 0.27 M (20), 0.46 M (32), 0.66 M (44),
+    0.85 M (56), 1.7 M (110), 19.4 M (1202): table 6. Option A adds none to a plain net.
     """
 
-    def __init__(
-        self,
-        block_name: str,
-        depths: tuple[int, ...],
-        num_classes: int,
-        zero_init_last_gamma: bool = False,
-    ):
+    def __init__(self, net: Net, num_classes: int, zero_init_last_gamma: bool = False):
         super().__init__()
-        block = BLOCKS[block_name]
         self.conv1 = conv3x3(3, 16)
         self.bn1 = nn.BatchNorm2d(16)
         self.relu = nn.ReLU(inplace=True)
-        self.layer1 = stage(block, 16, 16, depths[0], ZeroPadShortcut)
-        self.layer2 = stage(block, 16, 32, depths[1], ZeroPadShortcut)
-        self.layer3 = stage(block, 32, 64, depths[2], ZeroPadShortcut)
+        self.layer1 = stage(net.block, 16, 16, net.depths[0], net.shortcut)
+        self.layer2 = stage(net.block, 16, 32, net.depths[1], net.shortcut)
+        self.layer3 = stage(net.block, 32, 64, net.depths[2], net.shortcut)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(64, num_classes)
         initialize(self, zero_init_last_gamma)

@@ -1,21 +1,54 @@
-"""The one table of depths: residual blocks per stage (He et al. 2015, table 1 and section 4.2).
+"""The one table of networks: form, block, blocks per stage, shortcut (He et al. 2015, table 1,
+figure 3 and section 4.2).
 
-Four stages make the ImageNet form, three the CIFAR form (6n+2 layers, n blocks per stage).
 Only the standard library is imported here: configs are checked where torch is absent.
 """
 
-DEPTHS: dict[str, tuple[str, tuple[int, ...]]] = {
-    # ImageNet: block, blocks per stage of 64, 128, 256 and 512 channels (bottlenecks put out 4x)
-    "resnet18": ("basic", (2, 2, 2, 2)),
-    "resnet34": ("basic", (3, 4, 6, 3)),
-    "resnet50": ("bottleneck", (3, 4, 6, 3)),
-    "resnet101": ("bottleneck", (3, 4, 23, 3)),
-    "resnet152": ("bottleneck", (3, 8, 36, 3)),
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Net:
+    form: Literal["imagenet", "cifar", "vgg"]
+    block: Literal["basic", "bottleneck", "bottleneck_v1", "conv", "conv_bn"]
+    depths: tuple[int, ...]  # blocks per stage; VGG: convolutions per stage
+    # Section 3.3. A: identity, new channels zero; B: projection where the shape changes;
+    # C: projection everywhere; none: a plain network.
+    shortcut: Literal["A", "B", "C", "none"] = "none"
+
+
+DEPTHS: dict[str, Net] = {
+    # ImageNet: stages of 64, 128, 256 and 512 channels (bottlenecks put out 4x)
+    "plain18": Net("imagenet", "basic", (2, 2, 2, 2)),
+    "plain34": Net("imagenet", "basic", (3, 4, 6, 3)),
+    "resnet18": Net("imagenet", "basic", (2, 2, 2, 2), "B"),
+    "resnet18_a": Net("imagenet", "basic", (2, 2, 2, 2), "A"),
+    "resnet18_c": Net("imagenet", "basic", (2, 2, 2, 2), "C"),
+    "resnet34": Net("imagenet", "basic", (3, 4, 6, 3), "B"),
+    "resnet34_a": Net("imagenet", "basic", (3, 4, 6, 3), "A"),
+    "resnet34_c": Net("imagenet", "basic", (3, 4, 6, 3), "C"),
+    # "v1.5", torchvision's form: the stride is in the 3x3
+    "resnet50": Net("imagenet", "bottleneck", (3, 4, 6, 3), "B"),
+    "resnet101": Net("imagenet", "bottleneck", (3, 4, 23, 3), "B"),
+    "resnet152": Net("imagenet", "bottleneck", (3, 8, 36, 3), "B"),
+    # The paper's form: the stride is in the first 1x1
+    "resnet50_v1": Net("imagenet", "bottleneck_v1", (3, 4, 6, 3), "B"),
+    "resnet101_v1": Net("imagenet", "bottleneck_v1", (3, 4, 23, 3), "B"),
+    "resnet152_v1": Net("imagenet", "bottleneck_v1", (3, 8, 36, 3), "B"),
+    # The reference of figure 3: stages of 64, 128, 256, 512 and 512 channels
+    "vgg19": Net("vgg", "conv", (2, 2, 4, 4, 4)),
+    "vgg19_bn": Net("vgg", "conv_bn", (2, 2, 4, 4, 4)),
     # CIFAR: layers = 6n + 2, stages of 16, 32 and 64 channels
-    "resnet20": ("basic", (3, 3, 3)),
-    "resnet32": ("basic", (5, 5, 5)),
-    "resnet44": ("basic", (7, 7, 7)),
-    "resnet56": ("basic", (9, 9, 9)),
-    "resnet110": ("basic", (18, 18, 18)),
-    "resnet1202": ("basic", (200, 200, 200)),
+    "plain20": Net("cifar", "basic", (3, 3, 3)),
+    "plain32": Net("cifar", "basic", (5, 5, 5)),
+    "plain44": Net("cifar", "basic", (7, 7, 7)),
+    "plain56": Net("cifar", "basic", (9, 9, 9)),
+    "plain110": Net("cifar", "basic", (18, 18, 18)),
+    "resnet20": Net("cifar", "basic", (3, 3, 3), "A"),
+    "resnet32": Net("cifar", "basic", (5, 5, 5), "A"),
+    "resnet44": Net("cifar", "basic", (7, 7, 7), "A"),
+    "resnet56": Net("cifar", "basic", (9, 9, 9), "A"),
+    "resnet110": Net("cifar", "basic", (18, 18, 18), "A"),
+    "resnet1202": Net("cifar", "basic", (200, 200, 200), "A"),
 }

@@ -1,31 +1,31 @@
-"""ResNets in the ImageNet form (He et al. 2015, table 1), with torchvision's parameter names."""
+"""Plain and residual nets in the ImageNet form (He et al. 2015, table 1), with torchvision's
+parameter names."""
 
 from torch import Tensor, nn
 
-from resnet_dist.models.residual import BLOCKS, initialize, projection, stage
+from resnet_dist.models.depths import Net
+from resnet_dist.models.residual import initialize, stage
 
 
-class ImageNetResNet(nn.Module):
-    """[B, 3, H, W] -> logits [B, num_classes]; H and W are 224 in training."""
+class ImageNetNet(nn.Module):
+    """[B, 3, H, W] -> logits [B, num_classes]; H and W are 224 in training.
 
-    def __init__(
-        self,
-        block_name: str,
-        depths: tuple[int, ...],
-        num_classes: int,
-        zero_init_last_gamma: bool = False,
-    ):
+    Any larger image is taken too: the average pool and the linear layer commute, so the logits are
+    then the mean over the map of what a convolution in place of `fc` would give: the paper's fully
+    convolutional test.
+    """
+
+    def __init__(self, net: Net, num_classes: int, zero_init_last_gamma: bool = False):
         super().__init__()
-        block = BLOCKS[block_name]
-        wide = block.expansion
+        wide = 1 if net.block == "basic" else 4
         self.conv1 = nn.Conv2d(3, 64, kernel_size=7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
-        self.layer1 = stage(block, 64, 64, depths[0], projection)
-        self.layer2 = stage(block, 64 * wide, 128, depths[1], projection)
-        self.layer3 = stage(block, 128 * wide, 256, depths[2], projection)
-        self.layer4 = stage(block, 256 * wide, 512, depths[3], projection)
+        self.layer1 = stage(net.block, 64, 64, net.depths[0], net.shortcut)
+        self.layer2 = stage(net.block, 64 * wide, 128, net.depths[1], net.shortcut)
+        self.layer3 = stage(net.block, 128 * wide, 256, net.depths[2], net.shortcut)
+        self.layer4 = stage(net.block, 256 * wide, 512, net.depths[3], net.shortcut)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(512 * wide, num_classes)
         initialize(self, zero_init_last_gamma)

@@ -1,13 +1,9 @@
-"""Residual blocks and stages (He et al. 2015, figures 2 and 5), under torchvision's names."""
-
-from collections.abc import Callable
+"""Blocks and stages, residual and plain (He et al. 2015, figures 2 and 5), under torchvision's
+names."""
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-# (in_channels, out_channels, stride) -> what the block's input passes through on its way around
-Shortcut = Callable[[int, int, int], nn.Module]
 
 
 def conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
@@ -18,46 +14,87 @@ def conv1x1(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
 
 
+class ZeroPad(nn.Module):
+    """Option A's shortcut: every stride-th pixel, new channels zero. It has no parameters."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int):
+        super().__init__()
+        self.new_channels = out_channels - in_channels
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.new_channels))
+
+
+def projection(in_channels: int, out_channels: int, stride: int) -> nn.Module:
+    """Options B and C: a 1x1 convolution and BN."""
+    return nn.Sequential(conv1x1(in_channels, out_channels, stride), nn.BatchNorm2d(out_channels))
+
+
+def make_shortcut(
+    option: str, in_channels: int, out_channels: int, stride: int
+) -> nn.Module | None:
+    """What the block's input passes through on its way around; None: nothing (section 3.3)."""
+    same_shape = in_channels == out_channels and stride == 1
+    if option == "none" or (same_shape and option != "C"):
+        return None
+    return (ZeroPad if option == "A" else projection)(in_channels, out_channels, stride)
+
+
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions (figure 5, left). [B, C_in, H, W] -> [B, C_out, H/stride, W/stride]."""
 
     expansion = 1  # output channels per channel of the stage
 
-    def __init__(self, in_channels: int, channels: int, stride: int, downsample: nn.Module | None):
+    def __init__(self, in_channels: int, channels: int, stride: int, shortcut: str):
         super().__init__()
         self.conv1 = conv3x3(in_channels, channels, stride)
         self.bn1 = nn.BatchNorm2d(channels)
         self.relu = nn.ReLU(inplace=True)
         self.conv2 = conv3x3(channels, channels)
         self.bn2 = nn.BatchNorm2d(channels)
-        self.downsample = downsample
+        self.downsample = make_shortcut(shortcut, in_channels, channels, stride)
+        self.is_residual = shortcut != "none"
 
     @property
     def last_bn(self) -> nn.BatchNorm2d:
         return self.bn2
 
     def forward(self, x: Tensor) -> Tensor:
-        identity = x if self.downsample is None else self.downsample(x)
         out = self.relu(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
-        return self.relu(out + identity)
+        if self.is_residual:
+            out = out + (x if self.downsample is None else self.downsample(x))
+        return self.relu(out)
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3, 1x1 (figure 5, right), with the stride in the 3x3: torchvision's form, "v1.5"."""
+    """1x1, 3x3, 1x1 (figure 5, right).
+
+    The stride is in the 3x3: torchvision's form, "v1.5"; or, with stride_in_1x1, in the first 1x1:
+    the paper's.
+    """
 
     expansion = 4
 
-    def __init__(self, in_channels: int, channels: int, stride: int, downsample: nn.Module | None):
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int,
+        stride: int,
+        shortcut: str,
+        stride_in_1x1: bool = False,
+    ):
         super().__init__()
-        self.conv1 = conv1x1(in_channels, channels)
+        out_channels = channels * self.expansion
+        self.conv1 = conv1x1(in_channels, channels, stride if stride_in_1x1 else 1)
         self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = conv3x3(channels, channels, stride)
+        self.conv2 = conv3x3(channels, channels, 1 if stride_in_1x1 else stride)
         self.bn2 = nn.BatchNorm2d(channels)
-        self.conv3 = conv1x1(channels, channels * self.expansion)
-        self.bn3 = nn.BatchNorm2d(channels * self.expansion)
+        self.conv3 = conv1x1(channels, out_channels)
+        self.bn3 = nn.BatchNorm2d(out_channels)
         self.relu = nn.ReLU(inplace=True)
-        self.downsample = downsample
+        self.downsample = make_shortcut(shortcut, in_channels, out_channels, stride)
 
     @property
     def last_bn(self) -> nn.BatchNorm2d:
@@ -71,42 +108,22 @@ class Bottleneck(nn.Module):
         return self.relu(out + identity)
 
 
-Block = type[BasicBlock] | type[Bottleneck]
-BLOCKS: dict[str, Block] = {"basic": BasicBlock, "bottleneck": Bottleneck}
+def stage(block: str, in_channels: int, channels: int, blocks: int, shortcut: str) -> nn.Sequential:
+    """`blocks` blocks of one size; the first halves the map where the channels double.
 
-
-def projection(in_channels: int, out_channels: int, stride: int) -> nn.Module:
-    """Option B's shortcut: a 1x1 convolution and BN."""
-    return nn.Sequential(conv1x1(in_channels, out_channels, stride), nn.BatchNorm2d(out_channels))
-
-
-class ZeroPadShortcut(nn.Module):
-    """Option A's shortcut: every stride-th pixel, new channels zero. It has no parameters."""
-
-    def __init__(self, in_channels: int, out_channels: int, stride: int):
-        super().__init__()
-        self.new_channels = out_channels - in_channels
-        self.stride = stride
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.new_channels))
-
-
-def stage(
-    block: Block, in_channels: int, channels: int, blocks: int, shortcut: Shortcut
-) -> nn.Sequential:
-    """`blocks` blocks of one size; the first halves the map where the channels double."""
-    out_channels = channels * block.expansion
+    block: "basic", "bottleneck", or "bottleneck_v1" with the stride in the 1x1. shortcut: "A", "B",
+    "C" or, for the plain network of the same depth, "none" (basic blocks only).
+    """
+    kind, arguments = {
+        "basic": (BasicBlock, {}),
+        "bottleneck": (Bottleneck, {}),
+        "bottleneck_v1": (Bottleneck, {"stride_in_1x1": True}),
+    }[block]
+    out_channels = channels * kind.expansion
     # The first stage keeps the map that the stem made; every later one doubles its channels.
     stride = 2 if out_channels == 2 * in_channels else 1
-    changes_shape = in_channels != out_channels
-    first = block(
-        in_channels,
-        channels,
-        stride,
-        shortcut(in_channels, out_channels, stride) if changes_shape else None,
-    )
-    rest = [block(out_channels, channels, 1, None) for _ in range(blocks - 1)]
+    first = kind(in_channels, channels, stride, shortcut, **arguments)
+    rest = (kind(out_channels, channels, 1, shortcut, **arguments) for _ in range(blocks - 1))
     return nn.Sequential(first, *rest)
 
 
@@ -119,7 +136,7 @@ def initialize(model: nn.Module, zero_init_last_gamma: bool) -> None:
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-    if zero_init_last_gamma:
-        for module in model.modules():
-            if isinstance(module, BasicBlock | Bottleneck):
-                nn.init.zeros_(module.last_bn.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        if zero_init_last_gamma and isinstance(module, BasicBlock | Bottleneck):
+            nn.init.zeros_(module.last_bn.weight)

@@ -1,0 +1,69 @@
+"""VGG-19, the reference of He et al. 2015 (figure 3, left), with torchvision's parameter names.
+
+Simonyan & Zisserman 2015, configuration E, arXiv:1409.1556; with BN, torchvision's vgg19_bn.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from resnet_dist.models.depths import Net
+from resnet_dist.models.residual import initialize
+
+STAGE_CHANNELS = (64, 128, 256, 512, 512)
+MAP_PX = 7  # of the last map at 224 pixels: the kernel of the first fully connected layer
+
+
+class Vgg(nn.Module):
+    """[B, 3, H, W] -> logits [B, num_classes]; H and W are 224 in training.
+
+    Dropout of 0.5 is VGG's own; the residual nets have none.
+    """
+
+    def __init__(self, net: Net, num_classes: int, zero_init_last_gamma: bool = False):
+        super().__init__()
+        self.features = nn.Sequential(*_features(net.depths, with_bn=net.block == "conv_bn"))
+        self.avgpool = nn.AdaptiveAvgPool2d(MAP_PX)
+        self.classifier = nn.Sequential(
+            nn.Linear(512 * MAP_PX * MAP_PX, 4096),
+            nn.ReLU(inplace=True),
+            nn.Dropout(),
+            nn.Linear(4096, 4096),
+            nn.ReLU(inplace=True),
+            nn.Dropout(),
+            nn.Linear(4096, num_classes),
+        )
+        initialize(self, zero_init_last_gamma)
+        for layer in self.classifier:
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=0.01)  # VGG's own, section 3.1
+                nn.init.zeros_(layer.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # NCHW before it is flattened: the rows of the first linear layer are [512, 7, 7].
+        return self.classifier(torch.flatten(self.avgpool(self.features(x)), 1))
+
+    def dense(self, x: Tensor) -> Tensor:
+        """Fully convolutional test (VGG, section 3.2): the linear layers slide over the map, and
+        the scores are averaged. [B, 3, H, W], H and W at least 224 -> logits [B, num_classes]."""
+        first, _, _, second, _, _, last = self.classifier
+        x = self.features(x)
+        kernel = first.weight.view(-1, 512, MAP_PX, MAP_PX)
+        x = F.relu(F.conv2d(x, kernel, first.bias))
+        x = F.relu(F.conv2d(x, second.weight[:, :, None, None], second.bias))
+        x = F.conv2d(x, last.weight[:, :, None, None], last.bias)
+        return x.mean((2, 3))
+
+
+def _features(depths: tuple[int, ...], with_bn: bool) -> Iterator[nn.Module]:
+    in_channels = 3
+    for channels, convolutions in zip(STAGE_CHANNELS, depths, strict=True):
+        for _ in range(convolutions):
+            yield nn.Conv2d(in_channels, channels, kernel_size=3, padding=1)
+            if with_bn:
+                yield nn.BatchNorm2d(channels)
+            yield nn.ReLU(inplace=True)
+            in_channels = channels
+        yield nn.MaxPool2d(kernel_size=2, stride=2)
