@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +21,14 @@ from torch import nn
 
 from resnet_dist.config import Config, to_dict
 from resnet_dist.errors import UserError
+from resnet_dist.plan import LrMemory
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass
 class TrainState:
-    """All that changes in training. No loader, schedule or RNG state exists: see DESIGN.md.
-
-    Two rules have a memory: the best evaluation, and the plateau schedule's drops.
-    """
+    """All that changes in training. No loader, schedule or RNG state exists: see DESIGN.md."""
 
     model: nn.Module  # unwrapped
     optimizer: torch.optim.Optimizer
@@ -38,8 +36,7 @@ class TrainState:
     step: int = 0  # optimizer steps done
     best_acc1: float = -1.0
     best_step: int = -1
-    evals_since_best: int = 0  # or since the last plateau drop
-    plateau_drops: list[int] = field(default_factory=list)  # steps from which the lr is lower
+    lr_memory: LrMemory = field(default_factory=LrMemory)
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -49,7 +46,7 @@ class TrainState:
             "ema": None,  # the place of the averaged weights
             "step": self.step,
             "best": {"acc1": self.best_acc1, "step": self.best_step},
-            "plateau": {"drops": self.plateau_drops, "evals_since_best": self.evals_since_best},
+            "lr_memory": asdict(self.lr_memory),
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
@@ -58,8 +55,7 @@ class TrainState:
         self.scaler.load_state_dict(saved["scaler"])
         self.step = saved["step"]
         self.best_acc1, self.best_step = saved["best"]["acc1"], saved["best"]["step"]
-        self.plateau_drops = list(saved["plateau"]["drops"])
-        self.evals_since_best = saved["plateau"]["evals_since_best"]
+        self.lr_memory = LrMemory(**saved["lr_memory"])
 
 
 def save(state: TrainState, config: Config, facts: dict[str, Any]) -> Path:

@@ -66,9 +66,17 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _compare(arguments: argparse.Namespace) -> None:
-    from resnet_dist.compare import compare
+    from resnet_dist.compare import compare, error_curves
 
+    if arguments.plot is None:
+        print(compare(arguments.runs, arguments.run_root))
+        return
+    from resnet_dist import plots
+
+    plots.check_path(arguments.plot)
     print(compare(arguments.runs, arguments.run_root))
+    plots.draw_errors(error_curves(arguments.runs, arguments.run_root), arguments.plot)
+    print(f"\nfigure  {arguments.plot}")
 
 
 def _prepare_digits(arguments: argparse.Namespace) -> None:
@@ -84,11 +92,11 @@ def dry_run(config: Config, world_size: int, train_images: int | None) -> str:
     if train_images is None:
         data = config.data
         try:
-            train_images, val_images = (
-                count_images(data.format, Path(data.root), split) for split in ("train", "val")
-            )
+            train_images = count_images(data.format, Path(data.root), "train")
+            val_images = data.holdout_images or count_images(data.format, Path(data.root), "val")
         except UserError as error:
             raise UserError(f"{error} (--train-images N plans without the data)") from None
+    train_images -= config.data.holdout_images
     plan = Plan.of(config, world_size, train_images, val_images)
     text = to_yaml(config) + "\n" + plan.describe()
     try:
@@ -135,6 +143,9 @@ def _parser() -> argparse.ArgumentParser:
     compare.set_defaults(verb=_compare)
     compare.add_argument("runs", nargs="+", metavar="RUN", help="run folder, its name, or a run id")
     compare.add_argument("--run-root", type=Path, default=Path("runs"), metavar="DIR")
+    compare.add_argument(
+        "--plot", type=Path, metavar="FIGURE.png", help="draw training and validation error"
+    )
 
     prepare = verbs.add_parser("prepare", help="make a data set ready")
     data_sets = prepare.add_subparsers(required=True, metavar="DATA_SET")

@@ -1,9 +1,14 @@
-"""Runs side by side, from MLflow: what differs in their configs, and their scores."""
+"""Runs side by side, from MLflow: what differs in their configs, their scores and error curves."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from resnet_dist.errors import UserError
+from resnet_dist.models.depths import DEPTHS, Net
 from resnet_dist.tracking import RunRecord, mlflow_client, tracking_uri, without_credentials
 
 if TYPE_CHECKING:
@@ -13,15 +18,57 @@ BEST = {"val/acc1": max, "val/acc5": max, "val/loss": min}
 LAST = ("train/loss", "train/acc1", "perf/images_per_sec", "perf/data_wait_pct", "progress/epoch")
 TAGS = ("git.commit", "recipe", "world_size", "device")
 COMMIT_CHARACTERS = 10
+WINDOW_EPOCHS = 0.25  # over which the training error of minibatches is averaged
+
+
+@dataclass(frozen=True)
+class ErrorCurves:
+    """The errors of one run in percent, over optimizer steps in rising order."""
+
+    name: str
+    net: Net | None  # None: a network that this version does not know
+    network: str
+    train: np.ndarray  # float64 [N, 2]: step, error of the minibatches since the point before
+    val: np.ndarray  # float64 [M, 2]: step, error of an evaluation; M may be 0
+    steps_per_epoch: float
+
+    @property
+    def window_steps(self) -> float:
+        return WINDOW_EPOCHS * self.steps_per_epoch
+
+    def smoothed_train(self) -> np.ndarray:
+        """[N, 2]: step, mean training error of the window around it; at the ends, of its half."""
+        steps, errors = self.train.T
+        first = np.searchsorted(steps, steps - self.window_steps / 2, "left")
+        end = np.searchsorted(steps, steps + self.window_steps / 2, "right")
+        covered = self._covered_steps()
+        counts = np.concatenate([[0], np.cumsum(covered)])
+        sums = np.concatenate([[0], np.cumsum(errors * covered)])
+        return np.column_stack([steps, (sums[end] - sums[first]) / (counts[end] - counts[first])])
+
+    def last_train_error(self) -> tuple[float, int]:
+        """Mean training error of the last window, at least of the last point; its steps."""
+        steps, errors = self.train.T
+        inside = steps > steps[-1] - self.window_steps
+        inside[-1] = True
+        covered = self._covered_steps()[inside]
+        return float(np.average(errors[inside], weights=covered)), int(covered.sum())
+
+    def _covered_steps(self) -> np.ndarray:
+        """[N]: how many steps' minibatches each point is the mean of."""
+        return np.diff(self.train[:, 0], prepend=0)
 
 
 def compare(names: list[str], run_root: Path) -> str:
     """A table with a column per run. A name is a run folder, its name in run_root, or a run id.
 
+    Below it, where plain and residual nets of the same depths are among the runs: degradation.
+
     Raises:
         UserError: a run that MLflow does not hold.
     """
-    columns = [_column(name, run_root) for name in names]
+    found = [_find(name, run_root) for name in names]
+    columns = [_column(client, run) for client, run in found]
     rows = [("", *(column.pop("name") for column in columns))]
     keys = dict.fromkeys(key for column in columns for key in column)
     for key in keys:
@@ -30,15 +77,117 @@ def compare(names: list[str], run_root: Path) -> str:
         if not (is_setting and len(set(cells)) == 1):  # what all runs share tells nothing
             rows.append((key, *cells))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join(
+    table = "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in rows
     )
+    curves = [_curves(client, run) for client, run in found]
+    # A run whose first point is not logged yet has its place in the table alone.
+    block = degradation([curve for curve in curves if len(curve.train)])
+    return f"{table}\n\n{block}" if block else table
 
 
-def _column(name: str, run_root: Path) -> dict[str, str]:
+def error_curves(names: list[str], run_root: Path) -> list[ErrorCurves]:
+    """The error curves of the runs, from MLflow.
+
+    Raises:
+        UserError: a run that MLflow does not hold, or one without train/acc1.
+    """
+    curves = [_curves(*_find(name, run_root)) for name in names]
+    for name, curve in zip(names, curves, strict=True):
+        if not len(curve.train):
+            raise UserError(
+                f"{name}: MLflow holds no train/acc1 of this run, so there is no curve to draw; "
+                "leave it out, or wait for its first train.log_every_steps"
+            )
+    return curves
+
+
+def panels(curves: Sequence[ErrorCurves]) -> dict[str, list[ErrorCurves]]:
+    """Plain and residual nets side by side where both are among the runs, else all in one panel.
+
+    Returns title -> curves.
+    """
+    sides: dict[str, list[ErrorCurves]] = {"plain networks": [], "residual networks": []}
+    for curve in curves:
+        if curve.net is not None:
+            side = "plain networks" if curve.net.shortcut == "none" else "residual networks"
+            sides[side].append(curve)
+    both = all(sides.values()) and sum(map(len, sides.values())) == len(curves)
+    return sides if both else {"": list(curves)}
+
+
+def degradation(curves: Sequence[ErrorCurves]) -> str:
+    """What depth does to the training error of plain and of residual nets (He et al. 2015,
+    section 4.1): a line per kind of network, "" without two depths that both kinds have.
+
+    Runs of the same network are averaged.
+    """
+    runs: dict[Net, list[ErrorCurves]] = {}
+    for curve in curves:
+        if curve.net is not None:
+            runs.setdefault(curve.net, []).append(curve)
+    lines: dict[str, set[int]] = {}  # line -> the numbers of steps that were averaged over
+    for residual in dict.fromkeys(replace(net, depths=()) for net in runs):
+        plain = replace(residual, shortcut="none")
+        both = sorted(
+            {
+                net.depths
+                for net in runs
+                if replace(residual, depths=net.depths) in runs
+                and replace(plain, depths=net.depths) in runs
+            },
+            key=sum,
+        )
+        if residual != plain and len(both) > 1:
+            for kind in (plain, residual):
+                line, steps = _depth_line([runs[replace(kind, depths=depths)] for depths in both])
+                lines[line] = steps
+    if not lines:
+        return ""
+    averaged = sorted(set().union(*lines.values()))
+    span = f"{averaged[0]:,}" if len(averaged) == 1 else f"{averaged[0]:,} to {averaged[-1]:,}"
+    title = (
+        "degradation (training error in percent: mean over the minibatches of the last "
+        f"{WINDOW_EPOCHS:g} epochs, {span} steps)"
+    )
+    return "\n".join([title, *lines])
+
+
+def _depth_line(nets: list[list[ErrorCurves]]) -> tuple[str, set[int]]:
+    """The runs of each network, shallow to deep -> the line, the steps averaged over."""
+    parts, errors, averaged_steps = [], [], set()
+    for runs in nets:
+        run_errors, run_steps = zip(*(run.last_train_error() for run in runs), strict=True)
+        errors.append(sum(run_errors) / len(runs))
+        averaged_steps |= set(run_steps)
+        ends = "/".join(f"{step:,}" for step in sorted({int(run.train[-1, 0]) for run in runs}))
+        count = f", mean of {len(runs)} runs" if len(runs) > 1 else ""
+        parts.append(f"{runs[0].network} {errors[-1]:.2f} % (step {ends}{count})")
+    return f"  {' -> '.join(parts)}: {errors[-1] - errors[0]:+.2f} points", averaged_steps
+
+
+def _curves(client: Any, run: "Run") -> ErrorCurves:
+    network = run.data.params.get("model.name", "")
+    epochs = _history(client, run, "progress/epoch")
+    return ErrorCurves(
+        name=run.info.run_name or run.info.run_id,
+        net=DEPTHS.get(network),
+        network=network,
+        train=_history(client, run, "train/acc1") * [1, -1] + [0, 100],
+        val=_history(client, run, "val/acc1") * [1, -1] + [0, 100],
+        steps_per_epoch=epochs[-1, 0] / epochs[-1, 1] if len(epochs) else 0.0,
+    )
+
+
+def _history(client: Any, run: "Run", metric: str) -> np.ndarray:
+    """float64 [N, 2]: step, value, in rising order of steps."""
+    points = client.get_metric_history(run.info.run_id, metric)
+    return np.array(sorted((p.step, p.value) for p in points), dtype=np.float64).reshape(-1, 2)
+
+
+def _column(client: Any, run: "Run") -> dict[str, str]:
     """Row title -> cell: settings first, then scores."""
-    client, run = _find(name, run_root)
     cells = {"name": run.info.run_name or run.info.run_id, "status": run.info.status}
     cells |= dict(sorted(run.data.params.items()))
     cells |= {tag: run.data.tags[tag] for tag in TAGS if tag in run.data.tags}

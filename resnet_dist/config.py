@@ -23,6 +23,8 @@ class ModelConfig:
     zero_init_last_gamma: bool = False
     # Who shares BN statistics: all ranks, the ranks of one node, or nobody.
     sync_batchnorm: Literal["world", "node", "none"] = "world"
+    # Fine-tuning: a checkpoint or run folder, or torchvision:FILE. The head is kept if it fits.
+    init_from: str | None = None
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,12 @@ class DataConfig:
     # Of the training images, on the 0..1 scale (ImageNet's, as torchvision writes them).
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    # The mean image of the training set in place of `mean` (He et al. 2015, sections 3.4 and 4.2).
+    per_pixel_mean: bool = False
+    # Noise along the principal components of RGB; 0.1 is Krizhevsky et al. 2012, section 4.1.
+    pca_color_std: float = 0.0
+    # So many training images, the same for every seed, are the val images: the paper's 45k/5k.
+    holdout_images: int = 0
     decode_threads: int = 4
 
 
@@ -58,10 +66,19 @@ class OptimConfig:
     decay_norm_and_bias: bool = False
     label_smoothing: float = 0.0
     clip_grad_norm: float | None = None
+    # lr times this, by part of the network: {stem: 0, layer1: 0, fc: 10}. 0 freezes the part, its
+    # BN statistics too.
+    lr_scales: dict[str, float] = field(default_factory=dict)
     schedule: Literal["step", "cosine", "polynomial", "plateau"] = "step"
-    warmup_epochs: float = 0.0
+    # Linear from 0 to the peak.
+    warmup_epochs: float | None = 0.0
+    warmup_iterations: int | None = None
+    # A tenth of the peak until the training error is below this: He et al. 2015, section 4.2, for
+    # ResNet-110. It takes the place of the linear warm-up.
+    warmup_until_train_error_pct: float | None = None
     # step: lr *= gamma at each of these.
-    milestones_epochs: tuple[float, ...] = (30.0, 60.0, 80.0)
+    milestones_epochs: tuple[float, ...] | None = (30.0, 60.0, 80.0)
+    milestones_iterations: tuple[int, ...] | None = None
     # step and plateau: the factor of one drop.
     gamma: float = 0.1
     # polynomial: lr = peak * (1 - progress) ** power.
@@ -72,15 +89,18 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    epochs: float = 90.0
+    epochs: float | None = 90.0
+    iterations: int | None = None
     # Images per optimizer step over all ranks; the plan finds the accumulation that keeps it.
     global_batch_size: int = 256
     # The most images one rank takes through the network at once: what fits in its memory.
     max_local_batch_size: int = 128
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     log_every_steps: int = 50
-    eval_every_epochs: float = 1.0
-    save_every_epochs: float = 1.0
+    eval_every_epochs: float | None = 1.0
+    eval_every_iterations: int | None = None
+    save_every_epochs: float | None = 1.0
+    save_every_iterations: int | None = None
     # Newest checkpoints that stay on disk; the best one stays besides.
     keep_checkpoints: int = 2
 
@@ -145,6 +165,16 @@ def _leaves(part: Any, prefix: str) -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{item.name}", value
 
 
+# One quantity, two units, of which one is None: an iteration is an optimizer step.
+UNITS = {
+    "optim.warmup_epochs": "optim.warmup_iterations",
+    "optim.milestones_epochs": "optim.milestones_iterations",
+    "train.epochs": "train.iterations",
+    "train.eval_every_epochs": "train.eval_every_iterations",
+    "train.save_every_epochs": "train.save_every_iterations",
+}
+
+
 # --------------------------------------------------------------------------------------------------
 # Impossible values: those that the config alone shows; plan.py finds those that need the world.
 
@@ -154,15 +184,21 @@ _AT_LEAST: dict[str, float] = {  # key -> smallest legal value
     "data.pad_px": 0,
     "data.eval_resize_px": 1,
     "data.eval_crop_px": 1,
+    "data.pca_color_std": 0,
+    "data.holdout_images": 0,
     "data.decode_threads": 1,
     "optim.base_lr": 0,
     "optim.momentum": 0,
     "optim.weight_decay": 0,
     "optim.label_smoothing": 0,
     "optim.warmup_epochs": 0,
+    "optim.warmup_iterations": 0,
     "optim.gamma": 0,
     "optim.power": 0,
     "optim.plateau_patience_evals": 1,
+    "train.iterations": 1,
+    "train.eval_every_iterations": 1,
+    "train.save_every_iterations": 1,
     "train.global_batch_size": 1,
     "train.max_local_batch_size": 1,
     "train.log_every_steps": 1,
@@ -173,12 +209,14 @@ _AT_MOST: dict[str, float] = {
     "optim.momentum": 1,
     "optim.label_smoothing": 1,
     "optim.gamma": 1,
+    "optim.warmup_until_train_error_pct": 100,
 }
 _ABOVE_ZERO: dict[str, float] = {  # key -> a sane small value to name
     "train.epochs": 1,
     "train.eval_every_epochs": 1,
     "train.save_every_epochs": 1,
     "optim.clip_grad_norm": 1,
+    "optim.warmup_until_train_error_pct": 80,
 }
 
 
@@ -186,10 +224,10 @@ def impossible(config: Config) -> Iterator[tuple[str, str, object]]:
     """(key, why, nearest valid value) of each impossible value."""
     flat = leaves(config)
     for key, least in _AT_LEAST.items():
-        if flat[key] < least:
+        if flat[key] is not None and flat[key] < least:
             yield key, f"must be at least {least}", least
     for key, most in _AT_MOST.items():
-        if flat[key] > most:
+        if flat[key] is not None and flat[key] > most:
             yield key, f"must be at most {most}", most
     for key, example in _ABOVE_ZERO.items():
         if flat[key] is not None and flat[key] <= 0:
@@ -219,7 +257,12 @@ def impossible(config: Config) -> Iterator[tuple[str, str, object]]:
     if (data.format == "cifar10") != (data.train_crop == "pad"):
         why = f"does not go with data.format={data.format}"
         yield "data.train_crop", why, "pad" if data.format == "cifar10" else "scale"
+    if data.per_pixel_mean and data.eval_crop_px != data.crop_px:
+        why = f"must be data.crop_px={data.crop_px}, the size of the mean image of per_pixel_mean"
+        yield "data.eval_crop_px", why, data.crop_px
     if data.format == "cifar10":
+        if data.pca_color_std:
+            yield "data.pca_color_std", "is for photos, not for data.format=cifar10", 0.0
         for key in ("crop_px", "eval_resize_px", "eval_crop_px"):
             if flat[f"data.{key}"] != 32:
                 yield f"data.{key}", "must be CIFAR's own size", 32
@@ -229,9 +272,22 @@ def impossible(config: Config) -> Iterator[tuple[str, str, object]]:
             yield f"data.{key}", "is on the 0..1 scale, not 0..255", leaves(Config())[f"data.{key}"]
     if optim.nesterov and optim.momentum == 0:
         yield "optim.nesterov", "needs optim.momentum above zero", False
-    if list(optim.milestones_epochs) != sorted(set(optim.milestones_epochs)):
-        why = "must rise"
-        yield "optim.milestones_epochs", why, tuple(sorted(set(optim.milestones_epochs)))
-    if optim.warmup_epochs > config.train.epochs:
-        why = f"is longer than train.epochs={config.train.epochs:g}"
-        yield "optim.warmup_epochs", why, config.train.epochs
+    for key in ("optim.milestones_epochs", "optim.milestones_iterations"):
+        given = flat[key]
+        if given is not None and list(given) != sorted(set(given)):
+            yield key, "must rise", tuple(sorted(set(given)))
+    for unit in ("epochs", "iterations"):
+        warmup, length = flat[f"optim.warmup_{unit}"], flat[f"train.{unit}"]
+        if warmup is not None and length is not None and warmup > length:
+            yield f"optim.warmup_{unit}", f"is longer than train.{unit}={length:g}", length
+    if optim.warmup_until_train_error_pct is not None and (
+        optim.warmup_epochs or optim.warmup_iterations
+    ):
+        why = "takes the place of the linear warm-up: give one of them"
+        yield "optim.warmup_until_train_error_pct", why, None
+    for part, scale in optim.lr_scales.items():
+        if scale < 0:
+            yield "optim.lr_scales", f"{part} must be at least 0", {**optim.lr_scales, part: 0.0}
+    if model.zero_init_last_gamma and model.name in DEPTHS and DEPTHS[model.name].shortcut == "none":
+        why = f"would leave {model.name}, which has no shortcuts, with outputs of zero"
+        yield "model.zero_init_last_gamma", why, False

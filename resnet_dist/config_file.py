@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
-from resnet_dist.config import Config, impossible, leaves
+from resnet_dist.config import UNITS, Config, impossible, leaves
 from resnet_dist.errors import UserError, as_yaml, invalid_value
 
 
@@ -25,12 +25,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         UserError: an unreadable file, an unknown key, a wrong type or an impossible value.
     """
-    return _build(_read_file(Path(path), ()) | _read_overrides(overrides))
+    return _build(_merge(_read_file(Path(path), ()), _read_overrides(overrides)))
 
 
 def config_from_dict(nested: dict[str, Any], origin: str, overrides: Sequence[str] = ()) -> Config:
     """The inverse of `to_dict`, with overrides on top; `origin` names the source in messages."""
-    return _build(_flatten(nested, origin) | _read_overrides(overrides))
+    return _build(_merge(_flatten(nested, origin), _read_overrides(overrides)))
 
 
 class _Loader(yaml.SafeLoader):
@@ -103,8 +103,31 @@ def _read_file(path: Path, children: tuple[Path, ...]) -> dict[str, tuple[Any, s
         if not isinstance(base, str):
             raise UserError(f"{path}: base={base!r}: must be one file name, relative to this file")
         found = _read_file(path.parent / base, (*children, path.resolve()))
-    found.update(_flatten(content, str(path)))
-    return found
+    return _merge(found, _flatten(content, str(path)))
+
+
+def _merge(
+    found: dict[str, tuple[Any, str]], new: dict[str, tuple[Any, str]]
+) -> dict[str, tuple[Any, str]]:
+    """`new` on top of `found`: a quantity in one unit replaces it in the other."""
+    merged = dict(found)
+    for epochs, iterations in UNITS.items():
+        given = [key for key in (epochs, iterations) if new.get(key, (None,))[0] is not None]
+        if len(given) == 2:
+            value, origin = new[iterations]
+            raise UserError(
+                f"{origin}: {iterations}={as_yaml(value)}: stands beside {epochs}="
+                f"{as_yaml(new[epochs][0])}; give one unit for one quantity"
+            )
+        if given:
+            for key in (epochs, iterations):
+                merged[key] = (None, new[given[0]][1])
+    return merged | {key: given for key, given in new.items() if not _is_unset_unit(key, given)}
+
+
+def _is_unset_unit(key: str, given: tuple[Any, str]) -> bool:
+    """`train.iterations: null` says nothing: the other unit counts."""
+    return given[0] is None and (key in UNITS or key in UNITS.values())
 
 
 def _read_overrides(overrides: Sequence[str]) -> dict[str, tuple[Any, str]]:
@@ -176,6 +199,10 @@ def _typed(value: Any, kind: Any, key: str, origin: str) -> Any:
         if value is None:
             return None
         return _typed(value, next(k for k in get_args(kind) if k is not NoneType), key, origin)
+    if get_origin(kind) is dict:
+        if not isinstance(value, dict):
+            raise invalid_value(origin, key, value, "must be {part: number}", {"fc": 10})
+        return {str(part): _typed(v, float, key, origin) for part, v in value.items()}
     if get_origin(kind) is tuple:
         kinds = get_args(kind)
         default = _DEFAULTS[key]

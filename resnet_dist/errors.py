@@ -19,6 +19,8 @@ def as_yaml(value: Any) -> str:
     """A plain value as it would stand in a config file."""
     if isinstance(value, tuple | list):
         return "[" + ", ".join(as_yaml(part) for part in value) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {as_yaml(part)}" for key, part in value.items()) + "}"
     if value is None:
         return "null"
     return str(value).lower() if isinstance(value, bool) else str(value)

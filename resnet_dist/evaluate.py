@@ -91,7 +91,10 @@ def evaluate_checkpoint(path: Path, overrides: list[str]) -> Score:
     model = build_model(config.model.name, len(index.classes))
     model.load_state_dict(saved["model"])
     model = model.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    loader = make_loader(index, config, world, config.data.eval_crop_px)
+    mean_image = saved["mean_image"]
+    loader = make_loader(
+        index, config, world, None if mean_image is None else mean_image.numpy()
+    )
     batch_size = config.train.max_local_batch_size
     requests = eval_requests(config, index, world.rank, world.size, batch_size)
     score = evaluate(model, loader.batches(requests), world, config.train.precision)

@@ -4,6 +4,7 @@ import inspect
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -13,6 +14,7 @@ from resnet_dist.checkpoint import TrainState
 from resnet_dist.config import Config
 from resnet_dist.data.dali import Loader
 from resnet_dist.data.index import Index
+from resnet_dist.data.mean_image import mean_image
 from resnet_dist.data.source import load_index, make_loader
 from resnet_dist.data.stream import eval_requests
 from resnet_dist.distributed import World
@@ -38,6 +40,7 @@ class Job:
     train_loader: Loader
     val_index: Index
     val_loader: Loader
+    mean_image: np.ndarray | None  # float32 [crop_px, crop_px, 3], if the config asks for it
 
 
 def build(config: Config, world: World) -> Job:
@@ -53,6 +56,7 @@ def build(config: Config, world: World) -> Job:
     plan = Plan.of(config, world.size, len(train_index), len(val_index))
     network = build_network(config, world, len(train_index.classes))
     optimizer = build_optimizer(network, config.optim)
+    mean = mean_image(train_index, config, world)
     state = TrainState(network, optimizer, grad_scaler(world.device, config.train.precision))
     return Job(
         config=config,
@@ -61,9 +65,10 @@ def build(config: Config, world: World) -> Job:
         state=state,
         model=distribute(network, world),
         train_index=train_index,
-        train_loader=make_loader(train_index, config, world, config.data.crop_px),
+        train_loader=make_loader(train_index, config, world, mean),
         val_index=val_index,
-        val_loader=make_loader(val_index, config, world, config.data.eval_crop_px),
+        val_loader=make_loader(val_index, config, world, mean),
+        mean_image=mean,
     )
 
 
@@ -136,6 +141,7 @@ def save(job: Job) -> None:
         "classes": list(job.train_index.classes),
         "data_fingerprint": job.train_index.fingerprint,
         "bn_batch_size": bn_batch_size(job),
+        "mean_image": None if job.mean_image is None else torch.from_numpy(job.mean_image),
     }
     job.world.on_main(lambda: checkpoint.save(job.state, job.config, facts))
 

@@ -20,11 +20,10 @@ class Meter:
         self.wait_seconds = 0.0
         self.started = time.monotonic()
 
-    def add(self, loss_sum: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """One pass. loss_sum: scalar; logits: [B, classes]; labels: int64 [B]. No sync."""
-        correct = (logits.argmax(dim=1) == labels).sum()
-        images = torch.full_like(correct, len(labels))
-        self.sums += torch.stack([loss_sum.double(), correct.double(), images.double()])
+    def add(self, loss_sum: Tensor, correct: Tensor, images: int) -> None:
+        """One pass. loss_sum, correct: scalars on the device. No sync."""
+        count = torch.full_like(correct, images)
+        self.sums += torch.stack([loss_sum.double(), correct.double(), count.double()])
 
     @contextmanager
     def waiting(self) -> Iterator[None]:

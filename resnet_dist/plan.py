@@ -4,9 +4,27 @@ Pure and free of torch: `--dry-run` and the launchers print it on a login node.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
-from resnet_dist.config import Config, OptimConfig
+from resnet_dist.config import UNITS, Config, OptimConfig, leaves
+
+TRAIN_ERROR_WARMUP_FACTOR = 0.1  # lr 0.01 before 0.1: He et al. 2015, section 4.2
+TRAIN_ERROR_WINDOW_STEPS = 20
+
+
+@dataclass
+class LrMemory:
+    """What two rules remember: the steps at which they fired. Part of a checkpoint.
+
+    All else of the schedule is a function of the step alone.
+    """
+
+    plateau_drops: list[int] = field(default_factory=list)  # steps from which the lr is lower
+    evals_since_best: int = 0  # or since the last plateau drop
+    warmup_end: int | None = None  # the first step at the peak; None: the error is still above
+    # Right answers of the latest steps' global batches, while the rule watches them.
+    correct_per_step: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -22,6 +40,7 @@ class Plan:
     steps_per_epoch: int
     total_steps: int
     warmup_steps: int
+    milestone_steps: tuple[int, ...]
     peak_lr: float
     log_every_steps: int
     eval_every_steps: int
@@ -54,7 +73,16 @@ class Plan:
         # The last, partial batch of an epoch is dropped: every step has the same size, and as each
         # epoch has its own permutation, other images are left out each time.
         steps_per_epoch = train_images // global_batch_size
-        total_steps = max(1, round(train.epochs * steps_per_epoch))
+        settings = leaves(config)
+
+        def steps(key: str) -> int:
+            """The quantity `key`, in whichever unit it is given."""
+            in_epochs, in_iterations = settings[key], settings[UNITS[key]]
+            return in_iterations if in_epochs is None else round(in_epochs * steps_per_epoch)
+
+        milestones: Sequence[float] = optim.milestones_iterations or ()
+        if optim.milestones_epochs is not None:
+            milestones = [m * steps_per_epoch for m in optim.milestones_epochs]
         return cls(
             optim=optim,
             world_size=world_size,
@@ -63,12 +91,13 @@ class Plan:
             global_batch_size=global_batch_size,
             accumulation=accumulation,
             steps_per_epoch=steps_per_epoch,
-            total_steps=total_steps,
-            warmup_steps=round(optim.warmup_epochs * steps_per_epoch),
+            total_steps=max(1, steps("train.epochs")),
+            warmup_steps=steps("optim.warmup_epochs"),
+            milestone_steps=tuple(math.ceil(m) for m in milestones),
             peak_lr=optim.base_lr * global_batch_size / 256,  # Goyal et al. 2017, section 2.1
             log_every_steps=train.log_every_steps,
-            eval_every_steps=max(1, round(train.eval_every_epochs * steps_per_epoch)),
-            save_every_steps=max(1, round(train.save_every_epochs * steps_per_epoch)),
+            eval_every_steps=max(1, steps("train.eval_every_epochs")),
+            save_every_steps=max(1, steps("train.save_every_epochs")),
         )
 
     @property
@@ -80,26 +109,47 @@ class Plan:
     def dropped_images_per_epoch(self) -> int:
         return self.train_images - self.steps_per_epoch * self.global_batch_size
 
-    def lr_at(self, step: int, plateau_drops: tuple[int, ...] = ()) -> float:
-        """Learning rate of `step`: a function of the step alone.
+    def lr_at(self, step: int, memory: LrMemory | None = None) -> float:
+        """Learning rate of `step`: a function of the step alone, but for the rules with a memory.
 
-        The paper's plateau rule has a memory: `plateau_drops`, the steps at which it fired.
         Warm-up is linear, per step: the first step has 1/warmup_steps of the peak.
         """
-        optim = self.optim
+        optim, memory = self.optim, memory or LrMemory()
         if step < self.warmup_steps:
             return self.peak_lr * (step + 1) / self.warmup_steps
+        if self.watches_train_error(memory):
+            return self.peak_lr * TRAIN_ERROR_WARMUP_FACTOR
         progress = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
         if optim.schedule == "cosine":  # Loshchilov & Hutter 2017, one cycle
             return self.peak_lr * 0.5 * (1 + math.cos(math.pi * progress))
         if optim.schedule == "polynomial":
             return self.peak_lr * (1 - progress) ** optim.power
-        if optim.schedule == "step":
-            epoch = step / self.steps_per_epoch
-            drops = sum(epoch >= milestone for milestone in optim.milestones_epochs)
-        else:
-            drops = sum(step >= drop for drop in plateau_drops)
-        return self.peak_lr * optim.gamma**drops
+        fired = self.milestone_steps if optim.schedule == "step" else memory.plateau_drops
+        return self.peak_lr * optim.gamma ** sum(step >= at for at in fired)
+
+    def watches_train_error(self, memory: LrMemory) -> bool:
+        """True while the lr is low because the training error is still high."""
+        return self.optim.warmup_until_train_error_pct is not None and memory.warmup_end is None
+
+    def remember_train_error(self, memory: LrMemory, step: int, correct: int) -> None:
+        """After step `step - 1`, of whose global batch `correct` images were right."""
+        memory.correct_per_step = [*memory.correct_per_step, correct][-TRAIN_ERROR_WINDOW_STEPS:]
+        images = TRAIN_ERROR_WINDOW_STEPS * self.global_batch_size
+        limit_pct = self.optim.warmup_until_train_error_pct
+        assert limit_pct is not None
+        if len(memory.correct_per_step) == TRAIN_ERROR_WINDOW_STEPS:
+            error_pct = 100 * (1 - sum(memory.correct_per_step) / images)
+            if error_pct < limit_pct:
+                memory.warmup_end, memory.correct_per_step = step, []
+
+    def remember_score(self, memory: LrMemory, step: int, is_best: bool) -> None:
+        """After an evaluation: the plateau rule."""
+        memory.evals_since_best = 0 if is_best else memory.evals_since_best + 1
+        if self.optim.schedule != "plateau":
+            return
+        if memory.evals_since_best >= self.optim.plateau_patience_evals:
+            memory.plateau_drops.append(step)
+            memory.evals_since_best = 0
 
     def epoch_at(self, step: int) -> float:
         """Epochs done after `step` steps."""
@@ -138,7 +188,7 @@ class Plan:
                 "total steps",
                 f"{self.total_steps:,} = {self.epoch_at(self.total_steps):g} epochs",
             ),
-            ("warm-up", f"{self.warmup_steps:,} steps = {optim.warmup_epochs:g} epochs"),
+            ("warm-up", self._describe_warmup()),
             ("peak lr", f"{self.peak_lr:g} = {optim.base_lr:g} * {batch} / 256"),
             ("schedule", self._describe_schedule()),
             (
@@ -150,11 +200,20 @@ class Plan:
         ]
         return "\n".join(f"{name:<16} {text}" for name, text in rows)
 
+    def _describe_warmup(self) -> str:
+        limit_pct = self.optim.warmup_until_train_error_pct
+        if limit_pct is not None:
+            return (
+                f"lr {self.peak_lr * TRAIN_ERROR_WARMUP_FACTOR:g} until the training error is "
+                f"below {limit_pct:g} % over {TRAIN_ERROR_WINDOW_STEPS} steps"
+            )
+        return f"{self.warmup_steps:,} steps = {self.epoch_at(self.warmup_steps):g} epochs"
+
     def _describe_schedule(self) -> str:
         optim = self.optim
         if optim.schedule == "step":
-            at = ", ".join(f"{milestone:g}" for milestone in optim.milestones_epochs)
-            return f"step: times {optim.gamma:g} at epochs {at}"
+            at = ", ".join(f"{m:,} ({self.epoch_at(m):g})" for m in self.milestone_steps)
+            return f"step: times {optim.gamma:g} at steps (epochs) {at}"
         if optim.schedule == "plateau":
             patience = optim.plateau_patience_evals
             return f"plateau: times {optim.gamma:g} after {patience} evaluations without a new best"

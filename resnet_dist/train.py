@@ -10,7 +10,8 @@ import time
 from collections.abc import Iterator
 from enum import Enum
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from resnet_dist import distributed
@@ -77,10 +78,13 @@ def run(
         train_requests(job.config, plan, job.train_index, world.rank, state.step)
     )
     for step in range(state.step, plan.total_steps):
-        lr = plan.lr_at(step, tuple(state.plateau_drops))
+        lr = plan.lr_at(step, state.lr_memory)
         set_lr(state.optimizer, lr)
-        train_step(job, batches, meter)
+        correct = train_step(job, batches, meter)
         state.step = step + 1
+        if plan.watches_train_error(state.lr_memory):
+            total = int(world.sum(correct))  # CPU-GPU sync point, in the first few hundred steps
+            plan.remember_train_error(state.lr_memory, state.step, total)
         progress.tick(state.step)
 
         if plan.logs_after(state.step):
@@ -102,9 +106,13 @@ def run(
     return Outcome.FINISHED, score
 
 
-def train_step(job: Job, batches: Iterator[Batch], meter: Meter) -> None:
-    """One optimizer step over the global batch, in `accumulation` passes."""
+def train_step(job: Job, batches: Iterator[Batch], meter: Meter) -> Tensor:
+    """One optimizer step over the global batch, in `accumulation` passes.
+
+    Returns how many of this rank's images were right: int64, a scalar on the device.
+    """
     config, plan, state = job.config, job.plan, job.state
+    correct = torch.zeros((), dtype=torch.int64, device=job.world.device)
     state.optimizer.zero_grad(set_to_none=True)
     for accumulated in range(plan.accumulation):
         with meter.waiting():
@@ -121,24 +129,25 @@ def train_step(job: Job, batches: Iterator[Batch], meter: Meter) -> None:
         # the global count, and multiply by the ranks that DDP will divide by.
         loss = loss_sum * plan.world_size / plan.global_batch_size
         state.scaler.scale(loss).backward()
-        meter.add(loss_sum.detach(), logits.detach(), batch.labels)
+        right = (logits.detach().argmax(dim=1) == batch.labels).sum()
+        meter.add(loss_sum.detach(), right, len(batch.labels))
+        correct += right
     if config.optim.clip_grad_norm is not None:
         state.scaler.unscale_(state.optimizer)
         nn.utils.clip_grad_norm_(state.model.parameters(), config.optim.clip_grad_norm)
     # fp16: a step whose gradients overflow is skipped, on all ranks alike, and the scale halved.
     state.scaler.step(state.optimizer)
     state.scaler.update()
+    return correct
 
 
 def remember(job: Job, score: Score) -> None:
     """What outlives an evaluation: the best one, and the plateau schedule's drops."""
-    state, optim = job.state, job.config.optim
-    state.evals_since_best += 1
-    if score.acc1 > state.best_acc1:
-        state.best_acc1, state.best_step, state.evals_since_best = score.acc1, state.step, 0
-    if optim.schedule == "plateau" and state.evals_since_best >= optim.plateau_patience_evals:
-        state.plateau_drops.append(state.step)
-        state.evals_since_best = 0
+    state = job.state
+    is_best = score.acc1 > state.best_acc1
+    if is_best:
+        state.best_acc1, state.best_step = score.acc1, state.step
+    job.plan.remember_score(state.lr_memory, state.step, is_best)
 
 
 def tags(job: Job, recipe: str) -> dict[str, str]:

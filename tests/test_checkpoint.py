@@ -12,6 +12,7 @@ from resnet_dist import checkpoint
 from resnet_dist.checkpoint import TrainState
 from resnet_dist.config import Config, OptimConfig, to_dict
 from resnet_dist.errors import UserError
+from resnet_dist.plan import LrMemory
 from resnet_dist.models.build import build_model
 from resnet_dist.optim import build_optimizer, set_lr
 
@@ -35,14 +36,14 @@ def save(state: TrainState, config: Config) -> Path:
 def test_all_of_the_state_comes_back(tiny_config: Callable[..., Config]) -> None:
     config = tiny_config()
     state = make_state(0, step=7)
-    state.best_acc1, state.best_step, state.evals_since_best = 12.5, 3, 4
-    state.plateau_drops = [2, 5]
+    state.best_acc1, state.best_step = 12.5, 3
+    state.lr_memory = LrMemory([2, 5], 4, 7, [1, 2])
     path = save(state, config)
     # The promise to users, spelled out: no pickle of ours is needed.
     content = torch.load(path / "state.pt", weights_only=True)
     assert content["config"] == to_dict(config)
     assert content["classes"] == ["a", "b", "c"]
-    assert set(content) >= {"model", "optimizer", "scaler", "ema", "step", "best", "plateau"}
+    assert set(content) >= {"model", "optimizer", "scaler", "ema", "step", "best", "lr_memory"}
     assert list(content["model"]) == list(build_model("resnet20", 3).state_dict())
 
     other = make_state(1)
@@ -55,7 +56,7 @@ def test_all_of_the_state_comes_back(tiny_config: Callable[..., Config]) -> None
     assert all(torch.equal(a, b) for a, b in zip(momentum, restored, strict=True))
     assert other.scaler.state_dict() == state.scaler.state_dict()
     assert (other.step, other.best_acc1, other.best_step) == (7, 12.5, 3)
-    assert (other.evals_since_best, other.plateau_drops) == (4, [2, 5])
+    assert other.lr_memory == LrMemory([2, 5], 4, 7, [1, 2])
 
 
 def test_latest_best_and_retention(tiny_config: Callable[..., Config]) -> None:

@@ -10,6 +10,7 @@ is Pillow on an image whose edge was repeated; against plain Pillow the border d
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 from PIL import Image, ImageOps
 
 from resnet_dist.data import dali
-from resnet_dist.data.augment import Windows
+from resnet_dist.data.augment import Windows, unchanged
 from resnet_dist.data.dali import Batch, Loader
 from resnet_dist.data.index import Index
 
@@ -71,22 +72,23 @@ def raw_index(pixels: np.ndarray) -> Index:
 
 def windows(roi: Any, flip: Any = False) -> Windows:
     roi = np.array(roi, np.float64).reshape(-1, 4)
-    return Windows(roi, np.broadcast_to(flip, len(roi)))
+    return replace(unchanged(roi, (96, 96)), flip=np.broadcast_to(flip, len(roi)))
 
 
-def loader(index: Index, px: int = 96, device: str = "cpu", **kwargs: Any) -> Loader:
+def loader(index: Index, device: str = "cpu", **kwargs: Any) -> Loader:
     defaults: dict[str, Any] = {"dtype": torch.float32, "max_batch_size": 16, "num_threads": 2}
     return Loader(
         index,
-        output_px=px,
-        mean=MEAN.tolist(),
         std=STD.tolist(),
         device=torch.device(device),
-        **(defaults | kwargs),
+        **(defaults | {"mean": MEAN} | kwargs),
     )
 
 
-def one_batch(index: Index, samples: Sequence[int], seen: Windows, **kwargs: Any) -> Batch:
+def one_batch(
+    index: Index, samples: Sequence[int], seen: Windows, px: int = 96, **kwargs: Any
+) -> Batch:
+    seen = replace(seen, size_px=(px, px))
     (batch,) = loader(index, **kwargs).batches([(np.array(samples), seen)])
     return batch
 
@@ -230,7 +232,7 @@ def test_raw_pixels_with_zero_padding() -> None:
 @pytest.mark.parametrize("roi", [(0, 0, 16, 16), (0.5, 0, 32.5, 32)])
 def test_raw_pixels_are_never_resampled(roi: tuple[float, ...]) -> None:
     index = raw_index(np.zeros((1, 32, 32, 3), np.uint8))
-    with pytest.raises(ValueError, match="32 pixels high and wide"):
+    with pytest.raises(ValueError, match=r"\(32, 32\) pixels high and wide"):
         one_batch(index, [0], windows(roi), px=32)
 
 
@@ -251,7 +253,7 @@ def request(index: Index, samples: Sequence[int]) -> tuple[np.ndarray, Windows]:
     """A window and flip for each sample that depend on the sample alone."""
     numbers = np.array(samples, np.int64)
     corner = np.stack([numbers * 1.5, numbers * 2.25], 1)
-    return numbers, Windows(np.hstack([corner, corner + 70 + corner]), numbers % 2 == 1)
+    return numbers, windows(np.hstack([corner, corner + 70 + corner]), numbers % 2 == 1)
 
 
 def raw_or_encoded(kind: str, folder: Index) -> Index:

@@ -8,7 +8,7 @@ import pytest
 
 from resnet_dist.config import Config, OptimConfig, TrainConfig
 from resnet_dist.errors import UserError
-from resnet_dist.plan import Plan
+from resnet_dist.plan import LrMemory, Plan
 
 
 def plan(
@@ -69,7 +69,7 @@ def test_schedules_as_tables() -> None:
         [1, 0.25, 0.01]
     )
     plateau = plan(global_batch_size=100, optim={"schedule": "plateau"})
-    drops = (40, 70)
+    drops = LrMemory(plateau_drops=[40, 70])
     assert [plateau.lr_at(s, drops) / plateau.peak_lr for s in (39, 40, 69, 70)] == pytest.approx(
         [1, 0.1, 0.1, 0.01]
     )

@@ -27,6 +27,7 @@ from resnet_dist.interrupt import Interrupt
 from resnet_dist.job import Job, build, restore
 from resnet_dist.meter import Meter
 from resnet_dist.optim import set_lr
+from resnet_dist.plan import Plan
 from resnet_dist.train import Outcome, remember, train, train_step
 
 
@@ -258,7 +259,7 @@ def test_an_fp16_overflow_is_skipped(tiny_config: Callable[..., Config]) -> None
 def test_waiting_for_data_is_measured(tiny_config: Callable[..., Config]) -> None:
     job, _ = job_and_batches(tiny_config())
     meter = Meter(job.world)
-    meter.add(torch.tensor(6.0), torch.eye(3), torch.tensor([0, 1, 0]))
+    meter.add(torch.tensor(6.0), torch.tensor(2), 3)
     with meter.waiting():
         time.sleep(0.2)
     with meter.paused():
@@ -274,12 +275,13 @@ def test_waiting_for_data_is_measured(tiny_config: Callable[..., Config]) -> Non
 def test_the_plateau_rule_drops_and_remembers(tiny_config: Callable[..., Config]) -> None:
     config = tiny_config("optim.schedule=plateau", "optim.plateau_patience_evals=2")
     state = checkpoint.TrainState(torch.nn.Linear(1, 1), None, None)  # type: ignore[arg-type]
-    job = Job(config, None, None, state, None, None, None, None, None)  # type: ignore[arg-type]
+    plan = Plan.of(config, 1, 30, 17)
+    job = Job(config, plan, None, state, *[None] * 6)  # type: ignore[arg-type]
     for step, right in enumerate([5, 6, 6, 4, 6, 7, 1, 1], start=1):
         state.step = step
         remember(job, Score(right, right, 0.0, 10))
     assert (state.best_acc1, state.best_step) == (70.0, 6)
-    assert state.plateau_drops == [4, 8]
+    assert state.lr_memory.plateau_drops == [4, 8]
 
 
 def test_another_config_or_other_data_is_refused(

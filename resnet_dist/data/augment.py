@@ -1,4 +1,4 @@
-"""HOW an image is seen: its crop window and flip, a pure function of (seed, epoch, sample).
+"""HOW an image is seen: its crop window, flip and colour, a pure function of (seed, epoch, sample).
 
 Each sample draws its numbers from a counter-based generator keyed by (seed, epoch, sample), so
 neither its place in a batch, nor the number of ranks, nor a restart changes what is seen.
@@ -12,6 +12,17 @@ from resnet_dist.config import DataConfig
 
 RANDOM_RESIZED_ATTEMPTS = 10  # Szegedy et al. 2015, as torchvision's RandomResizedCrop does it
 
+# Principal components of ImageNet's RGB values on the 0..1 scale, a column each, and the spread
+# along them, as fb.resnet.torch (datasets/imagenet.lua) and Caffe-era trainers use them.
+PCA_SPREAD = np.array([0.2175, 0.0188, 0.0045])
+PCA_COMPONENTS = np.array(
+    [
+        [-0.5675, 0.7192, 0.4009],
+        [-0.5808, -0.0045, -0.8140],
+        [-0.5836, -0.6948, 0.4203],
+    ]
+)
+
 
 @dataclass(frozen=True)
 class Windows:
@@ -19,6 +30,8 @@ class Windows:
 
     roi: np.ndarray  # float64 [B, 4]: top, left, bottom, right; may be fractional
     flip: np.ndarray  # bool [B]: mirrored left to right after the crop
+    size_px: tuple[int, int]  # height, width that each window is resized to
+    color_shift: np.ndarray  # float64 [B, 3]: added to R, G and B, on the 0..1 scale
 
 
 Request = tuple[np.ndarray, Windows]  # a batch before it is read: sample numbers int64 [B], windows
@@ -28,24 +41,47 @@ def train_windows(
     data: DataConfig, seed: int, epoch: int, samples: np.ndarray, sizes: np.ndarray
 ) -> Windows:
     """Windows of training images. samples: int64 [B]; sizes: [B, 2] height, width."""
-    random = uniforms(seed, epoch, samples, draws=3 + 2 * RANDOM_RESIZED_ATTEMPTS)
-    flip, place, rest = random[:, 0], random[:, 1:3], random[:, 3:]
+    draws = 3 + 2 * RANDOM_RESIZED_ATTEMPTS
+    random = uniforms(seed, epoch, samples, draws=draws + 6)
+    flip, place, rest = random[:, 0], random[:, 1:3], random[:, 3:draws]
     if data.train_crop == "scale":
         roi = _scale(sizes, data.scale_px, data.crop_px, rest[:, 0], place)
     elif data.train_crop == "random_resized":
         roi = _random_resized(sizes, data, rest, place)
     else:
         roi = _pad(sizes, data.pad_px, data.crop_px, place)
-    return Windows(roi, (flip < 0.5) & data.flip)
+    return Windows(
+        roi=roi,
+        flip=(flip < 0.5) & data.flip,
+        size_px=(data.crop_px, data.crop_px),
+        color_shift=_pca_shift(data.pca_color_std, random[:, draws:]),
+    )
 
 
 def eval_windows(data: DataConfig, sizes: np.ndarray) -> Windows:
     """Shorter side to eval_resize_px, then the central eval_crop_px square. sizes: [B, 2]."""
-    resized = _resized_sizes(sizes, np.full(len(sizes), data.eval_resize_px))
-    corner = np.rint((resized - data.eval_crop_px) / 2)  # as torchvision's center_crop rounds
-    return Windows(
-        _in_original(corner, resized, sizes, data.eval_crop_px), np.zeros(len(sizes), bool)
-    )
+    return center_windows(sizes, data.eval_resize_px, data.eval_crop_px)
+
+
+def center_windows(sizes: np.ndarray, resize_px: int, crop_px: int) -> Windows:
+    """Shorter side to resize_px, then the central crop_px square. sizes: [B, 2]."""
+    resized = _resized_sizes(sizes, np.full(len(sizes), resize_px))
+    corner = np.rint((resized - crop_px) / 2)  # as torchvision's center_crop rounds
+    return unchanged(_in_original(corner, resized, sizes, crop_px), (crop_px, crop_px))
+
+
+def unchanged(roi: np.ndarray, size_px: tuple[int, int]) -> Windows:
+    """Windows that are seen as they are: not mirrored, in their own colours."""
+    return Windows(roi, np.zeros(len(roi), bool), size_px, np.zeros((len(roi), 3)))
+
+
+def _pca_shift(std: float, u: np.ndarray) -> np.ndarray:
+    """Krizhevsky et al. 2012, section 4.1: sum over components of N(0, std) * spread * component.
+
+    u: [B, 6] uniform in [0, 1), two for each normal number (Box & Muller 1958).
+    """
+    normal = np.sqrt(-2 * np.log1p(-u[:, :3])) * np.cos(2 * np.pi * u[:, 3:])
+    return (std * normal * PCA_SPREAD) @ PCA_COMPONENTS.T
 
 
 def _scale(

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from nvidia.dali import Pipeline, fn, pipeline_def, types
 
-from resnet_dist.data.augment import Request
+from resnet_dist.data.augment import Request, Windows
 from resnet_dist.data.index import Index
 
 PATHS_IN_ERROR = 5
@@ -36,21 +36,20 @@ class Loader:
         self,
         index: Index,
         *,
-        output_px: int,
-        mean: Sequence[float],
+        mean: Sequence[float] | np.ndarray,
         std: Sequence[float],
         device: torch.device,
         dtype: torch.dtype,
         max_batch_size: int,
         num_threads: int,
     ) -> None:
-        """mean, std: per channel (R, G, B), on the 0..1 scale. dtype: of the images."""
+        """mean, std: per channel (R, G, B), on the 0..1 scale; mean may also be a mean image
+        [H, W, 3]: of raw pixels, or of encoded images seen at H x W. dtype: of the images."""
         self._index = index
-        self._output_px = output_px
         self._device = device
         self._dtype = dtype
+        self._mean = 255 * np.asarray(mean, np.float32)
         self._normalisation = {
-            "mean": [255 * m for m in mean],
             "std": [255 * s for s in std],
             # DALI has no bfloat16. Its float16 has three bits more mantissa, and normalised pixels
             # lie far inside its range, so nothing is lost on the way.
@@ -96,17 +95,17 @@ class Loader:
         self._idle = feed, pipe
 
     def _build(self) -> tuple["_Feed", Pipeline]:
-        feed = _Feed(self._index, self._output_px)
+        feed = _Feed(self._index, self._mean)
         graph = _encoded_graph if self._index.pixels is None else _raw_graph
-        return feed, graph(feed, self._output_px, self._normalisation, **self._executor)
+        return feed, graph(feed, self._mean, self._normalisation, **self._executor)
 
 
 class _Feed:
     """What DALI polls for input, in the consumer's thread, up to two requests ahead."""
 
-    def __init__(self, index: Index, output_px: int) -> None:
+    def __init__(self, index: Index, mean: np.ndarray) -> None:
         self._index = index
-        self._output_px = output_px
+        self._mean = mean  # grey levels, [3] or [H, W, 3]
         self._requests: Iterator[Request] = iter(())
         self.in_flight: deque[np.ndarray] = deque()  # sample numbers of requests not yet answered
 
@@ -119,27 +118,36 @@ class _Feed:
         self.in_flight.append(samples)
         inputs = self._raw if self._index.pixels is not None else self._encoded
         flip = windows.flip.astype(np.int32)
-        return *inputs(samples, windows.roi), flip, self._index.labels[samples]
+        return *inputs(samples, windows), flip, self._index.labels[samples]
 
-    def _encoded(self, samples: np.ndarray, roi: np.ndarray) -> tuple[Any, ...]:
-        """File names, the part of each image to decode, and the window relative to that part."""
-        start, end = decoded_part(roi, self._index.sizes[samples], self._output_px)
+    def _encoded(self, samples: np.ndarray, windows: Windows) -> tuple[Any, ...]:
+        """File names, the part of each image to decode, the window relative to that part, its
+        size after the resize, and what is then subtracted from R, G and B."""
+        roi, size_px = windows.roi, windows.size_px
+        if self._mean.ndim == 3 and self._mean.shape[:2] != size_px:
+            raise ValueError(f"the mean image is {self._mean.shape[:2]}, the windows {size_px}")
+        start, end = decoded_part(roi, self._index.sizes[samples], size_px)
         paths = [np.frombuffer(os.fsencode(self._index.paths[i]), np.uint8) for i in samples]
         # DALI takes float32: enough once the part's corner is subtracted, 1/1000 pixel at 16,000.
         roi_start = (roi[:, :2] - start).astype(np.float32)
         roi_end = (roi[:, 2:] - start).astype(np.float32)
-        return paths, start, end, roi_start, roi_end
+        size = np.tile(np.float32(size_px), (len(samples), 1))
+        mean = self._mean if self._mean.ndim == 1 else np.zeros(3)
+        # Adding a colour is subtracting it from the mean: it costs no pass over the pixels.
+        mean = (mean - 255 * windows.color_shift).astype(np.float32)
+        return paths, start, end, roi_start, roi_end, size, mean
 
-    def _raw(self, samples: np.ndarray, roi: np.ndarray) -> tuple[Any, ...]:
-        """Pixels, and the top left corner of each window, which may lie outside the image."""
+    def _raw(self, samples: np.ndarray, windows: Windows) -> tuple[Any, ...]:
+        """Pixels, the top left corner of each window, which may lie outside the image, and its
+        size."""
         assert self._index.pixels is not None
-        corner = roi[:, :2].astype(np.int32)
-        if not np.array_equal(np.hstack([corner, corner + self._output_px]), roi):
+        corner, size = windows.roi[:, :2].astype(np.int32), np.array(windows.size_px, np.int32)
+        if not np.array_equal(np.hstack([corner, corner + size]), windows.roi):
             raise ValueError(
-                f"windows of raw pixels must be {self._output_px} pixels high and wide and start "
-                f"at whole pixels, to be cut out unscaled: got {roi[0].tolist()}, ..."
+                f"windows of raw pixels must be {windows.size_px} pixels high and wide and start "
+                f"at whole pixels, to be cut out unscaled: got {windows.roi[0].tolist()}, ..."
             )
-        return self._index.pixels[samples], corner
+        return self._index.pixels[samples], corner, np.tile(size, (len(samples), 1))
 
     def describe(self, error: RuntimeError) -> str:
         """DALI's own reason, and the files of the request: its decoder does not say which one."""
@@ -153,13 +161,13 @@ class _Feed:
 
 
 def decoded_part(
-    roi: np.ndarray, sizes: np.ndarray, output_px: int
+    roi: np.ndarray, sizes: np.ndarray, size_px: tuple[int, int]
 ) -> tuple[np.ndarray, np.ndarray]:
     """The pixels that resampling `roi` touches: int32 start, end, each [B, 2], rows first.
 
     roi: float64 [B, 4] in pixels; sizes: [B, 2].
     """
-    scale = (roi[:, 2:] - roi[:, :2]) / output_px
+    scale = (roi[:, 2:] - roi[:, :2]) / np.array(size_px)
     reach = np.ceil(np.maximum(scale, 1)) + 1  # the triangle's half-width, and one for rounding
     start = np.maximum(np.floor(roi[:, :2] - reach), 0)
     end = np.minimum(np.ceil(roi[:, 2:] + reach), sizes)
@@ -167,13 +175,15 @@ def decoded_part(
 
 
 @pipeline_def
-def _encoded_graph(feed: _Feed, output_px: int, normalisation: dict[str, Any]) -> tuple[Any, Any]:
+def _encoded_graph(
+    feed: _Feed, mean_image: np.ndarray, normalisation: dict[str, Any]
+) -> tuple[Any, Any]:
     gpu = Pipeline.current().device_id is not None
-    paths, start, end, roi_start, roi_end, flip, labels = fn.external_source(
+    paths, start, end, roi_start, roi_end, size, mean, flip, labels = fn.external_source(
         source=feed.poll,
-        num_outputs=7,
-        dtype=[types.UINT8, *[types.INT32] * 2, *[types.FLOAT] * 2, types.INT32, types.INT64],
-        ndim=[1, 1, 1, 1, 1, 0, 0],
+        num_outputs=9,
+        dtype=[types.UINT8, *[types.INT32] * 2, *[types.FLOAT] * 4, types.INT32, types.INT64],
+        ndim=[1, 1, 1, 1, 1, 1, 1, 0, 0],
     )
     # Slices are taken in the frame that EXIF turns the image to, the one `Index.sizes` speaks of.
     images = fn.decoders.image_slice(
@@ -189,36 +199,42 @@ def _encoded_graph(feed: _Feed, output_px: int, normalisation: dict[str, Any]) -
         images,
         roi_start=roi_start,
         roi_end=roi_end,
-        size=(output_px, output_px),
+        size=size,
         interp_type=types.INTERP_LINEAR,
         antialias=True,
         dtype=types.FLOAT,
     )
-    images = fn.crop_mirror_normalize(images, mirror=flip, output_layout="HWC", **normalisation)
+    if mean_image.ndim == 3:
+        images = images - types.Constant(mean_image, device="gpu" if gpu else "cpu")
+    images = fn.crop_mirror_normalize(
+        images, mean=mean, mirror=flip, output_layout="HWC", **normalisation
+    )
     return images, labels.gpu() if gpu else labels
 
 
 @pipeline_def
-def _raw_graph(feed: _Feed, output_px: int, normalisation: dict[str, Any]) -> tuple[Any, Any]:
+def _raw_graph(feed: _Feed, mean: np.ndarray, normalisation: dict[str, Any]) -> tuple[Any, Any]:
     gpu = Pipeline.current().device_id is not None
-    images, corner, flip, labels = fn.external_source(
+    images, corner, size, flip, labels = fn.external_source(
         source=feed.poll,
-        num_outputs=4,
-        dtype=[types.UINT8, types.INT32, types.INT32, types.INT64],
-        ndim=[3, 1, 0, 0],
+        num_outputs=5,
+        dtype=[types.UINT8, *[types.INT32] * 3, types.INT64],
+        ndim=[3, 1, 1, 0, 0],
         layout=["HWC"],
     )
-    # Padding must be zero for the network, so after normalisation: before it, that is the mean.
+    images = images.gpu() if gpu else images
+    # The mean first, then the padding: that must be zero for the network.
     images = fn.slice(
-        images.gpu() if gpu else images,
+        images - types.Constant(mean, device="gpu" if gpu else "cpu"),
         start=corner,
-        shape=(output_px, output_px),
+        shape=size,
         axis_names="HW",
         out_of_bounds_policy="pad",
-        fill_values=normalisation["mean"],
-        dtype=types.FLOAT,
+        fill_values=0.0,
     )
-    images = fn.crop_mirror_normalize(images, mirror=flip, output_layout="HWC", **normalisation)
+    images = fn.crop_mirror_normalize(
+        images, mean=0.0, mirror=flip, output_layout="HWC", **normalisation
+    )
     return images, labels.gpu() if gpu else labels
 
 

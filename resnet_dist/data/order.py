@@ -33,3 +33,12 @@ def slice_of(samples: np.ndarray, part: int, parts: int) -> np.ndarray:
     """Part `part` of `parts` contiguous slices whose sizes differ by one at most."""
     count = len(samples)
     return samples[part * count // parts : (part + 1) * count // parts]
+
+
+def holdout(images: int, held: int) -> tuple[np.ndarray, np.ndarray]:
+    """Sample numbers that are trained on, and the `held` ones that are not: rising int64 arrays.
+
+    The same for every seed, so that runs of different seeds compare.
+    """
+    order = np.random.Generator(np.random.Philox(key=0)).permutation(images)
+    return np.sort(order[held:]), np.sort(order[:held])
