@@ -276,10 +276,6 @@ def impossible(config: Config) -> Iterator[tuple[str, str, object]]:
         given = flat[key]
         if given is not None and list(given) != sorted(set(given)):
             yield key, "must rise", tuple(sorted(set(given)))
-    for unit in ("epochs", "iterations"):
-        warmup, length = flat[f"optim.warmup_{unit}"], flat[f"train.{unit}"]
-        if warmup is not None and length is not None and warmup > length:
-            yield f"optim.warmup_{unit}", f"is longer than train.{unit}={length:g}", length
     if optim.warmup_until_train_error_pct is not None and (
         optim.warmup_epochs or optim.warmup_iterations
     ):
@@ -288,6 +284,7 @@ def impossible(config: Config) -> Iterator[tuple[str, str, object]]:
     for part, scale in optim.lr_scales.items():
         if scale < 0:
             yield "optim.lr_scales", f"{part} must be at least 0", {**optim.lr_scales, part: 0.0}
-    if model.zero_init_last_gamma and model.name in DEPTHS and DEPTHS[model.name].shortcut == "none":
+    net = DEPTHS.get(model.name)
+    if net is not None and net.shortcut == "none" and model.zero_init_last_gamma:
         why = f"would leave {model.name}, which has no shortcuts, with outputs of zero"
         yield "model.zero_init_last_gamma", why, False

@@ -80,6 +80,15 @@ class Plan:
             in_epochs, in_iterations = settings[key], settings[UNITS[key]]
             return in_iterations if in_epochs is None else round(in_epochs * steps_per_epoch)
 
+        total_steps = max(1, steps("train.epochs"))
+        warmup_steps = steps("optim.warmup_epochs")
+        if warmup_steps > total_steps:
+            key = "optim.warmup_epochs"
+            unit = total_steps / steps_per_epoch
+            if settings[key] is None:
+                key, unit = UNITS[key], total_steps
+            why = f"is longer than the run's {total_steps:,} steps"
+            raise config.invalid(key, why, unit)
         milestones: Sequence[float] = optim.milestones_iterations or ()
         if optim.milestones_epochs is not None:
             milestones = [m * steps_per_epoch for m in optim.milestones_epochs]
@@ -91,8 +100,8 @@ class Plan:
             global_batch_size=global_batch_size,
             accumulation=accumulation,
             steps_per_epoch=steps_per_epoch,
-            total_steps=max(1, steps("train.epochs")),
-            warmup_steps=steps("optim.warmup_epochs"),
+            total_steps=total_steps,
+            warmup_steps=warmup_steps,
             milestone_steps=tuple(math.ceil(m) for m in milestones),
             peak_lr=optim.base_lr * global_batch_size / 256,  # Goyal et al. 2017, section 2.1
             log_every_steps=train.log_every_steps,

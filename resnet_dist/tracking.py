@@ -5,6 +5,7 @@ MLflow and writes in RUN/mlflow.json how far it came. A slow or dead server so c
 nothing, and a resumed run goes on under its run id, with no step logged twice.
 """
 
+import fcntl
 import json
 import logging
 import os
@@ -170,12 +171,16 @@ class _Mirror(threading.Thread):
         from mlflow.entities import Param
 
         uri = tracking_uri(self.run_dir.parent)
-        client = mlflow_client(uri)
-        record = RunRecord.read(self.run_dir)
-        if record is None or record.tracking_uri != without_credentials(uri):
-            record = self._create_run(client, uri)
-            # At once: whatever fails from here on, the next try goes on with this run.
-            record.write(self.run_dir)
+        # Runs that start at the same moment: MLflow makes a new database, or brings an old one up
+        # to date, without a lock, and two at once leave it broken for good.
+        with open(self.run_dir.parent / ".mlflow.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            client = mlflow_client(uri)
+            record = RunRecord.read(self.run_dir)
+            if record is None or record.tracking_uri != without_credentials(uri):
+                record = self._create_run(client, uri)
+                # At once: whatever fails from here on, the next try goes on with this run.
+                record.write(self.run_dir)
         client.update_run(record.run_id, status="RUNNING")
         for key, value in self.tags.items():
             client.set_tag(record.run_id, key, value)

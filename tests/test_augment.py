@@ -1,10 +1,18 @@
 """Windows are pure functions of (seed, epoch, sample), and are what the papers say."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from resnet_dist.config import DataConfig
-from resnet_dist.data.augment import eval_windows, train_windows, uniforms
+from resnet_dist.data.augment import (
+    PCA_COMPONENTS,
+    PCA_SPREAD,
+    eval_windows,
+    train_windows,
+    uniforms,
+)
 
 SCALE = DataConfig(train_crop="scale")
 RANDOM_RESIZED = DataConfig(train_crop="random_resized")
@@ -129,3 +137,22 @@ def test_evaluation_window(height: int, width: int, expected: list[float]) -> No
     windows = eval_windows(DataConfig(), np.array([[height, width]], np.int32))
     assert windows.roi[0].tolist() == expected
     assert not windows.flip[0]
+
+
+def test_pca_colour_by_hand() -> None:
+    """Krizhevsky et al. 2012, section 4.1: each component times its spread times N(0, 0.1)."""
+    data = replace(SCALE, pca_color_std=0.1)
+    samples, sizes = np.arange(40_000), random_sizes(40_000)
+    shift = train_windows(data, 0, 0, samples, sizes).color_shift
+    assert np.allclose(PCA_COMPONENTS.T @ PCA_COMPONENTS, np.eye(3), atol=2e-3)
+    along = shift @ PCA_COMPONENTS  # [B, 3]
+    assert along.mean(0) == pytest.approx(0, abs=2e-4)
+    assert along.std(0) == pytest.approx(0.1 * PCA_SPREAD, rel=0.02)
+    assert np.corrcoef(along.T) == pytest.approx(np.eye(3), abs=0.02)
+    # Normal, not uniform: 4.6 % beyond two deviations.
+    assert (np.abs(along[:, 0]) > 2 * 0.1 * PCA_SPREAD[0]).mean() == pytest.approx(0.0455, abs=5e-3)
+    # The crops and mirrors are those of the run without it, and evaluation has none.
+    plain = train_windows(SCALE, 0, 0, samples, sizes)
+    assert np.array_equal(plain.roi, train_windows(data, 0, 0, samples, sizes).roi)
+    assert not plain.color_shift.any()
+    assert not eval_windows(data, sizes).color_shift.any()

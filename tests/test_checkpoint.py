@@ -12,9 +12,9 @@ from resnet_dist import checkpoint
 from resnet_dist.checkpoint import TrainState
 from resnet_dist.config import Config, OptimConfig, to_dict
 from resnet_dist.errors import UserError
-from resnet_dist.plan import LrMemory
 from resnet_dist.models.build import build_model
 from resnet_dist.optim import build_optimizer, set_lr
+from resnet_dist.plan import LrMemory
 
 
 def make_state(seed: int, step: int = 0) -> TrainState:

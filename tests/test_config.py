@@ -30,6 +30,7 @@ def test_every_shipped_config_loads_and_plans_for_any_world(name: str) -> None:
     config = load_config(CONFIGS / name)
     for world_size in (1, 2, 3, 8, 64):
         plan = Plan.of(config, world_size, train_images=1_281_167, val_images=50_000)
+        assert plan.describe()
         assert plan.local_batch_size <= config.train.max_local_batch_size
         assert plan.global_batch_size == config.train.global_batch_size
     assert config_from_dict(to_dict(config), "again") == config
@@ -87,8 +88,29 @@ def test_a_whole_number_is_a_float_and_frozen(tmp_path: Path) -> None:
         ("data: {mean: [123, 116, 103]}", ["data.mean=[123", "0..1"]),
         ("data: {train_crop: pad}", ["data.train_crop=pad", "data.format=folder", "is scale"]),
         ("optim: {momentum: 1.5}", ["optim.momentum=1.5", "at most 1"]),
+        ("train: {iterations: 0}", ["train.iterations=0", "at least 1"]),
+        ("train: {iterations: 7, epochs: 3}", ["iterations=7", "epochs=3", "give one unit"]),
+        ("optim: {milestones_iterations: [1], milestones_epochs: [1]}", ["give one unit"]),
+        ("optim: {milestones_iterations: [9, 3]}", ["milestones_iterations=[9, 3]", "[3, 9]"]),
+        ("optim: {milestones_iterations: 9}", ["milestones_iterations=9", "list"]),
+        ("optim: {lr_scales: 3}", ["optim.lr_scales=3", "{part: number}"]),
+        ("optim: {lr_scales: {fc: -1}}", ["optim.lr_scales={fc: -1.0}", "at least 0", "{fc: 0.0}"]),
+        ("optim: {lr_scales: {fc: x}}", ["optim.lr_scales=x", "a number"]),
+        ("optim: {warmup_until_train_error_pct: 0}", ["error_pct=0.0", "above zero"]),
+        (
+            "optim: {warmup_until_train_error_pct: 80, warmup_epochs: 1}",
+            ["error_pct=80.0", "give one of them", "is null"],
+        ),
+        (
+            "model: {name: plain18, zero_init_last_gamma: true}",
+            ["zero_init_last_gamma=true", "outputs of zero", "is false"],
+        ),
+        (
+            "data: {per_pixel_mean: true, eval_crop_px: 200}",
+            ["data.eval_crop_px=200", "crop_px=224", "is 224"],
+        ),
+        ("data: {holdout_images: -1}", ["data.holdout_images=-1", "at least 0"]),
         ("optim: {milestones_epochs: [9, 3]}", ["milestones_epochs=[9.0, 3.0]", "[3.0, 9.0]"]),
-        ("optim: {warmup_epochs: 91}", ["optim.warmup_epochs=91", "epochs=90", "is 90"]),
         ("seed: 99999999999999999999", ["seed=9999", "at most", "9223372036854775807"]),
         ("train: {epochs: 1:30}", ["train.epochs=1:30", "a number"]),
         ("name: 2024-13-45\nseed: 010", ["seed=010", "whole number", "is 10"]),
@@ -139,3 +161,32 @@ def test_config_and_plan_need_no_torch() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "85 or 86 on each of 3 ranks" in done.stdout
+
+
+UNITS_BASE = "train: {epochs: 90, eval_every_iterations: 7}\noptim: {warmup_epochs: 5}\n"
+
+
+def test_a_quantity_in_one_unit_replaces_it_in_the_other(tmp_path: Path) -> None:
+    write(tmp_path, "base.yaml", UNITS_BASE)
+    text = "base: base.yaml\ntrain: {iterations: 100}\noptim: {milestones_iterations: [50]}\n"
+    path = write(tmp_path, "a.yaml", text)
+    config = load_config(path)
+    assert (config.train.epochs, config.train.iterations) == (None, 100)
+    assert (config.train.eval_every_epochs, config.train.eval_every_iterations) == (None, 7)
+    assert (config.optim.warmup_epochs, config.optim.warmup_iterations) == (5, None)
+    assert (config.optim.milestones_epochs, config.optim.milestones_iterations) == (None, (50,))
+    config = load_config(path, ["train.epochs=2"])  # and back again
+    assert (config.train.epochs, config.train.iterations) == (2, None)
+    with pytest.raises(UserError, match=r"^command line: train.iterations=3: stands beside"):
+        load_config(path, ["train.epochs=2", "train.iterations=3"])
+    # What is saved beside a run names both, one of them as null.
+    again = config_from_dict(to_dict(config), "saved", ["train.iterations=9"])
+    assert (again.train.epochs, again.train.iterations) == (None, 9)
+
+
+def test_lr_scales_are_a_mapping(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.yaml", "optim: {lr_scales: {stem: 0, fc: 10}}")
+    config = load_config(path)
+    assert config.optim.lr_scales == {"stem": 0.0, "fc": 10.0}
+    assert config_from_dict(yaml.safe_load(to_yaml(config)), "again") == config
+    assert load_config(path, ["optim.lr_scales={fc: 2}"]).optim.lr_scales == {"fc": 2.0}

@@ -318,6 +318,51 @@ def test_streams_are_independent(folder: Index, kind: str) -> None:
     check(iter(kept), expected[:2])  # batches outlive their stream
 
 
+def test_windows_of_any_shape(folder: Index) -> None:
+    """Higher than wide, as whole images are in a multi-scale test; against Pillow."""
+    seen = replace(windows([[10, 12, 110, 92]]), size_px=(75, 60))
+    (batch,) = loader(folder).batches([(np.array([1]), seen)])
+    assert batch.images.shape == (1, 3, 75, 60)
+    image = Image.fromarray(np.asarray(decode(folder.paths[1])))
+    resized = image.resize((60, 75), Image.Resampling.BILINEAR, box=(12, 10, 92, 110))
+    assert np.abs(grey_levels(batch)[0] - np.asarray(resized)).max() <= MAX_DIFF
+
+
+@pytest.mark.parametrize("kind", ["encoded", "raw"])
+def test_the_mean_image_is_subtracted_before_padding_and_mirror(folder: Index, kind: str) -> None:
+    index = raw_or_encoded(kind, folder)
+    mean = np.random.default_rng(3).uniform(0, 1, (96, 96, 3)).astype(np.float32)
+    seen = windows([[0, 0, 96, 96]] * 2, [False, True])
+    if kind == "raw":
+        seen = windows([[-4, 2, 92, 98]] * 2, [False, True])
+    batch = one_batch(index, [3, 3], seen, mean=mean)
+    got = batch.images.permute(0, 2, 3, 1).double().numpy()
+    if kind == "raw":
+        assert index.pixels is not None
+        centred = np.pad((index.pixels[3] / 255 - mean) / STD, ((4, 4), (4, 4), (0, 0)))
+        expected = centred[0:96, 6:102]
+    else:
+        unseen = one_batch(index, [3], windows([[0, 0, 96, 96]]), mean=(0.0, 0.0, 0.0))
+        expected = (grey_levels(unseen)[0] / 255 - MEAN - mean) / STD
+    assert np.abs(got[0] - expected).max() < 1e-5
+    assert np.abs(got[1] - expected[:, ::-1]).max() < 1e-5
+
+
+def test_a_mean_image_of_another_size_is_refused(folder: Index) -> None:
+    with pytest.raises(ValueError, match=r"mean image is \(8, 8\), the windows \(96, 96\)"):
+        one_batch(folder, [0], windows([[0, 0, 96, 96]]), mean=np.zeros((8, 8, 3)))
+
+
+@pytest.mark.parametrize("mean", [MEAN, np.full((96, 96, 3), 0.4)])
+def test_a_colour_is_added_to_each_image(folder: Index, mean: np.ndarray) -> None:
+    seen = windows([[0, 0, 96, 96]] * 2, [False, True])
+    shift = np.array([[0.1, -0.05, 0.02], [0.0, 0.03, -0.2]])
+    before = one_batch(folder, [3, 4], seen, mean=mean).images
+    after = one_batch(folder, [3, 4], replace(seen, color_shift=shift), mean=mean).images
+    added = ((after - before).double().permute(0, 2, 3, 1).numpy() * STD).reshape(2, -1, 3)
+    assert np.abs(added - shift[:, None]).max() < 1e-5
+
+
 def test_a_bad_file_is_named(folder: Index, tmp_path: Path) -> None:
     (tmp_path / "2.png").write_bytes(b"this is no picture")
     (tmp_path / "6.png").unlink()

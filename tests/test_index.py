@@ -131,3 +131,13 @@ def test_one_line_for_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"train/cat/x\.jpg: not a readable image") as caught:
         build_index("folder", tmp_path, "train", None)
     assert "\n" not in str(caught.value)
+
+
+def test_a_part_of_an_index(tiny_folder: Path) -> None:
+    index = build_index("folder", tiny_folder, "train", None)
+    part = index.take(np.array([20, 3]))
+    assert (len(part), part.classes) == (2, index.classes)
+    assert part.paths == (index.paths[20], index.paths[3])
+    assert part.labels.tolist() == [index.labels[20], index.labels[3]]
+    assert np.array_equal(part.sizes, index.sizes[[20, 3]])
+    assert part.fingerprint not in (index.fingerprint, index.take(np.array([3, 20])).fingerprint)

@@ -5,7 +5,8 @@ import pytest
 
 from resnet_dist.config import Config, DataConfig, TrainConfig
 from resnet_dist.data.index import Index
-from resnet_dist.data.order import epoch_order, slice_of, step_samples
+from resnet_dist.data.order import epoch_order, holdout, slice_of, step_samples
+from resnet_dist.data.protocol import CENTER_CROP, PROTOCOLS, Protocol
 from resnet_dist.data.stream import eval_requests, train_requests
 from resnet_dist.plan import Plan
 
@@ -93,17 +94,33 @@ def test_a_restart_goes_on_with_the_same_requests() -> None:
         assert requests_of_a_run("scale", 2, 25, first_step) == alone[first_step:]
 
 
+@pytest.mark.parametrize("protocol", PROTOCOLS.values(), ids=PROTOCOLS)
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 7])
-def test_evaluation_sees_each_image_once(world_size: int) -> None:
-    seen = [
-        sample
-        for rank in range(world_size)
-        for samples, _ in eval_requests(Config(), index_of(IMAGES), rank, world_size, 8)
-        for sample in samples.tolist()
-    ]
-    assert sorted(seen) == list(range(IMAGES))
+def test_evaluation_sees_each_image_once_in_batches_of_any_world(
+    protocol: Protocol, world_size: int
+) -> None:
+    def batches_of(rank: int, world_size: int) -> list[list[int]]:
+        config = Config(train=TrainConfig(max_local_batch_size=8))
+        requests = eval_requests(config, index_of(IMAGES), protocol, rank, world_size)
+        windows = len(protocol.crops) + len(protocol.scales_px)
+        return [samples.tolist() for samples, _ in requests][::windows]
+
+    dealt = [batches_of(rank, world_size) for rank in range(world_size)]
+    assert max(map(len, dealt)) - min(map(len, dealt)) <= 1
+    batches = sorted(batch for of_rank in dealt for batch in of_rank)
+    assert sorted(sample for batch in batches for sample in batch) == list(range(IMAGES))
+    assert batches == sorted(batches_of(0, 1))
 
 
 def test_more_ranks_than_validation_images() -> None:
-    counts = [len(list(eval_requests(Config(), index_of(2), rank, 4, 8))) for rank in range(4)]
-    assert sorted(counts) == [0, 0, 1, 1]
+    requests = [list(eval_requests(Config(), index_of(2), CENTER_CROP, r, 4)) for r in range(4)]
+    assert [len(of_rank) for of_rank in requests] == [1, 0, 0, 0]
+
+
+def test_held_out_images_are_apart_and_the_same_for_every_seed() -> None:
+    kept, held = holdout(50_000, 5_000)
+    assert len(held) == 5_000
+    assert np.array_equal(np.sort(np.concatenate([kept, held])), np.arange(50_000))
+    assert np.array_equal(held, holdout(50_000, 5_000)[1])
+    # Spread over the whole set, as folders are sorted by class.
+    assert np.histogram(held, 10, (0, 50_000))[0].min() > 400

@@ -102,3 +102,42 @@ def test_impossible_batches() -> None:
         plan(1, images=100)
     with pytest.raises(UserError, match=r"max_local_batch_size=1: leaves some of 3 ranks.* is 2$"):
         plan(3, global_batch_size=4, max_local_batch_size=1)
+
+
+def test_iterations_are_steps() -> None:
+    optim = {"milestones_epochs": None, "milestones_iterations": (32, 48)}
+    optim |= {"warmup_epochs": None, "warmup_iterations": 4}
+    train = {"epochs": None, "iterations": 64, "eval_every_epochs": None}
+    train |= {"eval_every_iterations": 30, "save_every_epochs": None, "save_every_iterations": 20}
+    p = plan(global_batch_size=100, optim=optim, **train)
+    assert (p.total_steps, p.warmup_steps, p.milestone_steps) == (64, 4, (32, 48))
+    assert [p.lr_at(s) / p.peak_lr for s in (0, 3, 31, 32, 47, 48, 63)] == pytest.approx(
+        [0.25, 1, 1, 0.1, 0.1, 0.01, 0.01]
+    )
+    assert [s for s in range(1, 65) if p.evals_after(s)] == [30, 60, 64]
+    assert [s for s in range(1, 65) if p.saves_after(s)] == [20, 40, 60, 64]
+    assert "32 (3.2), 48 (4.8)" in p.describe()
+
+
+def test_the_lr_is_low_until_the_training_error_is() -> None:
+    """He et al. 2015, section 4.2, for ResNet-110: 0.01 until the error is under 80 %."""
+    p = plan(global_batch_size=100, optim={"warmup_until_train_error_pct": 80.0})
+    memory = LrMemory()
+    right = [10] * 25 + [30] * 30  # of 100 images: the window of 20 steps passes 20 % ...
+    for step, correct in enumerate(right, start=1):
+        assert p.lr_at(step - 1, memory) == pytest.approx(0.1 * p.peak_lr)
+        p.remember_train_error(memory, step, correct)
+        if not p.watches_train_error(memory):
+            break
+    assert memory == LrMemory(warmup_end=36)  # ... with eleven of 30 among nine of 10
+    assert p.lr_at(36, memory) == p.peak_lr
+    assert "until the training error is below 80 % over 20 steps" in p.describe()
+    assert not plan(global_batch_size=100).watches_train_error(LrMemory())
+
+
+def test_a_warmup_longer_than_the_run() -> None:
+    with pytest.raises(UserError, match=r"warmup_epochs=9: is longer than the run's 30.* is 3\.0$"):
+        plan(global_batch_size=100, epochs=None, iterations=30, optim={"warmup_epochs": 9})
+    optim = {"warmup_epochs": None, "warmup_iterations": 31}
+    with pytest.raises(UserError, match=r"warmup_iterations=31: is longer .* is 30$"):
+        plan(global_batch_size=100, epochs=3, optim=optim)

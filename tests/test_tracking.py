@@ -9,11 +9,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from urllib.request import urlopen
 
 import pytest
 from mlflow import MlflowClient
+from multirank import run_ranks
 
 from resnet_dist.compare import compare
 from resnet_dist.config import Config, leaves, to_yaml
@@ -33,6 +35,26 @@ def start(config: Config, warnings: list[str] | None = None) -> Tracker:
     (config.run_dir / "config.yaml").write_text(to_yaml(config))
     said = [] if warnings is None else warnings
     return Tracker(config, TAGS, records=True, warn=said.append)
+
+
+def start_and_close(rank: int, world_size: int, config: Config) -> str:
+    warnings: list[str] = []
+    tracker = start(replace(config, name=f"run{rank}"), warnings)
+    tracker.log(1, {"train/loss": float(rank)})
+    record = tracker.close("FINISHED", {})
+    assert warnings == []
+    assert record is not None
+    return record.experiment_id
+
+
+def test_runs_that_start_at_once_share_a_new_database(tiny_config: Callable[..., Config]) -> None:
+    config = tiny_config("tracking.mlflow=true")
+    config.run_dir.parent.mkdir()
+    experiments = run_ranks(start_and_close, 4, config, init_process_group=False)
+    assert len(set(experiments)) == 1
+    client = MlflowClient(f"sqlite:///{config.run_dir.parent}/mlflow.db")
+    runs = client.search_runs(experiments[:1])
+    assert sorted(run.data.metrics["train/loss"] for run in runs) == [0, 1, 2, 3]
 
 
 def test_a_run_in_mlflow(tiny_config: Callable[..., Config], tmp_path: Path) -> None:

@@ -284,6 +284,40 @@ def test_the_plateau_rule_drops_and_remembers(tiny_config: Callable[..., Config]
     assert state.lr_memory.plateau_drops == [4, 8]
 
 
+def test_the_warmup_by_training_error_resumes_exactly(tiny_config: Callable[..., Config]) -> None:
+    """The rule fires at one step, on any world, and its memory outlives a stop."""
+    settings = ["optim.warmup_epochs=0", "optim.warmup_until_train_error_pct=63", "seed=3"]
+    settings += ["train.iterations=30", "optim.schedule=step", "optim.base_lr=3"]
+    whole = tiny_config("name=whole", *settings)
+    run_on(2, whole)
+    lrs = [journal(whole)[step]["train/lr"] for step in range(1, 31)]
+    memory = checkpoint.load(whole.run_dir)["lr_memory"]
+    fired = memory["warmup_end"]
+    assert 20 <= fired < 30
+    peak = 3 * 8 / 256
+    assert lrs == pytest.approx([0.1 * peak] * fired + [peak] * (30 - fired))
+    parts = tiny_config("name=parts", *settings)
+    outcomes = run_ranks(run_and_interrupt, 2, parts, init_process_group=False, timeout_s=200)
+    assert outcomes == ["PREEMPTED"] * 2
+    stopped = checkpoint.load(parts.run_dir / "checkpoints" / "latest")
+    assert len(stopped["lr_memory"]["correct_per_step"]) == min(stopped["step"], 20)
+    run_on(2, parts)
+    assert largest_difference(weights(parts), weights(whole)) == 0
+
+
+def test_held_out_images_with_a_mean_image(tiny_config: Callable[..., Config]) -> None:
+    """The 45k/5k split in small: val is a part of train, and the real val set is a flag away."""
+    config = tiny_config("train.iterations=3", "data.holdout_images=9", "data.per_pixel_mean=true")
+    run_on(2, config)
+    assert len(checkpoint.load(config.run_dir)["mean_image"]) == 32
+    held = run_ranks(score_of, 2, config.run_dir, init_process_group=False)[0]
+    assert held.images == 9
+    assert held.acc1 == pytest.approx(journal(config)[3]["val/acc1"])
+    assert evaluate_checkpoint(config.run_dir, ["data.holdout_images=0"]).images == 17
+    with pytest.raises(UserError, match="holdout_images=30: leaves none of the 30 training images"):
+        train(tiny_config("name=x", "data.holdout_images=30"), "test", Interrupt())
+
+
 def test_another_config_or_other_data_is_refused(
     tiny_config: Callable[..., Config], tiny_folder: Path, tmp_path: Path
 ) -> None:

@@ -12,7 +12,7 @@ from resnet_dist.data.index import Index
 from resnet_dist.data.order import slice_of
 from resnet_dist.distributed import World
 
-MAX_IMAGES = 50_000  # evenly spaced: the standard error is below 64 / sqrt(50,000) = 0.3 grey levels
+MAX_IMAGES = 50_000  # evenly spaced: a standard error of about 64 / sqrt(50,000) = 0.3 grey levels
 FIXED_POINT = 2**20  # sums of whole numbers are the same in any order, so on any number of ranks
 
 

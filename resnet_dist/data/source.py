@@ -9,7 +9,6 @@ from resnet_dist.data.dali import Loader
 from resnet_dist.data.index import Index, build_index
 from resnet_dist.data.order import holdout
 from resnet_dist.distributed import World
-from resnet_dist.errors import UserError
 from resnet_dist.precision import DTYPES
 
 

@@ -4,7 +4,7 @@ parameter names."""
 from torch import Tensor, nn
 
 from resnet_dist.models.depths import Net
-from resnet_dist.models.residual import initialize, stage
+from resnet_dist.models.residual import BLOCKS, initialize, stage
 
 
 class ImageNetNet(nn.Module):
@@ -17,7 +17,7 @@ class ImageNetNet(nn.Module):
 
     def __init__(self, net: Net, num_classes: int, zero_init_last_gamma: bool = False):
         super().__init__()
-        wide = 1 if net.block == "basic" else 4
+        wide = BLOCKS[net.block][1]
         self.conv1 = nn.Conv2d(3, 64, kernel_size=7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
         self.relu = nn.ReLU(inplace=True)

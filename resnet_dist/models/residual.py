@@ -1,6 +1,9 @@
 """Blocks and stages, residual and plain (He et al. 2015, figures 2 and 5), under torchvision's
 names."""
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -108,22 +111,25 @@ class Bottleneck(nn.Module):
         return self.relu(out + identity)
 
 
+BLOCKS: dict[str, tuple[Callable[[int, int, int, str], nn.Module], int]] = {
+    "basic": (BasicBlock, BasicBlock.expansion),
+    "bottleneck": (Bottleneck, Bottleneck.expansion),
+    "bottleneck_v1": (partial(Bottleneck, stride_in_1x1=True), Bottleneck.expansion),
+}
+
+
 def stage(block: str, in_channels: int, channels: int, blocks: int, shortcut: str) -> nn.Sequential:
     """`blocks` blocks of one size; the first halves the map where the channels double.
 
     block: "basic", "bottleneck", or "bottleneck_v1" with the stride in the 1x1. shortcut: "A", "B",
     "C" or, for the plain network of the same depth, "none" (basic blocks only).
     """
-    kind, arguments = {
-        "basic": (BasicBlock, {}),
-        "bottleneck": (Bottleneck, {}),
-        "bottleneck_v1": (Bottleneck, {"stride_in_1x1": True}),
-    }[block]
-    out_channels = channels * kind.expansion
+    make, expansion = BLOCKS[block]
+    out_channels = channels * expansion
     # The first stage keeps the map that the stem made; every later one doubles its channels.
     stride = 2 if out_channels == 2 * in_channels else 1
-    first = kind(in_channels, channels, stride, shortcut, **arguments)
-    rest = (kind(out_channels, channels, 1, shortcut, **arguments) for _ in range(blocks - 1))
+    first = make(in_channels, channels, stride, shortcut)
+    rest = (make(out_channels, channels, 1, shortcut) for _ in range(blocks - 1))
     return nn.Sequential(first, *rest)
 
 

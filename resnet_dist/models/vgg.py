@@ -48,13 +48,13 @@ class Vgg(nn.Module):
     def dense(self, x: Tensor) -> Tensor:
         """Fully convolutional test (VGG, section 3.2): the linear layers slide over the map, and
         the scores are averaged. [B, 3, H, W], H and W at least 224 -> logits [B, num_classes]."""
-        first, _, _, second, _, _, last = self.classifier
-        x = self.features(x)
-        kernel = first.weight.view(-1, 512, MAP_PX, MAP_PX)
-        x = F.relu(F.conv2d(x, kernel, first.bias))
-        x = F.relu(F.conv2d(x, second.weight[:, :, None, None], second.bias))
-        x = F.conv2d(x, last.weight[:, :, None, None], last.bias)
-        return x.mean((2, 3))
+        linear = [layer for layer in self.classifier if isinstance(layer, nn.Linear)]
+        x, kernel_px = self.features(x), MAP_PX
+        for layer in linear[:-1]:
+            kernel = layer.weight.view(layer.out_features, -1, kernel_px, kernel_px)
+            x, kernel_px = F.relu(F.conv2d(x, kernel, layer.bias)), 1
+        last = linear[-1]
+        return F.conv2d(x, last.weight[:, :, None, None], last.bias).mean((2, 3))
 
 
 def _features(depths: tuple[int, ...], with_bn: bool) -> Iterator[nn.Module]:

@@ -1,0 +1,62 @@
+"""How large a network is: parameters, and multiply-adds as the paper counts them."""
+
+import torch
+from torch import nn
+
+from resnet_dist.models.build import build_model
+from resnet_dist.models.depths import DEPTHS
+
+INPUT_PX = {"imagenet": 224, "vgg": 224, "cifar": 32}
+NUM_CLASSES = {"imagenet": 1000, "vgg": 1000, "cifar": 10}
+
+
+def count_parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def count_layers(model: nn.Module) -> int:
+    """Layers with weights on the longest way: convolutions and linear ones, no shortcuts."""
+    return sum(
+        isinstance(module, nn.Conv2d | nn.Linear) and "downsample" not in name
+        for name, module in model.named_modules()
+    )
+
+
+def count_multiply_adds(model: nn.Module, px: int) -> int:
+    """Multiply-adds of one image of px x px in all convolutions and linear layers.
+
+    The "FLOPs" of He et al. 2015, table 1. Projections of shortcuts are counted; BN, biases,
+    activations, pooling and additions are not. The model may lie on the meta device.
+    """
+    total = 0
+
+    def add(module: nn.Module, _: object, output: torch.Tensor) -> None:
+        nonlocal total
+        # Each weight is used once for each position of the output.
+        total += module.weight.numel() * output[0, 0].numel()  # type: ignore[operator]
+
+    hooks = [
+        module.register_forward_hook(add)
+        for module in model.modules()
+        if isinstance(module, nn.Conv2d | nn.Linear)
+    ]
+    device = next(model.parameters()).device
+    with torch.inference_mode():
+        model(torch.empty(1, 3, px, px, device=device))
+    for hook in hooks:
+        hook.remove()
+    return total
+
+
+def table_of_networks() -> str:
+    """A line for each network of the one table."""
+    lines = [f"{'network':<14}{'layers':>7}{'input':>7}{'parameters':>13}{'multiply-adds':>18}"]
+    for name, net in DEPTHS.items():
+        with torch.device("meta"):
+            model = build_model(name, NUM_CLASSES[net.form]).eval()
+        px = INPUT_PX[net.form]
+        lines.append(
+            f"{name:<14}{count_layers(model):>7}{px:>7}{count_parameters(model):>13,}"
+            f"{count_multiply_adds(model, px):>18,}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,76 @@
+"""The mean image of the training set: by hand, and the same bits on any number of ranks."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from multirank import run_ranks
+from PIL import Image
+
+from resnet_dist import distributed
+from resnet_dist.config import Config
+from resnet_dist.data.mean_image import mean_image
+from resnet_dist.data.source import load_index
+
+
+def mean_of(rank: int, world_size: int, config: Config) -> np.ndarray | None:
+    world = distributed.start()
+    return mean_image(load_index(config, "train", world), config, world)
+
+
+def test_of_a_folder_by_hand_and_on_any_world(
+    tiny_config: Callable[..., Config], tiny_folder: Path
+) -> None:
+    means = {}
+    for world_size in (1, 2, 3):
+        config = tiny_config(
+            f"tracking.run_root={tiny_folder}-{world_size}",
+            "data.per_pixel_mean=true",
+            "data.eval_resize_px=40",
+            "train.max_local_batch_size=4",
+        )
+        ranks = run_ranks(mean_of, world_size, config, init_process_group=False)
+        assert all(np.array_equal(mean, ranks[0]) for mean in ranks)
+        means[world_size] = ranks[0]
+        assert np.array_equal(mean_of(0, 1, config), ranks[0])  # from the cache
+        (cached,) = Path(f"{tiny_folder}-{world_size}/.index").glob("mean-*.npy")
+        np.save(cached, ranks[0] + 1)
+        assert np.array_equal(mean_of(0, 1, config), ranks[0] + 1)  # it was
+    assert np.array_equal(means[1], means[2])
+    assert np.array_equal(means[1], means[3])
+
+    total, paths = np.zeros((32, 32, 3)), sorted((tiny_folder / "train").rglob("*.jpg"))
+    for path in paths:
+        with Image.open(path) as image:
+            width, height = image.size
+            scale = min(width, height) / 40
+            new_width, new_height = 40 * width // min(width, height), 40 * height // min(image.size)
+            left, top = round((new_width - 32) / 2), round((new_height - 32) / 2)
+            x, y = width / new_width, height / new_height
+            box = (left * x, top * y, (left + 32) * x, (top + 32) * y)
+            assert scale > 0
+            total += np.asarray(image.resize((32, 32), Image.Resampling.BILINEAR, box=box))
+    assert np.abs(means[1] * 255 - total / len(paths)).max() < 0.6  # Pillow rounds each image twice
+
+
+def test_none_where_none_is_wanted(tiny_config: Callable[..., Config]) -> None:
+    assert mean_of(0, 1, tiny_config()) is None
+
+
+def test_of_raw_pixels(tiny_config: Callable[..., Config], tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for number in range(1, 6):
+        records = rng.integers(0, 256, (7, 3073), np.uint8)
+        records[:, 0] %= 10
+        records.tofile(tmp_path / f"data_batch_{number}.bin")
+    cifar = ["data.format=cifar10", f"data.root={tmp_path}", "data.train_crop=pad"]
+    config = tiny_config(*cifar, "data.per_pixel_mean=true", "data.holdout_images=5")
+    world = distributed.start()
+    index = load_index(config, "train", world)
+    assert len(index) == 30
+    assert len(load_index(config, "val", world)) == 5
+    mean = mean_image(index, config, world)
+    assert mean is not None
+    assert index.pixels is not None
+    assert mean == pytest.approx(index.pixels.astype(float).mean(0) / 255, abs=1e-7)
