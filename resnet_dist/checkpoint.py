@@ -71,29 +71,34 @@ def save(state: TrainState, config: Config, facts: dict[str, Any]) -> Path:
             "config": to_dict(config),
             **facts,
         }
-        partial = folder / f".partial-{final.name}"
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        with open(partial / "state.pt", "wb") as file:
-            torch.save(content, file)
-            os.fsync(file.fileno())
-        meta = {
-            "step": state.step,
-            "best": content["best"],
-            "sha256": _sha256(partial / "state.pt"),
-        }
-        with open(partial / "meta.json", "w") as file:
-            json.dump(meta, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        _flush_folder(partial)
-        os.rename(partial, final)
-        _flush_folder(folder)
+        write(final, content)
     _point(folder / "latest", final)
     if state.best_step == state.step:
         _point(folder / "best", final)
     _remove_old(folder, config.train.keep_checkpoints)
     return final
+
+
+def write(final: Path, content: dict[str, Any]) -> None:
+    """Writes `content`, what `load` will return, to a folder that does not exist. One rank only."""
+    partial = final.with_name(f".partial-{final.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    with open(partial / "state.pt", "wb") as file:
+        torch.save(content, file)
+        os.fsync(file.fileno())
+    meta = {
+        "step": content["step"],
+        "best": content["best"],
+        "sha256": _sha256(partial / "state.pt"),
+    }
+    with open(partial / "meta.json", "w") as file:
+        json.dump(meta, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    _flush_folder(partial)
+    os.rename(partial, final)
+    _flush_folder(final.parent)
 
 
 def latest(run_dir: Path) -> Path | None:

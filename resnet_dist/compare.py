@@ -1,6 +1,6 @@
 """Runs side by side, from MLflow: what differs in their configs, their scores and error curves."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -127,44 +127,50 @@ def degradation(curves: Sequence[ErrorCurves]) -> str:
     for curve in curves:
         if curve.net is not None:
             runs.setdefault(curve.net, []).append(curve)
-    lines: dict[str, set[int]] = {}  # line -> the numbers of steps that were averaged over
+    chains: dict[tuple[Net, ...], None] = {}  # of one kind of network, shallow to deep
     for residual in dict.fromkeys(replace(net, depths=()) for net in runs):
         plain = replace(residual, shortcut="none")
-        both = sorted(
-            {
-                net.depths
-                for net in runs
-                if replace(residual, depths=net.depths) in runs
-                and replace(plain, depths=net.depths) in runs
-            },
-            key=sum,
-        )
-        if residual != plain and len(both) > 1:
+        shared = [
+            depths
+            for depths in sorted({net.depths for net in runs}, key=sum)
+            if {replace(kind, depths=depths) for kind in (plain, residual)} <= runs.keys()
+        ]
+        if residual != plain and len(shared) > 1:
             for kind in (plain, residual):
-                line, steps = _depth_line([runs[replace(kind, depths=depths)] for depths in both])
-                lines[line] = steps
-    if not lines:
+                chains[tuple(replace(kind, depths=depths) for depths in shared)] = None
+    used = [run for nets in chains for net in nets for run in runs[net]]
+    if not used:
         return ""
-    averaged = sorted(set().union(*lines.values()))
-    span = f"{averaged[0]:,}" if len(averaged) == 1 else f"{averaged[0]:,} to {averaged[-1]:,}"
+    averaged = span(run.last_train_error()[1] for run in used)
+    ends = {int(run.train[-1, 0]) for run in used}
+    at = f", at step {min(ends):,}" if len(ends) == 1 else ""
     title = (
-        "degradation (training error in percent: mean over the minibatches of the last "
-        f"{WINDOW_EPOCHS:g} epochs, {span} steps)"
+        "degradation (training error, mean over the minibatches of the last "
+        f"{WINDOW_EPOCHS:g} epochs: {averaged} steps{at})"
     )
+    lines = [_depth_line([runs[net] for net in nets], len(ends) > 1) for nets in chains]
     return "\n".join([title, *lines])
 
 
-def _depth_line(nets: list[list[ErrorCurves]]) -> tuple[str, set[int]]:
-    """The runs of each network, shallow to deep -> the line, the steps averaged over."""
-    parts, errors, averaged_steps = [], [], set()
+def _depth_line(nets: list[list[ErrorCurves]], with_steps: bool) -> str:
+    """The runs of each network, shallow to deep, as "plain20 8.10 % -> plain56 9.30 %: +1.20"."""
+    parts, errors = [], []
     for runs in nets:
-        run_errors, run_steps = zip(*(run.last_train_error() for run in runs), strict=True)
-        errors.append(sum(run_errors) / len(runs))
-        averaged_steps |= set(run_steps)
-        ends = "/".join(f"{step:,}" for step in sorted({int(run.train[-1, 0]) for run in runs}))
-        count = f", mean of {len(runs)} runs" if len(runs) > 1 else ""
-        parts.append(f"{runs[0].network} {errors[-1]:.2f} % (step {ends}{count})")
-    return f"  {' -> '.join(parts)}: {errors[-1] - errors[0]:+.2f} points", averaged_steps
+        errors.append(sum(run.last_train_error()[0] for run in runs) / len(runs))
+        part = f"{runs[0].network} {errors[-1]:.2f} %"
+        if with_steps:
+            part += f" at step {span(int(run.train[-1, 0]) for run in runs)}"
+        if len(runs) > 1:
+            part += f" (mean of {len(runs)} runs)"
+        parts.append(part)
+    return f"  {' -> '.join(parts)}: {errors[-1] - errors[0]:+.2f} points"
+
+
+def span(numbers: Iterable[int]) -> str:
+    """Of one or more numbers: "98", or "98 to 390"."""
+    ordered = sorted(numbers)
+    low, high = ordered[0], ordered[-1]
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
 def _curves(client: Any, run: "Run") -> ErrorCurves:

@@ -1,22 +1,29 @@
 """Exact evaluation: each image counts once, on any number of ranks. Sum, count, then divide."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from resnet_dist import checkpoint, distributed
-from resnet_dist.config_file import config_from_dict
-from resnet_dist.data.dali import Batch
+from resnet_dist import distributed
+from resnet_dist.config import Config
+from resnet_dist.data.dali import Batch, Loader
+from resnet_dist.data.index import Index
+from resnet_dist.data.protocol import CENTER_CROP, Protocol
 from resnet_dist.data.source import load_index, make_loader
 from resnet_dist.data.stream import eval_requests
 from resnet_dist.distributed import World
 from resnet_dist.errors import UserError
-from resnet_dist.models.build import build_model
+from resnet_dist.models.vgg import MAP_PX, Vgg
 from resnet_dist.precision import autocast
+from resnet_dist.recalibrate import recalibrate
+from resnet_dist.trained import Trained, load_trained
+
+MIN_DENSE_PX = 2**5 * MAP_PX  # five times halved, the map is as large as VGG's kernel
 
 
 @dataclass(frozen=True)
@@ -51,21 +58,42 @@ class Score:
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, batches: Iterable[Batch], world: World, precision: str) -> Score:
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    world: World,
+    precision: str,
+    protocol: Protocol = CENTER_CROP,
+) -> Score:
     """Scores this rank's batches and adds up over the ranks. Every rank calls it.
 
-    The ranks may hold different numbers of batches, even none: there is one collective, at the end.
-    With fewer than five classes, acc5 is the accuracy among all of them: 100 %.
+    An image's score is the mean of the softmax probabilities over its views (Krizhevsky et al.
+    2012, section 4.1), in a view of the whole image of the logits' mean over all positions; the
+    loss is -log of that score for the right class.
+
+    batches: `eval_requests` of the protocol. The ranks may hold different numbers of them, even
+    none: there is one collective, at the end. With fewer than five classes, acc5 is the accuracy
+    among all of them: 100 %.
     """
     was_training = model.training
     model.eval()
+    # Average pooling and the linear layer after it commute: only VGG needs another forward pass to
+    # be fully convolutional.
+    network = model.dense if protocol.scales_px and isinstance(model, Vgg) else model
     sums = torch.zeros(4, dtype=torch.float64, device=world.device)
+    log_p: list[Tensor] = []  # of the views of one batch so far, each float64 [B, classes]
     for batch in batches:
-        with autocast(world.device, precision):
-            logits = model(batch.images)
-        logits = logits.float()
-        right = logits.topk(min(5, logits.shape[1])).indices == batch.labels[:, None]  # [B, 5]
-        loss_sum = F.cross_entropy(logits, batch.labels, reduction="sum")
+        mirror = [batch.images.flip(3)] if protocol.mirrored else []
+        for view in [batch.images, *mirror]:
+            with autocast(world.device, precision):
+                logits = network(view)
+            log_p.append(logits.double().log_softmax(dim=1))
+        if len(log_p) < protocol.views:
+            continue
+        mean = torch.stack(log_p).logsumexp(dim=0) - math.log(protocol.views)  # log of the mean p
+        log_p = []
+        right = mean.topk(min(5, mean.shape[1])).indices == batch.labels[:, None]  # [B, 5]
+        loss_sum = F.nll_loss(mean, batch.labels, reduction="sum")
         images = torch.full_like(loss_sum, len(batch.labels))
         sums += torch.stack([right[:, 0].sum(), right.sum(), loss_sum, images])
     model.train(was_training)
@@ -73,30 +101,76 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], world: World, precision
     return Score(int(correct1), int(correct5), total_loss, int(count))
 
 
-def evaluate_checkpoint(path: Path, overrides: list[str]) -> Score:
+def evaluate_checkpoint(
+    path: Path,
+    overrides: list[str],
+    protocol: Protocol = CENTER_CROP,
+    bn_images: int | None = None,
+    save_to: Path | None = None,
+) -> Score:
     """The score of a checkpoint on the validation images of its config; every rank calls it.
+
+    bn_images: first take the BN statistics anew, from so many training images (recalibrate.py),
+    and write the checkpoint with them to save_to, a new folder.
+
+    Raises:
+        UserError: no such checkpoint, its classes are not those of the data, a protocol that the
+            data or the network cannot follow, or what `recalibrate` and writing raise.
+    """
+    world = distributed.start()
+    if save_to is not None and world.on_main(save_to.exists):
+        raise UserError(f"--save-to {save_to}: is there already; give a new folder")
+    trained = load_trained(path, overrides, world)
+    config, index = trained.config, _val_index(trained, path, world)
+    check_protocol(protocol, trained, index)
+    if bn_images is not None:
+        recalibrate(trained, bn_images, world)
+    if save_to is not None:
+        world.on_main(lambda: trained.write(save_to))
+    mean = trained.mean_image
+    if mean is not None and protocol.scales_px:
+        mean = mean.mean(axis=(0, 1))  # the mean image fits the crop alone: its channels' means
+    loader = make_loader(index, config, world, mean)
+    requests = eval_requests(config, index, protocol, world.rank, world.size)
+    batches = loader.batches(requests)
+    score = evaluate(trained.network, batches, world, config.train.precision, protocol)
+    distributed.stop()
+    return score
+
+
+def _val_index(trained: Trained, path: Path, world: World) -> Index:
+    index = load_index(trained.config, "val", world)
+    if index.classes != trained.classes:
+        raise UserError(
+            f"data.root={trained.config.data.root}: has {len(index.classes)} classes that are not "
+            f"the {len(trained.classes)} of {path}; give its data with data.root=..."
+        )
+    return index
+
+
+def check_protocol(protocol: Protocol, trained: Trained, index: Index) -> None:
+    """Raises UserError where the data or the network cannot follow the protocol."""
+    if index.pixels is not None and protocol != CENTER_CROP:
+        raise UserError(
+            f"--protocol {protocol.name}: the images of data.format={trained.config.data.format} "
+            "are seen whole, at their own size; use center-crop"
+        )
+    smallest = min(protocol.scales_px, default=MIN_DENSE_PX)
+    if isinstance(trained.network, Vgg) and smallest < MIN_DENSE_PX:
+        name = trained.config.model.name
+        raise UserError(
+            f"--scales: {smallest} px: {name} needs at least {MIN_DENSE_PX}; give larger ones"
+        )
+
+
+def load_with_val(
+    path: Path, overrides: list[str], world: World
+) -> tuple[Config, nn.Module, Index, Loader]:
+    """A checkpoint's config, its network on the device, and its validation images. A collective.
 
     Raises:
         UserError: no such checkpoint, or its classes are not those of the data.
     """
-    world = distributed.start()
-    saved = world.on_all(lambda: checkpoint.load(path))
-    config = config_from_dict(saved["config"], str(path), overrides)
-    index = load_index(config, "val", world)
-    if list(index.classes) != saved["classes"]:
-        raise UserError(
-            f"data.root={config.data.root}: has {len(index.classes)} classes that are not the "
-            f"{len(saved['classes'])} of {path}; give its data with data.root=..."
-        )
-    model = build_model(config.model.name, len(index.classes))
-    model.load_state_dict(saved["model"])
-    model = model.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    mean_image = saved["mean_image"]
-    loader = make_loader(
-        index, config, world, None if mean_image is None else mean_image.numpy()
-    )
-    batch_size = config.train.max_local_batch_size
-    requests = eval_requests(config, index, world.rank, world.size, batch_size)
-    score = evaluate(model, loader.batches(requests), world, config.train.precision)
-    distributed.stop()
-    return score
+    trained = load_trained(path, overrides, world)
+    config, index = trained.config, _val_index(trained, path, world)
+    return config, trained.network, index, make_loader(index, config, world, trained.mean_image)

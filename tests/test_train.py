@@ -291,7 +291,7 @@ def test_the_warmup_by_training_error_resumes_exactly(tiny_config: Callable[...,
     whole = tiny_config("name=whole", *settings)
     run_on(2, whole)
     lrs = [journal(whole)[step]["train/lr"] for step in range(1, 31)]
-    memory = checkpoint.load(whole.run_dir)["lr_memory"]
+    memory = checkpoint.load(whole.run_dir / "checkpoints/latest")["lr_memory"]
     fired = memory["warmup_end"]
     assert 20 <= fired < 30
     peak = 3 * 8 / 256

@@ -65,9 +65,32 @@ def eval_windows(data: DataConfig, sizes: np.ndarray) -> Windows:
 
 def center_windows(sizes: np.ndarray, resize_px: int, crop_px: int) -> Windows:
     """Shorter side to resize_px, then the central crop_px square. sizes: [B, 2]."""
-    resized = _resized_sizes(sizes, np.full(len(sizes), resize_px))
-    corner = np.rint((resized - crop_px) / 2)  # as torchvision's center_crop rounds
+    return crop_windows(sizes, resize_px, crop_px, (0.5, 0.5))
+
+
+def crop_windows(
+    sizes: np.ndarray, resize_px: int, crop_px: int, place: tuple[float, float]
+) -> Windows:
+    """Shorter side to resize_px, then a crop_px square. sizes: [B, 2].
+
+    place: down and across; 0 is the top or left end of where the crop can be, 1 the other end.
+    """
+    resized = resized_sizes(sizes, np.full(len(sizes), resize_px))
+    corner = np.rint((resized - crop_px) * place)  # as torchvision's center_crop rounds
     return unchanged(_in_original(corner, resized, sizes, crop_px), (crop_px, crop_px))
+
+
+def whole_windows(sizes: np.ndarray, shorter_px: int) -> Windows:
+    """All of each image, its shorter side resized to shorter_px. sizes: [B, 2].
+
+    Raises:
+        ValueError: the images differ in size after that.
+    """
+    resized = resized_sizes(sizes, np.full(len(sizes), shorter_px))
+    if (resized != resized[0]).any():
+        raise ValueError(f"images of different shapes make no batch: {sizes.tolist()}")
+    height, width = resized[0].tolist()
+    return unchanged(np.hstack([np.zeros_like(sizes), sizes]).astype(float), (height, width))
 
 
 def unchanged(roi: np.ndarray, size_px: tuple[int, int]) -> Windows:
@@ -90,7 +113,7 @@ def _scale(
     """Scale augmentation (Simonyan & Zisserman 2015; He et al. 2015, section 3.4)."""
     low, high = scale_px
     shorter = low + np.floor(u * (high - low + 1))
-    resized = _resized_sizes(sizes, shorter)
+    resized = resized_sizes(sizes, shorter)
     corner = np.floor(place * (resized - crop_px + 1))
     return _in_original(corner, resized, sizes, crop_px)
 
@@ -128,7 +151,7 @@ def _pad(sizes: np.ndarray, pad_px: int, crop_px: int, place: np.ndarray) -> np.
     return np.concatenate([corner, corner + crop_px], axis=1)
 
 
-def _resized_sizes(sizes: np.ndarray, shorter: np.ndarray) -> np.ndarray:
+def resized_sizes(sizes: np.ndarray, shorter: np.ndarray) -> np.ndarray:
     """int64 [B, 2]: sizes after a resize of the shorter side; the longer is rounded down."""
     return shorter.astype(np.int64)[:, None] * sizes // sizes.min(axis=1, keepdims=True)
 

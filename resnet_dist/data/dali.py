@@ -131,7 +131,7 @@ class _Feed:
         # DALI takes float32: enough once the part's corner is subtracted, 1/1000 pixel at 16,000.
         roi_start = (roi[:, :2] - start).astype(np.float32)
         roi_end = (roi[:, 2:] - start).astype(np.float32)
-        size = np.tile(np.float32(size_px), (len(samples), 1))
+        size = np.tile(np.array(size_px, np.float32), (len(samples), 1))
         mean = self._mean if self._mean.ndim == 1 else np.zeros(3)
         # Adding a colour is subtracting it from the mean: it costs no pass over the pixels.
         mean = (mean - 255 * windows.color_shift).astype(np.float32)

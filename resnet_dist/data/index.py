@@ -6,6 +6,7 @@ shows, crop windows are drawn in that frame, and DALI and Pillow are both told t
 
 import hashlib
 import os
+import struct
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,13 +130,20 @@ def displayed_size(path: str) -> tuple[int, int]:
             width, height = image.size
             # Only the EXIF block itself: Pillow's getexif() also looks in XMP, which DALI does not,
             # and in a TIFF's own tags, by which Pillow has turned `size` already.
-            exif = Image.Exif()
-            exif.load(image.info.get("exif", b""))
-            turned = exif.get(EXIF_ORIENTATION) in (5, 6, 7, 8)
+            turned = _orientation(image.info.get("exif", b"")) in (5, 6, 7, 8)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         reason = str(error).replace(f" {path!r}", "") or type(error).__name__
         raise UserError(f"{path}: not a readable image ({reason}); remove or replace it") from None
     return (width, height) if turned else (height, width)
+
+
+def _orientation(exif_block: bytes) -> object:
+    exif = Image.Exif()
+    try:
+        exif.load(exif_block)
+        return exif.get(EXIF_ORIENTATION)
+    except (OSError, ValueError, SyntaxError, struct.error):
+        return None  # a damaged block turns nothing, and the image is whole
 
 
 def _file_facts(path: str) -> tuple[int, int]:

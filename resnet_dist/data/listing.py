@@ -48,7 +48,7 @@ def list_folder(root: Path, split: str) -> Listing:
     paths: list[str] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
-        found = sorted(_images_below(top / name, name))
+        found = sorted(images_below(top / name, name))
         if not found:
             raise UserError(
                 f"{top / name}: a class without images ({', '.join(IMAGE_SUFFIXES)}); "
@@ -87,7 +87,8 @@ def count_images(data_format: str, root: Path, split: str) -> int:
     return len(list_folder(root, split).paths)
 
 
-def _images_below(folder: Path, name: str) -> list[str]:
+def images_below(folder: str | Path, name: str) -> list[str]:
+    """Paths of the image files in `folder` and its sub-folders, `name` standing for the folder."""
     found = []
     seen = set()
     for parent, _, files in os.walk(folder, followlinks=True):

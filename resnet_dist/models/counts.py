@@ -5,6 +5,7 @@ from torch import nn
 
 from resnet_dist.models.build import build_model
 from resnet_dist.models.depths import DEPTHS
+from resnet_dist.models.residual import shortcut_modules
 
 INPUT_PX = {"imagenet": 224, "vgg": 224, "cifar": 32}
 NUM_CLASSES = {"imagenet": 1000, "vgg": 1000, "cifar": 10}
@@ -15,11 +16,9 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def count_layers(model: nn.Module) -> int:
-    """Layers with weights on the longest way: convolutions and linear ones, no shortcuts."""
-    return sum(
-        isinstance(module, nn.Conv2d | nn.Linear) and "downsample" not in name
-        for name, module in model.named_modules()
-    )
+    """The depth in a network's name: convolutions and linear layers but for those of shortcuts."""
+    weighted = (m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear))
+    return len(set(weighted) - shortcut_modules(model))
 
 
 def count_multiply_adds(model: nn.Module, px: int) -> int:

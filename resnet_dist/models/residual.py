@@ -133,6 +133,16 @@ def stage(block: str, in_channels: int, channels: int, blocks: int, shortcut: st
     return nn.Sequential(first, *rest)
 
 
+def shortcut_modules(network: nn.Module) -> set[nn.Module]:
+    """What lies on the shortcuts: layers that do not count in the network's depth."""
+    return {
+        module
+        for block in network.modules()
+        if isinstance(block, BasicBlock | Bottleneck) and block.downsample is not None
+        for module in block.downsample.modules()
+    }
+
+
 @torch.no_grad()
 def initialize(model: nn.Module, zero_init_last_gamma: bool) -> None:
     """He et al. 2015, arXiv:1502.01852, for convolutions (fan out); BN starts as the identity.

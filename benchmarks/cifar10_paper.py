@@ -1,0 +1,145 @@
+"""The paper's CIFAR-10 table in one command: trains the networks, several at once, and writes their
+errors beside the paper's.
+
+    python benchmarks/cifar10_paper.py data.root=/data/cifar10              # all, 64k steps
+    python benchmarks/cifar10_paper.py --iterations 2000 --nets plain20 plain56 resnet20 resnet56
+
+The protocol is configs/paper/cifar10/, its drops moved to 1/2 and 3/4 of --iterations. Small
+networks leave a GPU idle between kernels, so --at-once runs share it. Runs are kept in runs/ under
+NET-ITERATIONS; the same command again goes on with what is not finished, and only reads the rest.
+Writes benchmarks/results/cifar10-<iterations>-<device>.json.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+REPO = Path(__file__).resolve().parent.parent
+RESULTS = REPO / "benchmarks" / "results"
+PAPER_ITERATIONS = 64_000
+# He et al. 2015, table 6 (ResNet-110: the best of five; 6.61 +- 0.16). Plain nets: figure 6 only.
+PAPER_TEST_ERROR_PCT = {
+    "resnet20": 8.75,
+    "resnet32": 7.51,
+    "resnet44": 7.17,
+    "resnet56": 6.97,
+    "resnet110": 6.43,
+}
+# The longest first, so that the last ones to run are short.
+NETS = ["resnet110", "plain56", "resnet56", "resnet44", "resnet32", "plain20", "resnet20"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--nets", nargs="+", default=NETS, metavar="NET")
+    parser.add_argument("--iterations", type=int, default=PAPER_ITERATIONS)
+    parser.add_argument("--at-once", type=int, default=4, help="runs that share the device")
+    parser.add_argument("--run-root", type=Path, default=REPO / "runs")
+    arguments, overrides = parser.parse_known_args()
+    commands = {
+        net: command(net, arguments.iterations, arguments.run_root, overrides)
+        for net in arguments.nets
+    }
+    seconds = run_all(commands, arguments.at_once, arguments.run_root)
+    rows = {
+        net: {"seconds": round(seconds[net])} | result(arguments.run_root / name(net, arguments))
+        for net in arguments.nets
+    }
+    gpu = torch.cuda.is_available()
+    device = torch.cuda.get_device_name(0) if gpu else f"{os.cpu_count()}-core CPU"
+    report = {
+        "device": device,
+        "python": platform.python_version(),
+        **{p: version(p) for p in ("torch", "torchvision", "nvidia-dali-cuda130")},
+        "iterations": arguments.iterations,
+        "at_once": arguments.at_once,
+        "overrides": [o for o in overrides if not o.startswith("data.root=")],
+        "runs": rows,
+    }
+    RESULTS.mkdir(exist_ok=True)
+    slug = "-".join(device.lower().split())
+    path = RESULTS / f"cifar10-{arguments.iterations}-{slug}.json"
+    path.write_text(json.dumps(report, indent=1) + "\n")
+    print(table(rows))
+    print(f"written: {path}")
+
+
+def name(net: str, arguments: argparse.Namespace) -> str:
+    return f"{net}-{arguments.iterations}"
+
+
+def command(net: str, iterations: int, run_root: Path, overrides: list[str]) -> list[str]:
+    return [
+        *(sys.executable, "-m", "resnet_dist", "train", f"configs/paper/cifar10/{net}.yaml"),
+        f"name={net}-{iterations}",
+        f"train.iterations={iterations}",
+        f"optim.milestones_iterations=[{iterations // 2}, {iterations * 3 // 4}]",
+        f"train.log_every_steps={max(1, iterations // 100)}",
+        f"train.eval_every_iterations={max(1, iterations // 20)}",
+        f"tracking.run_root={run_root}",
+        *overrides,
+    ]
+
+
+def run_all(commands: dict[str, list[str]], at_once: int, run_root: Path) -> dict[str, float]:
+    """Seconds by network. A run that fails ends this script once the others are done."""
+    run_root.mkdir(parents=True, exist_ok=True)
+    waiting = list(commands)
+    running: dict[str, tuple[subprocess.Popen[bytes], float]] = {}
+    seconds: dict[str, float] = {}
+    failed = []
+    while waiting or running:
+        while waiting and len(running) < at_once:
+            net = waiting.pop(0)
+            print("+", *commands[net], flush=True)
+            with open(run_root / f"{net}.log", "ab") as log:
+                process = subprocess.Popen(commands[net], cwd=REPO, stdout=log, stderr=log)
+            running[net] = process, time.monotonic()
+        for net, (process, began) in list(running.items()):
+            if process.poll() is not None:
+                seconds[net] = time.monotonic() - began
+                del running[net]
+                print(f"{net}: exit code {process.returncode} after {seconds[net]:.0f} s")
+                if process.returncode:
+                    failed.append(net)
+        time.sleep(1)
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}; see {run_root}/NET.log")
+    return seconds
+
+
+def result(run_dir: Path) -> dict[str, float]:
+    """The errors at the end of a run, from its journal."""
+    train: list[float] = []
+    test: list[float] = []
+    for line in (run_dir / "journal.jsonl").read_text().splitlines():
+        metrics = json.loads(line)["metrics"]
+        if "train/acc1" in metrics:
+            train.append(100 - metrics["train/acc1"])
+        if "val/acc1" in metrics:
+            test.append(100 - metrics["val/acc1"])
+    last = train[-5:]  # of the 100 logged: 5 % of the run
+    return {
+        "train_error_pct": round(sum(last) / len(last), 2),
+        "test_error_pct": round(test[-1], 2),
+    }
+
+
+def table(rows: dict[str, dict[str, float]]) -> str:
+    lines = [f"{'network':<12}{'train error %':>14}{'test error %':>14}{'paper':>8}"]
+    for net, row in rows.items():
+        paper = PAPER_TEST_ERROR_PCT.get(net, "-")
+        lines.append(f"{net:<12}{row['train_error_pct']:>14}{row['test_error_pct']:>14}{paper:>8}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""A trained network, read from a checkpoint and ready on its device."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from resnet_dist import checkpoint
+from resnet_dist.config import Config
+from resnet_dist.config_file import config_from_dict
+from resnet_dist.distributed import World
+from resnet_dist.errors import UserError
+from resnet_dist.models.build import build_model
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What it takes to use a network, and to write it again."""
+
+    config: Config  # of its training, with the overrides on top
+    network: nn.Module  # in evaluation mode, on the world's device, channels_last, float32
+    classes: tuple[str, ...]
+    mean_image: np.ndarray | None  # float32 [H, W, 3] on the 0..1 scale; None: config.data.mean
+    saved: dict[str, Any]  # all of the checkpoint
+
+    def write(self, folder: Path) -> None:
+        """The checkpoint with the network as it is now, in a new folder. For one rank only.
+
+        Raises:
+            UserError: the folder cannot be written.
+        """
+        try:
+            checkpoint.write(folder, self.saved | {"model": self.network.state_dict()})
+        except OSError as error:
+            raise UserError(f"{folder}: not written: {error.strerror or error}") from None
+
+
+def load_trained(path: Path, overrides: list[str], world: World) -> Trained:
+    """Reads a checkpoint (or a run folder, whose best one it takes). A collective.
+
+    Raises:
+        UserError: no such checkpoint, or overrides that do not go with it.
+    """
+    saved = world.on_all(lambda: checkpoint.load(path))
+    config = config_from_dict(saved["config"], str(path), overrides)
+    name = saved["config"]["model"]["name"]
+    if config.model.name != name:
+        raise config.invalid("model.name", f"{path} holds a {name}", name)
+    mean_image = None if saved["mean_image"] is None else saved["mean_image"].numpy()
+    if mean_image is not None and len(mean_image) != config.data.eval_crop_px:
+        why = f"the mean image of {path} has another size"
+        raise config.invalid("data.eval_crop_px", why, len(mean_image))
+    network = build_model(name, len(saved["classes"]))
+    network.load_state_dict(saved["model"])
+    network.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return Trained(config, network.eval(), tuple(saved["classes"]), mean_image, saved)
