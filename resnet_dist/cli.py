@@ -1,10 +1,13 @@
 """A verb per subcommand. No logic: each verb is a function elsewhere.
 
-Exit codes: 0 done (or stopped cleanly on request), 2 bad input (one line says what and where).
+Exit codes: 0 done (or stopped cleanly on request), 2 bad input (one line says what and where),
+1 predict: some images could not be read.
 """
 
 import argparse
+import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -44,6 +47,9 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> None:
+    if arguments.init_from is not None:  # in quotes: a path may hold what YAML takes for itself
+        text = json.dumps(arguments.init_from, ensure_ascii=False)
+        arguments.overrides.append(f"model.init_from={text}")
     config = load_config(arguments.config, arguments.overrides)
     if arguments.dry_run:
         world_size = arguments.world_size or int(os.environ.get("WORLD_SIZE", "1"))
@@ -58,11 +64,37 @@ def _train(arguments: argparse.Namespace) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
+    from resnet_dist.data.protocol import CENTER_CROP, protocol_of
+
+    protocol = protocol_of(arguments.protocol, arguments.scales)
+    bn_images, save_to = arguments.recalibrate_bn, arguments.save_to
+    if save_to is not None and bn_images is None:
+        raise UserError("command line: --save-to goes with --recalibrate-bn")
     from resnet_dist.evaluate import evaluate_checkpoint
 
-    score = evaluate_checkpoint(arguments.checkpoint, arguments.overrides)
+    given = (arguments.checkpoint, arguments.overrides)
+    score = evaluate_checkpoint(*given, protocol, bn_images, save_to)
     if os.environ.get("RANK", "0") == "0":
+        if bn_images is not None:
+            print(f"BN statistics of {bn_images:,} training images")
+        if save_to is not None:
+            print(f"checkpoint  {save_to}")
+        if protocol != CENTER_CROP:
+            print(protocol)
         print(score)
+
+
+def _predict(arguments: argparse.Namespace) -> None:
+    from resnet_dist.predict import predict
+
+    sys.stdout.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]  # any file name
+    try:
+        all_read = predict(arguments.checkpoint, arguments.paths, arguments.top, arguments.csv)
+    except BrokenPipeError:  # the reader, such as `head`, has enough; nor is the rest flushed
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
+    if not all_read:
+        sys.exit(1)
 
 
 def _compare(arguments: argparse.Namespace) -> None:
@@ -75,8 +107,33 @@ def _compare(arguments: argparse.Namespace) -> None:
 
     plots.check_path(arguments.plot)
     print(compare(arguments.runs, arguments.run_root))
-    plots.draw_errors(error_curves(arguments.runs, arguments.run_root), arguments.plot)
+    curves = error_curves(arguments.runs, arguments.run_root)
+    plots.save(plots.error_figure(curves), arguments.plot)
     print(f"\nfigure  {arguments.plot}")
+
+
+def _models(arguments: argparse.Namespace) -> None:
+    from resnet_dist.models.counts import table_of_networks
+
+    print(table_of_networks())
+
+
+def _analyze_responses(arguments: argparse.Namespace) -> None:
+    from resnet_dist.responses import analyze_responses, describe
+
+    if arguments.output is not None:
+        from resnet_dist import plots
+
+        plots.check_path(arguments.output)
+    given = arguments.checkpoints + arguments.overrides
+    overrides = [text for text in given if "/" not in text.partition("=")[0] and "=" in text]
+    paths = [Path(text) for text in given if text not in overrides]
+    measured = analyze_responses(paths, overrides, arguments.images)
+    print(describe(measured))
+    if arguments.output is not None:
+        figure = plots.response_figure({one.name: list(one.stds.values()) for one in measured})
+        plots.save(figure, arguments.output)
+        print(f"\nfigure  {arguments.output}")
 
 
 def _prepare_digits(arguments: argparse.Namespace) -> None:
@@ -84,6 +141,12 @@ def _prepare_digits(arguments: argparse.Namespace) -> None:
 
     train_images, val_images = write_digits(arguments.root)
     print(f"{arguments.root}: {train_images} train and {val_images} val images of 10 digits")
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from resnet_dist.export import export
+
+    print(export(arguments.checkpoint, arguments.to, arguments.output))
 
 
 def dry_run(config: Config, world_size: int, train_images: int | None) -> str:
@@ -122,6 +185,11 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("config", metavar="CONFIG.yaml")
     train.add_argument("overrides", nargs="*", metavar="key.sub=value", help="on top of the file")
     train.add_argument(
+        "--init-from",
+        metavar="WEIGHTS",
+        help="fine-tune: a checkpoint, a run folder, or torchvision:FILE.pth (model.init_from)",
+    )
+    train.add_argument(
         "--dry-run", action="store_true", help="print the merged config and the plan"
     )
     train.add_argument(
@@ -138,6 +206,36 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.set_defaults(verb=_evaluate)
     evaluate.add_argument("checkpoint", type=Path, help="RUN/checkpoints/best, or RUN")
     evaluate.add_argument("overrides", nargs="*", metavar="key.sub=value")
+    evaluate.add_argument(
+        "--protocol", choices=("center-crop", "ten-crop", "multi-scale"), default="center-crop"
+    )
+    evaluate.add_argument(
+        "--scales", metavar="PX,...", help="multi-scale; default: 224,256,384,480,640"
+    )
+    evaluate.add_argument(
+        "--recalibrate-bn",
+        type=_positive,
+        metavar="N",
+        help="first take the BN statistics of N training images",
+    )
+    evaluate.add_argument(
+        "--save-to", type=Path, metavar="FOLDER", help="keep the checkpoint with these statistics"
+    )
+
+    predict = verbs.add_parser(
+        "predict",
+        help="class and probability of images",
+        epilog="Exit code 1: an image could not be read (a line on stderr each); the others were.",
+    )
+    predict.set_defaults(verb=_predict)
+    predict.add_argument("checkpoint", type=Path, help="RUN/checkpoints/best, or RUN")
+    predict.add_argument(
+        "paths", nargs="+", metavar="PATH", help="image files, and folders to search for them"
+    )
+    predict.add_argument(
+        "--top", type=_positive, default=1, metavar="K", help="the K likeliest classes; default: 1"
+    )
+    predict.add_argument("--csv", action="store_true", help="CSV in place of the table")
 
     compare = verbs.add_parser("compare", help="runs side by side: settings that differ, scores")
     compare.set_defaults(verb=_compare)
@@ -146,6 +244,32 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument(
         "--plot", type=Path, metavar="FIGURE.png", help="draw training and validation error"
     )
+
+    analyze = verbs.add_parser("analyze", help="look into trained networks")
+    analyses = analyze.add_subparsers(required=True, metavar="ANALYSIS")
+    responses = analyses.add_parser("responses", help="standard deviation of each layer's output")
+    # Overrides stand among the checkpoints: argparse cannot tell two lists apart.
+    responses.set_defaults(verb=_analyze_responses, overrides=[])
+    responses.add_argument(
+        "checkpoints", nargs="+", metavar="CHECKPOINT", help="and key.sub=value for all of them"
+    )
+    responses.add_argument("--output", type=Path, metavar="FIGURE.png", help="draw them")
+    responses.add_argument(
+        "--images", type=_positive, metavar="N", help="so many validation images; default: all"
+    )
+
+    export = verbs.add_parser("export", help="the network in another program's form")
+    export.set_defaults(verb=_export)
+    export.add_argument("checkpoint", type=Path, help="RUN/checkpoints/best, or RUN")
+    export.add_argument(
+        "--to", required=True, choices=("torchvision", "safetensors", "onnx", "pt2")
+    )
+    export.add_argument(
+        "--output", type=Path, metavar="FILE", help="default: RUN/export/MODEL-stepN.EXT"
+    )
+
+    models = verbs.add_parser("models", help="the networks: layers, parameters, multiply-adds")
+    models.set_defaults(verb=_models)
 
     prepare = verbs.add_parser("prepare", help="make a data set ready")
     data_sets = prepare.add_subparsers(required=True, metavar="DATA_SET")

@@ -22,7 +22,7 @@ from resnet_dist.config import Config
 from resnet_dist.config_file import config_from_dict
 from resnet_dist.errors import UserError
 from resnet_dist.models.build import build_model
-from resnet_dist.models.depths import DEPTHS, Net
+from resnet_dist.models.depths import DEPTHS, Net, no_counterpart
 
 # torch.export takes for granted that a map which is one pixel in its example always is: at 64
 # pixels no stage's map is.
@@ -78,22 +78,6 @@ def export(path: Path, target: str, output: Path | None = None) -> str:
         raise UserError(f"{output}: not written: {error.strerror or error}") from None
     parameters = sum(p.numel() for p in model.parameters())
     return f"{output}: {name} of step {saved['step']}, {parameters:,} parameters"
-
-
-def no_counterpart(net: Net) -> str | None:
-    """Why torchvision and timm cannot hold this network, or None if they can.
-
-    Both have VGG and, of the residual nets, one form: ImageNet's, option B, the stride in the 3x3.
-    """
-    if net.form == "vgg":
-        return None
-    if net.form == "cifar":
-        return "it is of the CIFAR form"
-    if net.shortcut == "none":
-        return "it is a plain network"
-    if net.block == "bottleneck_v1":
-        return "its stride is in the 1x1, theirs in the 3x3 (the names fit, the outputs would not)"
-    return None if net.shortcut == "B" else f"its shortcuts are option {net.shortcut}, theirs B"
 
 
 def timm_state_dict(model: nn.Module, net: Net) -> dict[str, Tensor]:

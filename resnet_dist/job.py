@@ -1,7 +1,9 @@
 """The parts of a training run, built the same on every rank, and the verbs that use them."""
 
+import difflib
 import inspect
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,12 +17,15 @@ from resnet_dist.config import Config
 from resnet_dist.data.dali import Loader
 from resnet_dist.data.index import Index
 from resnet_dist.data.mean_image import mean_image
+from resnet_dist.data.protocol import CENTER_CROP
 from resnet_dist.data.source import load_index, make_loader
 from resnet_dist.data.stream import eval_requests
 from resnet_dist.distributed import World
 from resnet_dist.errors import UserError
 from resnet_dist.evaluate import Score, evaluate
+from resnet_dist.init_from import load_initial_weights
 from resnet_dist.models.build import build_model
+from resnet_dist.models.parts import FrozenBatchNorm2d, freeze, parts
 from resnet_dist.models.sync_batchnorm import average_running_stats, convert_sync_batchnorm
 from resnet_dist.optim import build_optimizer
 from resnet_dist.plan import Plan
@@ -41,10 +46,11 @@ class Job:
     val_index: Index
     val_loader: Loader
     mean_image: np.ndarray | None  # float32 [crop_px, crop_px, 3], if the config asks for it
+    initialized: str | None = None  # what there is to say about model.init_from
 
 
 def build(config: Config, world: World) -> Job:
-    """Raises UserError where the config does not fit the data or the world."""
+    """Raises UserError where the config does not fit the data, the world or model.init_from."""
     train_index = load_index(config, "train", world)
     val_index = load_index(config, "val", world)
     differing = set(train_index.classes) ^ set(val_index.classes)
@@ -55,6 +61,9 @@ def build(config: Config, world: World) -> Job:
         )
     plan = Plan.of(config, world.size, len(train_index), len(val_index))
     network = build_network(config, world, len(train_index.classes))
+    initialized = None
+    if config.model.init_from is not None and _newest_checkpoint(config, world) is None:
+        initialized = load_initial_weights(network, config, train_index.classes, world)
     optimizer = build_optimizer(network, config.optim)
     mean = mean_image(train_index, config, world)
     state = TrainState(network, optimizer, grad_scaler(world.device, config.train.precision))
@@ -69,13 +78,18 @@ def build(config: Config, world: World) -> Job:
         val_index=val_index,
         val_loader=make_loader(val_index, config, world, mean),
         mean_image=mean,
+        initialized=initialized,
     )
 
 
 def build_network(config: Config, world: World, num_classes: int) -> nn.Module:
-    """The network of the config, on the device, its BN synchronized as asked."""
+    """The network of the config, on the device, its BN synchronized and its parts frozen as asked.
+
+    Raises UserError where optim.lr_scales does not fit the network.
+    """
     torch.manual_seed(config.seed)  # the same weights on every rank
     model = build_model(config.model.name, num_classes, config.model.zero_init_last_gamma)
+    _freeze_parts(model, config)  # before its other BN is synchronized, and before DDP looks at it
     if world.size > 1 and config.model.sync_batchnorm == "world":
         model = convert_sync_batchnorm(model, world.group)
     elif world.size > 1 and config.model.sync_batchnorm == "node":
@@ -83,6 +97,23 @@ def build_network(config: Config, world: World, num_classes: int) -> nn.Module:
         model = model if group is None else convert_sync_batchnorm(model, group)
     # Tensor cores want channels last; the loader delivers images so.
     return model.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def _freeze_parts(network: nn.Module, config: Config) -> None:
+    """Freezes the parts that optim.lr_scales has at 0."""
+    known, scales = parts(network), config.optim.lr_scales
+    for name in scales:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, 1, 0.0)[0]
+            why = f"{config.model.name} has no part {name}, only {', '.join(known)}"
+            raise config.invalid("optim.lr_scales", why, {nearest: scales[name]})
+    frozen = [name for name in known if scales.get(name) == 0]
+    if len(frozen) == len(known):
+        why = "freezes all parts: nothing is left to train"
+        raise config.invalid("optim.lr_scales", why, dict.fromkeys(frozen[:-1], 0))
+    for name in frozen:
+        for part in known[name]:
+            freeze(part)
 
 
 def distribute(network: nn.Module, world: World) -> nn.Module:
@@ -105,11 +136,11 @@ def distribute(network: nn.Module, world: World) -> nn.Module:
 def restore(job: Job) -> str | None:
     """Goes on from the run folder's newest checkpoint, if it has one. Every rank reads it.
 
-    Returns what there is to say about it.
+    Returns what there is to say about it, or about the weights that a new run starts from.
     """
-    path = job.world.on_main(lambda: checkpoint.latest(job.config.run_dir))
+    path = _newest_checkpoint(job.config, job.world)
     if path is None:
-        return None
+        return job.initialized
     saved = job.world.on_all(lambda: checkpoint.load(path))
     if saved["data_fingerprint"] != job.train_index.fingerprint:
         raise UserError(
@@ -125,6 +156,10 @@ def restore(job: Job) -> str | None:
             "train.max_local_batch_size has changed"
         )
     return said
+
+
+def _newest_checkpoint(config: Config, world: World) -> Path | None:
+    return world.on_main(lambda: checkpoint.latest(config.run_dir))
 
 
 def bn_batch_size(job: Job) -> int:
@@ -150,12 +185,14 @@ def evaluate_now(job: Job) -> Score:
     """The network's score on the validation images. Every rank calls it."""
     _agree_on_running_stats(job)
     config, world = job.config, job.world
-    batch_size = config.train.max_local_batch_size
-    requests = eval_requests(config, job.val_index, world.rank, world.size, batch_size)
+    requests = eval_requests(config, job.val_index, CENTER_CROP, world.rank, world.size)
     batches = job.val_loader.batches(requests)
     return evaluate(job.state.model, batches, world, config.train.precision)
 
 
 def _agree_on_running_stats(job: Job) -> None:
     if job.config.model.sync_batchnorm != "world":
-        average_running_stats(job.state.model, job.world.group)
+        # Frozen statistics are equal already, and an average of them would be rounded.
+        bns = (m for m in job.state.model.modules() if isinstance(m, nn.BatchNorm2d))
+        live = nn.ModuleList(bn for bn in bns if not isinstance(bn, FrozenBatchNorm2d))
+        average_running_stats(live, job.world.group)

@@ -4,28 +4,39 @@ import torch
 from torch import nn
 
 from resnet_dist.config import OptimConfig
+from resnet_dist.models.parts import parts
 
 
 def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.SGD:
     """SGD with momentum. Its lr is set before each step from `Plan.lr_at`.
 
+    Two groups, weights and norms with biases, for each factor in optim.lr_scales. Parameters that
+    need no gradient are left out: weight decay would move them.
+
     PyTorch multiplies the lr at the update (v = m*v + g; w -= lr*v), so a changing lr needs no
     momentum correction (Goyal et al. 2017, remark 2).
     """
-    weights = [p for p in model.parameters() if p.ndim >= 2]
-    norms_and_biases = [p for p in model.parameters() if p.ndim < 2]
+    scales = {
+        parameter: optim.lr_scales.get(name, 1.0)
+        for name, modules in parts(model).items()
+        for module in modules
+        for parameter in module.parameters()
+    }
+    trained = [p for p in model.parameters() if p.requires_grad]
     norm_decay = optim.weight_decay if optim.decay_norm_and_bias else 0.0
-    return torch.optim.SGD(
-        [
-            {"params": weights, "weight_decay": optim.weight_decay},
-            {"params": norms_and_biases, "weight_decay": norm_decay},
-        ],
-        lr=0.0,
-        momentum=optim.momentum,
-        nesterov=optim.nesterov,
-    )
+    groups = []
+    for scale in dict.fromkeys(scales.get(p, 1.0) for p in trained):
+        same = [p for p in trained if scales.get(p, 1.0) == scale]
+        weights = [p for p in same if p.ndim >= 2]
+        norms_and_biases = [p for p in same if p.ndim < 2]
+        groups += [
+            {"params": weights, "weight_decay": optim.weight_decay, "lr_scale": scale},
+            {"params": norms_and_biases, "weight_decay": norm_decay, "lr_scale": scale},
+        ]
+    return torch.optim.SGD(groups, lr=0.0, momentum=optim.momentum, nesterov=optim.nesterov)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Sets the lr of this step, times the group's own factor."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["lr_scale"]

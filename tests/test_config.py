@@ -179,6 +179,8 @@ def test_a_quantity_in_one_unit_replaces_it_in_the_other(tmp_path: Path) -> None
     assert (config.train.epochs, config.train.iterations) == (2, None)
     with pytest.raises(UserError, match=r"^command line: train.iterations=3: stands beside"):
         load_config(path, ["train.epochs=2", "train.iterations=3"])
+    # Null says nothing: not "none", as one of the two is needed.
+    assert load_config(path, ["train.iterations=null"]).train.iterations == 100
     # What is saved beside a run names both, one of them as null.
     again = config_from_dict(to_dict(config), "saved", ["train.iterations=9"])
     assert (again.train.epochs, again.train.iterations) == (None, 9)

@@ -1,4 +1,4 @@
-"""Weight decay by structure."""
+"""Weight decay by structure, the lr by part."""
 
 import pytest
 import torch
@@ -6,6 +6,7 @@ from torch import nn
 
 from resnet_dist.config import OptimConfig
 from resnet_dist.models.build import build_model
+from resnet_dist.models.parts import freeze, parts
 from resnet_dist.optim import build_optimizer, set_lr
 
 
@@ -50,3 +51,42 @@ def test_a_step_by_hand() -> None:
     bias = 1 - 0.1 * 1 - 0.2 * (0.9 * 1 + 1)
     assert model.weight.item() == pytest.approx(weight)
     assert model.bias.item() == pytest.approx(bias)
+
+
+def test_parts_have_their_own_lr() -> None:
+    model = build_model("resnet20", num_classes=10)
+    before = build_optimizer(model, OptimConfig())
+    assert [len(group["params"]) for group in before.param_groups] == [20, 39]
+    optim = OptimConfig(weight_decay=1e-4, lr_scales={"stem": 0.0, "layer2": 0.5, "fc": 10.0})
+    for part in parts(model)["stem"]:
+        freeze(part)
+    optimizer = build_optimizer(model, optim)
+    set_lr(optimizer, 0.2)
+    found = {
+        id(p): (group["lr"], group["weight_decay"])
+        for group in optimizer.param_groups
+        for p in group["params"]
+    }
+    lrs = {"layer1": 0.2, "layer2": 0.1, "layer3": 0.2, "fc": 2.0}
+    assert found == {
+        id(p): (pytest.approx(lrs[name.split(".")[0]]), 1e-4 if p.ndim >= 2 else 0.0)
+        for name, p in model.named_parameters()
+        if name.split(".")[0] in lrs
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("resnet50", ["stem", "layer1", "layer2", "layer3", "layer4", "fc"]),
+        ("plain20", ["stem", "layer1", "layer2", "layer3", "fc"]),
+        ("vgg19_bn", ["features", "classifier"]),
+    ],
+)
+def test_every_parameter_is_in_one_part(name: str, expected: list[str]) -> None:
+    with torch.device("meta"):
+        model = build_model(name, num_classes=10)
+    found = parts(model)
+    assert list(found) == expected
+    held = [id(p) for modules in found.values() for m in modules for p in m.parameters()]
+    assert sorted(held) == sorted(id(p) for p in model.parameters())

@@ -60,6 +60,8 @@ def test_schedules_as_tables() -> None:
     assert [step.lr_at(s) / step.peak_lr for s in (0, 29, 30, 59, 60, 99)] == pytest.approx(
         [1, 1, 0.1, 0.1, 0.01, 0.01]
     )
+    between = plan(global_batch_size=100, optim={"milestones_epochs": (0.55,)})
+    assert [between.lr_at(s) / between.peak_lr for s in (5, 6)] == pytest.approx([1, 0.1])
     cosine = plan(global_batch_size=100, optim={"schedule": "cosine"})
     assert [cosine.lr_at(s) / cosine.peak_lr for s in (0, 25, 50, 75)] == pytest.approx(
         [1, 0.5 + 0.5 * math.cos(math.pi / 4), 0.5, 0.5 - 0.5 * math.cos(math.pi / 4)]

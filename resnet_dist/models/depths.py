@@ -52,3 +52,19 @@ DEPTHS: dict[str, Net] = {
     "resnet110": Net("cifar", "basic", (18, 18, 18), "A"),
     "resnet1202": Net("cifar", "basic", (200, 200, 200), "A"),
 }
+
+
+def no_counterpart(net: Net) -> str | None:
+    """Why torchvision and timm cannot hold this network, or None if they can.
+
+    Both have VGG and, of the residual nets, one form: ImageNet's, option B, the stride in the 3x3.
+    """
+    if net.form == "vgg":
+        return None
+    if net.form == "cifar":
+        return "it is of the CIFAR form"
+    if net.shortcut == "none":
+        return "it is a plain network"
+    if net.block == "bottleneck_v1":
+        return "its stride is in the 1x1, theirs in the 3x3 (the names fit, the outputs would not)"
+    return None if net.shortcut == "B" else f"its shortcuts are option {net.shortcut}, theirs B"
