@@ -24,9 +24,9 @@ import resnet_dist
 from resnet_dist import checkpoint, cli
 from resnet_dist.config import Config, DataConfig, ModelConfig, TrackingConfig
 from resnet_dist.errors import UserError
-from resnet_dist.export import export, no_counterpart, timm_state_dict
+from resnet_dist.export import export, timm_state_dict
 from resnet_dist.models.build import build_model
-from resnet_dist.models.depths import DEPTHS
+from resnet_dist.models.depths import DEPTHS, no_counterpart
 
 CLASSES = ["ant", "bée", "cow"]
 STEP = 7
