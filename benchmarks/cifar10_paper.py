@@ -7,7 +7,7 @@ errors beside the paper's.
 The protocol is configs/paper/cifar10/, its drops moved to 1/2 and 3/4 of --iterations. Small
 networks leave a GPU idle between kernels, so --at-once runs share it. Runs are kept in runs/ under
 NET-ITERATIONS; the same command again goes on with what is not finished, and only reads the rest.
-Writes benchmarks/results/cifar10-<iterations>-<device>.json.
+Adds its rows to benchmarks/results/cifar10-<iterations>-<device>.json.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -44,42 +45,36 @@ def main() -> None:
     parser.add_argument("--at-once", type=int, default=4, help="runs that share the device")
     parser.add_argument("--run-root", type=Path, default=REPO / "runs")
     arguments, overrides = parser.parse_known_args()
-    commands = {
-        net: command(net, arguments.iterations, arguments.run_root, overrides)
-        for net in arguments.nets
-    }
-    seconds = run_all(commands, arguments.at_once, arguments.run_root)
-    rows = {
-        net: {"seconds": round(seconds[net])} | result(arguments.run_root / name(net, arguments))
-        for net in arguments.nets
-    }
+    run_root, iterations = arguments.run_root.absolute(), arguments.iterations
+    names = {net: f"{net}-{iterations}" for net in arguments.nets}
+    commands = {n: command(n, names[n], iterations, run_root, overrides) for n in names}
+    run_all(commands, arguments.at_once, run_root)
+    settings = [text for text in overrides if not text.startswith("data.root=")]
+    rows = {net: result(run_root / names[net]) | {"overrides": settings} for net in names}
     gpu = torch.cuda.is_available()
     device = torch.cuda.get_device_name(0) if gpu else f"{os.cpu_count()}-core CPU"
+    path = RESULTS / f"cifar10-{iterations}-{'-'.join(device.lower().split())}.json"
+    if path.is_file():
+        rows = json.loads(path.read_text())["runs"] | rows
     report = {
         "device": device,
         "python": platform.python_version(),
         **{p: version(p) for p in ("torch", "torchvision", "nvidia-dali-cuda130")},
-        "iterations": arguments.iterations,
-        "at_once": arguments.at_once,
-        "overrides": [o for o in overrides if not o.startswith("data.root=")],
+        "iterations": iterations,
         "runs": rows,
     }
     RESULTS.mkdir(exist_ok=True)
-    slug = "-".join(device.lower().split())
-    path = RESULTS / f"cifar10-{arguments.iterations}-{slug}.json"
     path.write_text(json.dumps(report, indent=1) + "\n")
     print(table(rows))
     print(f"written: {path}")
 
 
-def name(net: str, arguments: argparse.Namespace) -> str:
-    return f"{net}-{arguments.iterations}"
-
-
-def command(net: str, iterations: int, run_root: Path, overrides: list[str]) -> list[str]:
+def command(
+    net: str, name: str, iterations: int, run_root: Path, overrides: list[str]
+) -> list[str]:
     return [
         *(sys.executable, "-m", "resnet_dist", "train", f"configs/paper/cifar10/{net}.yaml"),
-        f"name={net}-{iterations}",
+        f"name={name}",
         f"train.iterations={iterations}",
         f"optim.milestones_iterations=[{iterations // 2}, {iterations * 3 // 4}]",
         f"train.log_every_steps={max(1, iterations // 100)}",
@@ -89,34 +84,30 @@ def command(net: str, iterations: int, run_root: Path, overrides: list[str]) -> 
     ]
 
 
-def run_all(commands: dict[str, list[str]], at_once: int, run_root: Path) -> dict[str, float]:
-    """Seconds by network. A run that fails ends this script once the others are done."""
+def run_all(commands: dict[str, list[str]], at_once: int, run_root: Path) -> None:
+    """A run that fails ends this script, once the others are done."""
     run_root.mkdir(parents=True, exist_ok=True)
     waiting = list(commands)
-    running: dict[str, tuple[subprocess.Popen[bytes], float]] = {}
-    seconds: dict[str, float] = {}
+    running: dict[str, subprocess.Popen[bytes]] = {}
     failed = []
     while waiting or running:
         while waiting and len(running) < at_once:
             net = waiting.pop(0)
             print("+", *commands[net], flush=True)
             with open(run_root / f"{net}.log", "ab") as log:
-                process = subprocess.Popen(commands[net], cwd=REPO, stdout=log, stderr=log)
-            running[net] = process, time.monotonic()
-        for net, (process, began) in list(running.items()):
+                running[net] = subprocess.Popen(commands[net], cwd=REPO, stdout=log, stderr=log)
+        for net, process in list(running.items()):
             if process.poll() is not None:
-                seconds[net] = time.monotonic() - began
                 del running[net]
-                print(f"{net}: exit code {process.returncode} after {seconds[net]:.0f} s")
+                print(f"{net}: exit code {process.returncode}", flush=True)
                 if process.returncode:
                     failed.append(net)
         time.sleep(1)
     if failed:
         sys.exit(f"failed: {', '.join(failed)}; see {run_root}/NET.log")
-    return seconds
 
 
-def result(run_dir: Path) -> dict[str, float]:
+def result(run_dir: Path) -> dict[str, Any]:
     """The errors at the end of a run, from its journal."""
     train: list[float] = []
     test: list[float] = []
@@ -133,7 +124,7 @@ def result(run_dir: Path) -> dict[str, float]:
     }
 
 
-def table(rows: dict[str, dict[str, float]]) -> str:
+def table(rows: dict[str, dict[str, Any]]) -> str:
     lines = [f"{'network':<12}{'train error %':>14}{'test error %':>14}{'paper':>8}"]
     for net, row in rows.items():
         paper = PAPER_TEST_ERROR_PCT.get(net, "-")

@@ -24,6 +24,7 @@ from resnet_dist.errors import UserError
 from resnet_dist.plan import LrMemory
 
 FORMAT = 2
+STEP_NAMES = "step-" + "[0-9]" * 8  # not what a user keeps beside them
 
 
 @dataclass
@@ -107,7 +108,7 @@ def latest(run_dir: Path) -> Path | None:
     By name, not by the link: that is one step behind if its writer died between the two, and lost
     if somebody copied the folder without links.
     """
-    return max((run_dir / "checkpoints").glob("step-*"), default=None)
+    return max((run_dir / "checkpoints").glob(STEP_NAMES), default=None)
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -136,7 +137,7 @@ def load(path: Path) -> dict[str, Any]:
 def _remove_old(folder: Path, keep: int) -> None:
     for leftover in (*folder.glob(".partial-*"), *folder.glob(".removed-*")):
         shutil.rmtree(leftover)  # of a writer that was killed
-    checkpoints = sorted(folder.glob("step-*"))
+    checkpoints = sorted(folder.glob(STEP_NAMES))
     kept = {(folder / link).resolve() for link in ("latest", "best")} | {
         path.resolve() for path in checkpoints[-keep:]
     }

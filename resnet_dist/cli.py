@@ -119,15 +119,13 @@ def _models(arguments: argparse.Namespace) -> None:
 
 
 def _analyze_responses(arguments: argparse.Namespace) -> None:
-    from resnet_dist.responses import analyze_responses, describe
+    from resnet_dist.responses import analyze_responses, describe, split_arguments
 
     if arguments.output is not None:
         from resnet_dist import plots
 
         plots.check_path(arguments.output)
-    given = arguments.checkpoints + arguments.overrides
-    overrides = [text for text in given if "/" not in text.partition("=")[0] and "=" in text]
-    paths = [Path(text) for text in given if text not in overrides]
+    paths, overrides = split_arguments(arguments.checkpoints + arguments.overrides)
     measured = analyze_responses(paths, overrides, arguments.images)
     print(describe(measured))
     if arguments.output is not None:
@@ -151,15 +149,15 @@ def _export(arguments: argparse.Namespace) -> None:
 
 def dry_run(config: Config, world_size: int, train_images: int | None) -> str:
     """The merged config and the plan, as text. Counts the images unless `train_images` is given."""
-    val_images = None
+    data = config.data
+    val_images = data.holdout_images or None
     if train_images is None:
-        data = config.data
         try:
             train_images = count_images(data.format, Path(data.root), "train")
-            val_images = data.holdout_images or count_images(data.format, Path(data.root), "val")
+            val_images = val_images or count_images(data.format, Path(data.root), "val")
         except UserError as error:
             raise UserError(f"{error} (--train-images N plans without the data)") from None
-    train_images -= config.data.holdout_images
+    train_images -= config.held_out_of(train_images)
     plan = Plan.of(config, world_size, train_images, val_images)
     text = to_yaml(config) + "\n" + plan.describe()
     try:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import yaml
 
 from resnet_dist.errors import UserError, invalid_value
-from resnet_dist.models.depths import DEPTHS
+from resnet_dist.models.depths import DEPTHS, PARTS
 
 
 @dataclass(frozen=True)
@@ -128,6 +128,14 @@ class Config:
     @property
     def run_dir(self) -> Path:
         return Path(self.tracking.run_root).absolute() / self.name
+
+    def held_out_of(self, train_images: int) -> int:
+        """data.holdout_images. Raises UserError where that leaves none to train on."""
+        held = self.data.holdout_images
+        if held >= train_images:
+            why = f"leaves none of the {train_images:,} training images to train on"
+            raise self.invalid("data.holdout_images", why, train_images // 10)
+        return held
 
     def invalid(self, key: str, why: str, nearest: object) -> UserError:
         """The one line for an impossible value of `key`: file, key, value, reason, way out."""
@@ -285,6 +293,16 @@ def impossible(config: Config) -> Iterator[tuple[str, str, object]]:
         if scale < 0:
             yield "optim.lr_scales", f"{part} must be at least 0", {**optim.lr_scales, part: 0.0}
     net = DEPTHS.get(model.name)
-    if net is not None and net.shortcut == "none" and model.zero_init_last_gamma:
-        why = f"would leave {model.name}, which has no shortcuts, with outputs of zero"
+    if net is None:
+        return
+    known = PARTS[net.form]
+    for part in set(optim.lr_scales) - set(known):
+        near = difflib.get_close_matches(part, known, 1, 0.0)[0]
+        why = f"{model.name} has no part {part}, only {', '.join(known)}"
+        yield "optim.lr_scales", why, {near: optim.lr_scales[part]}
+    if all(optim.lr_scales.get(part) == 0 for part in known):
+        why = "freezes all parts: nothing is left to train"
+        yield "optim.lr_scales", why, dict.fromkeys(known[:-1], 0.0)
+    if net.shortcut == "none" and model.zero_init_last_gamma:
+        why = f"is for residual blocks, and {model.name} has none"
         yield "model.zero_init_last_gamma", why, False

@@ -122,12 +122,12 @@ def _merge(
         if given:
             for key in (epochs, iterations):
                 merged[key] = (None, new[given[0]][1])
-    return merged | {key: given for key, given in new.items() if not _is_unset_unit(key, given)}
-
-
-def _is_unset_unit(key: str, given: tuple[Any, str]) -> bool:
-    """`train.iterations: null` says nothing: the other unit counts."""
-    return given[0] is None and (key in UNITS or key in UNITS.values())
+        for key, other in ((epochs, iterations), (iterations, epochs)):
+            if key in new and not given:
+                raise UserError(
+                    f"{new[key][1]}: {key}=null: one unit is needed; give {other} in its place"
+                )
+    return merged | new
 
 
 def _read_overrides(overrides: Sequence[str]) -> dict[str, tuple[Any, str]]:

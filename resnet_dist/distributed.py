@@ -135,6 +135,13 @@ def start() -> World:
     return World(rank, local_rank, size, local_size, device, group)
 
 
+def start_alone(verb: str) -> World:
+    """The world of a verb that runs in one process. Raises UserError under torchrun."""
+    if _from_environment("WORLD_SIZE", 1) > 1:
+        raise UserError(f"{verb}: runs in one process; start it without torchrun or srun")
+    return start()
+
+
 def stop() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()

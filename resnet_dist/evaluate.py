@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from resnet_dist import distributed
-from resnet_dist.config import Config
-from resnet_dist.data.dali import Batch, Loader
+from resnet_dist.data.dali import Batch
 from resnet_dist.data.index import Index
 from resnet_dist.data.protocol import CENTER_CROP, Protocol
 from resnet_dist.data.source import load_index, make_loader
@@ -121,7 +120,7 @@ def evaluate_checkpoint(
     if save_to is not None and world.on_main(save_to.exists):
         raise UserError(f"--save-to {save_to}: is there already; give a new folder")
     trained = load_trained(path, overrides, world)
-    config, index = trained.config, _val_index(trained, path, world)
+    config, index = trained.config, val_index(trained, path, world)
     check_protocol(protocol, trained, index)
     if bn_images is not None:
         recalibrate(trained, bn_images, world)
@@ -138,7 +137,8 @@ def evaluate_checkpoint(
     return score
 
 
-def _val_index(trained: Trained, path: Path, world: World) -> Index:
+def val_index(trained: Trained, path: Path, world: World) -> Index:
+    """Its validation images. Raises UserError where they are of other classes. A collective."""
     index = load_index(trained.config, "val", world)
     if index.classes != trained.classes:
         raise UserError(
@@ -161,16 +161,3 @@ def check_protocol(protocol: Protocol, trained: Trained, index: Index) -> None:
         raise UserError(
             f"--scales: {smallest} px: {name} needs at least {MIN_DENSE_PX}; give larger ones"
         )
-
-
-def load_with_val(
-    path: Path, overrides: list[str], world: World
-) -> tuple[Config, nn.Module, Index, Loader]:
-    """A checkpoint's config, its network on the device, and its validation images. A collective.
-
-    Raises:
-        UserError: no such checkpoint, or its classes are not those of the data.
-    """
-    trained = load_trained(path, overrides, world)
-    config, index = trained.config, _val_index(trained, path, world)
-    return config, trained.network, index, make_loader(index, config, world, trained.mean_image)

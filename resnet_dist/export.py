@@ -100,7 +100,7 @@ def timm_state_dict(model: nn.Module, net: Net) -> dict[str, Tensor]:
 
 def _about(saved: dict[str, Any], config: Config, output: Path) -> dict[str, Any]:
     """What the weights alone do not tell: plain values, ready for JSON."""
-    has_mean_image = saved.get("mean_image") is not None
+    has_mean_image = saved["mean_image"] is not None
     return {
         "model": config.model.name,
         "classes": saved["classes"],

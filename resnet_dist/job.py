@@ -1,6 +1,5 @@
 """The parts of a training run, built the same on every rank, and the verbs that use them."""
 
-import difflib
 import inspect
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,11 +60,14 @@ def build(config: Config, world: World) -> Job:
         )
     plan = Plan.of(config, world.size, len(train_index), len(val_index))
     network = build_network(config, world, len(train_index.classes))
-    initialized = None
-    if config.model.init_from is not None and _newest_checkpoint(config, world) is None:
+    newest, initialized = _newest_checkpoint(config, world), None
+    if config.model.init_from is not None and newest is None:
         initialized = load_initial_weights(network, config, train_index.classes, world)
     optimizer = build_optimizer(network, config.optim)
-    mean = mean_image(train_index, config, world)
+    if config.data.per_pixel_mean and newest is not None:
+        mean = world.on_all(lambda: checkpoint.load(newest))["mean_image"].numpy()
+    else:
+        mean = mean_image(train_index, config, world)
     state = TrainState(network, optimizer, grad_scaler(world.device, config.train.precision))
     return Job(
         config=config,
@@ -83,13 +85,13 @@ def build(config: Config, world: World) -> Job:
 
 
 def build_network(config: Config, world: World, num_classes: int) -> nn.Module:
-    """The network of the config, on the device, its BN synchronized and its parts frozen as asked.
-
-    Raises UserError where optim.lr_scales does not fit the network.
-    """
+    """The network of the config, on the device, parts frozen and BN synchronized as asked."""
     torch.manual_seed(config.seed)  # the same weights on every rank
     model = build_model(config.model.name, num_classes, config.model.zero_init_last_gamma)
-    _freeze_parts(model, config)  # before its other BN is synchronized, and before DDP looks at it
+    for name, modules in parts(model).items():
+        if config.optim.lr_scales.get(name) == 0:
+            for module in modules:  # before other BN is synchronized, and before DDP looks at it
+                freeze(module)
     if world.size > 1 and config.model.sync_batchnorm == "world":
         model = convert_sync_batchnorm(model, world.group)
     elif world.size > 1 and config.model.sync_batchnorm == "node":
@@ -97,23 +99,6 @@ def build_network(config: Config, world: World, num_classes: int) -> nn.Module:
         model = model if group is None else convert_sync_batchnorm(model, group)
     # Tensor cores want channels last; the loader delivers images so.
     return model.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-
-
-def _freeze_parts(network: nn.Module, config: Config) -> None:
-    """Freezes the parts that optim.lr_scales has at 0."""
-    known, scales = parts(network), config.optim.lr_scales
-    for name in scales:
-        if name not in known:
-            nearest = difflib.get_close_matches(name, known, 1, 0.0)[0]
-            why = f"{config.model.name} has no part {name}, only {', '.join(known)}"
-            raise config.invalid("optim.lr_scales", why, {nearest: scales[name]})
-    frozen = [name for name in known if scales.get(name) == 0]
-    if len(frozen) == len(known):
-        why = "freezes all parts: nothing is left to train"
-        raise config.invalid("optim.lr_scales", why, dict.fromkeys(frozen[:-1], 0))
-    for name in frozen:
-        for part in known[name]:
-            freeze(part)
 
 
 def distribute(network: nn.Module, world: World) -> nn.Module:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from resnet_dist import distributed
 from resnet_dist.config import DataConfig
-from resnet_dist.data.augment import Request, center_windows
+from resnet_dist.data.augment import Request, eval_windows
 from resnet_dist.data.dali import Batch, Loader
 from resnet_dist.data.index import HEADER_THREADS, Index, displayed_size
 from resnet_dist.data.listing import IMAGE_SUFFIXES, images_below
@@ -37,7 +37,7 @@ def predict(path: Path, inputs: Sequence[str], top: int, as_csv: bool) -> bool:
     Raises:
         UserError: no checkpoint, no images, or more classes asked for than there are.
     """
-    world = distributed.start()
+    world = distributed.start_alone("predict")
     trained = load_trained(path, [], world)
     classes = trained.classes
     if top > len(classes):
@@ -129,7 +129,7 @@ def _batches(
 
     def request(samples: np.ndarray) -> Request:
         sizes = index.sizes[samples]
-        return samples, center_windows(sizes, data.eval_resize_px, data.eval_crop_px)
+        return samples, eval_windows(data, sizes)
 
     numbers = np.arange(len(index))
     waiting = deque(numbers[i : i + batch_size] for i in range(0, len(index), batch_size))

@@ -47,6 +47,11 @@ def recalibrate(trained: Trained, images: int, world: World) -> None:
     count = -(-images // config.train.max_local_batch_size)
     # Of nearly one size, as each is normalized by itself; the same ones for any number of ranks.
     slices = [slice_of(samples, number, count) for number in range(count)]
+    if len(slices[0]) < 2:  # the smallest; a map of one pixel then is a single value
+        raise UserError(
+            "--recalibrate-bn: a batch of one image has no variance; give more images, or a larger "
+            "train.max_local_batch_size"
+        )
     requests = (
         (part, train_windows(config.data, config.seed, 0, part, index.sizes[part]))
         for part in slices[world.rank :: world.size]
@@ -113,11 +118,6 @@ def _layers(network: nn.Module, lr_scales: dict[str, float]) -> list[nn.BatchNor
 def _statistics(x: Tensor) -> Tensor:
     """x [B, C, H, W] -> float64 [3, C]: how many values, their mean, sum of squares about it."""
     values = x.numel() // x.shape[1]
-    if values == 1:  # batch 0 is the smallest: rank 0 meets it first, and speaks
-        raise UserError(
-            "--recalibrate-bn: a single value per channel has no variance; give more images, or a "
-            "larger train.max_local_batch_size"
-        )
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     var, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)
     var, mean = var.double(), mean.double()

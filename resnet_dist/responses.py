@@ -17,11 +17,13 @@ from resnet_dist.config import Config
 from resnet_dist.data.augment import Request, eval_windows
 from resnet_dist.data.dali import Batch
 from resnet_dist.data.index import Index
+from resnet_dist.data.source import make_loader
 from resnet_dist.distributed import World
 from resnet_dist.errors import UserError
-from resnet_dist.evaluate import load_with_val
+from resnet_dist.evaluate import val_index
 from resnet_dist.models.residual import shortcut_modules
 from resnet_dist.precision import autocast
+from resnet_dist.trained import load_trained
 
 
 @dataclass(frozen=True)
@@ -47,24 +49,32 @@ def analyze_responses(
     """
     if not paths:
         raise UserError("command line: no checkpoint; give a folder such as RUN/checkpoints/best")
-    world = distributed.start()
+    world = distributed.start_alone("analyze responses")
     # All of them first: what is wrong with the last shows before the first takes its minutes.
-    loaded = [load_with_val(path, overrides, world) for path in paths]
-    for path, (config, model, _, _) in zip(paths, loaded, strict=True):
-        if not main_path_norms(model):
-            raise UserError(
-                f"{path}: {config.model.name} has no BN layers to measure; leave it out"
-            )
-    names = [config.name for config, *_ in loaded]
+    loaded = []
+    for path in paths:
+        trained = load_trained(path, overrides, world)
+        if not main_path_norms(trained.network):
+            name = trained.config.model.name
+            raise UserError(f"{path}: {name} has no BN layers to measure; leave it out")
+        loaded.append((trained, val_index(trained, path, world)))
+    names = [trained.config.name for trained, _ in loaded]
     if len(set(names)) < len(names):
         names = [str(path) for path in paths]
     measured = []
-    for name, (config, model, index, loader) in zip(names, loaded, strict=True):
-        count = min(images or len(index), len(index))
+    for name, (trained, index) in zip(names, loaded, strict=True):
+        config, count = trained.config, min(images or len(index), len(index))
+        loader = make_loader(index, config, world, trained.mean_image)
         batches = loader.batches(_requests(config, index, count))
-        stds = layer_stds(model, batches, world, config.train.precision)
+        stds = layer_stds(trained.network, batches, world, config.train.precision)
         measured.append(Responses(name, count, stds))
     return measured
+
+
+def split_arguments(given: Sequence[str]) -> tuple[list[Path], list[str]]:
+    """Checkpoints and overrides, which stand among each other; a path that exists is a path."""
+    overrides = [text for text in given if "=" in text and not Path(text).exists()]
+    return [Path(text) for text in given if text not in overrides], overrides
 
 
 @torch.inference_mode()

@@ -13,7 +13,7 @@ FREE_TO_CHANGE = (
     "data.decode_threads",
     "train.max_local_batch_size",
     "train.log_every_steps",
-    "train.save_every_epochs",
+    "train.save_every_",
     "train.keep_checkpoints",
     "tracking.",
 )

@@ -5,6 +5,7 @@ MLflow and writes in RUN/mlflow.json how far it came. A slow or dead server so c
 nothing, and a resumed run goes on under its run id, with no step logged twice.
 """
 
+import contextlib
 import fcntl
 import json
 import logging
@@ -12,7 +13,7 @@ import os
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -171,10 +172,7 @@ class _Mirror(threading.Thread):
         from mlflow.entities import Param
 
         uri = tracking_uri(self.run_dir.parent)
-        # Runs that start at the same moment: MLflow makes a new database, or brings an old one up
-        # to date, without a lock, and two at once leave it broken for good.
-        with open(self.run_dir.parent / ".mlflow.lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with _database_lock(uri, self.run_dir.parent):
             client = mlflow_client(uri)
             record = RunRecord.read(self.run_dir)
             if record is None or record.tracking_uri != without_credentials(uri):
@@ -248,6 +246,22 @@ class _Mirror(threading.Thread):
         for name, path in self.artifacts.items():
             self._upload(client, record.run_id, path, name)
         client.set_terminated(record.run_id, self.status)
+
+
+@contextlib.contextmanager
+def _database_lock(uri: str, run_root: Path) -> Iterator[None]:
+    """One process at a time makes a new database or brings an old one up to date.
+
+    MLflow does so without a lock, and runs that start at the same moment leave it broken for good.
+    """
+    if not uri.startswith("sqlite:"):
+        yield
+        return
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # a file system without locks: as MLflow has it
+            lock = stack.enter_context(open(run_root / ".mlflow.lock", "a"))
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def without_credentials(uri: str) -> str:

@@ -49,6 +49,10 @@ def load_trained(path: Path, overrides: list[str], world: World) -> Trained:
     name = saved["config"]["model"]["name"]
     if config.model.name != name:
         raise config.invalid("model.name", f"{path} holds a {name}", name)
+    per_pixel_mean = saved["mean_image"] is not None
+    if config.data.per_pixel_mean != per_pixel_mean:
+        why = f"{path} was trained {'with' if per_pixel_mean else 'without'} a mean image"
+        raise config.invalid("data.per_pixel_mean", why, per_pixel_mean)
     mean_image = None if saved["mean_image"] is None else saved["mean_image"].numpy()
     if mean_image is not None and len(mean_image) != config.data.eval_crop_px:
         why = f"the mean image of {path} has another size"

@@ -89,6 +89,16 @@ def test_a_whole_number_is_a_float_and_frozen(tmp_path: Path) -> None:
         ("data: {train_crop: pad}", ["data.train_crop=pad", "data.format=folder", "is scale"]),
         ("optim: {momentum: 1.5}", ["optim.momentum=1.5", "at most 1"]),
         ("train: {iterations: 0}", ["train.iterations=0", "at least 1"]),
+        ("train: {iterations: null}", ["train.iterations=null", "give train.epochs"]),
+        ("optim: {warmup_epochs: null}", ["warmup_epochs=null", "give optim.warmup_iterations"]),
+        (
+            "optim: {lr_scales: {cf: 1}}",
+            ["lr_scales={cf: 1.0}", "no part cf, only stem", "{fc: 1.0}"],
+        ),
+        (
+            "model: {name: vgg19}\noptim: {lr_scales: {features: 0, classifier: 0}}",
+            ["freezes all parts", "is {features: 0.0}"],
+        ),
         ("train: {iterations: 7, epochs: 3}", ["iterations=7", "epochs=3", "give one unit"]),
         ("optim: {milestones_iterations: [1], milestones_epochs: [1]}", ["give one unit"]),
         ("optim: {milestones_iterations: [9, 3]}", ["milestones_iterations=[9, 3]", "[3, 9]"]),
@@ -103,7 +113,7 @@ def test_a_whole_number_is_a_float_and_frozen(tmp_path: Path) -> None:
         ),
         (
             "model: {name: plain18, zero_init_last_gamma: true}",
-            ["zero_init_last_gamma=true", "outputs of zero", "is false"],
+            ["zero_init_last_gamma=true", "plain18 has none", "is false"],
         ),
         (
             "data: {per_pixel_mean: true, eval_crop_px: 200}",
@@ -179,8 +189,6 @@ def test_a_quantity_in_one_unit_replaces_it_in_the_other(tmp_path: Path) -> None
     assert (config.train.epochs, config.train.iterations) == (2, None)
     with pytest.raises(UserError, match=r"^command line: train.iterations=3: stands beside"):
         load_config(path, ["train.epochs=2", "train.iterations=3"])
-    # Null says nothing: not "none", as one of the two is needed.
-    assert load_config(path, ["train.iterations=null"]).train.iterations == 100
     # What is saved beside a run names both, one of them as null.
     again = config_from_dict(to_dict(config), "saved", ["train.iterations=9"])
     assert (again.train.epochs, again.train.iterations) == (None, 9)

@@ -46,7 +46,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     random = np.random.default_rng(0)
     for name in ("china", "flower"):
         photo = Image.fromarray(load_sample_image(f"{name}.jpg"))  # 640 x 427
-        for split, first, last, count in (("train", 0, 380, 20), ("val", 440, 560, 10)):
+        for split, first, last, count in (("train", 0, 340, 20), ("val", 420, 560, 10)):
             folder = root / split / name
             folder.mkdir(parents=True)
             for number in range(count):

@@ -1,6 +1,8 @@
 """The mean image of the training set: by hand, and the same bits on any number of ranks."""
 
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,9 @@ from resnet_dist import distributed
 from resnet_dist.config import Config
 from resnet_dist.data.mean_image import mean_image
 from resnet_dist.data.source import load_index
+from resnet_dist.interrupt import Interrupt
+from resnet_dist.job import build
+from resnet_dist.train import train
 
 
 def mean_of(rank: int, world_size: int, config: Config) -> np.ndarray | None:
@@ -25,7 +30,6 @@ def test_of_a_folder_by_hand_and_on_any_world(
     means = {}
     for world_size in (1, 2, 3):
         config = tiny_config(
-            f"tracking.run_root={tiny_folder}-{world_size}",
             "data.per_pixel_mean=true",
             "data.eval_resize_px=40",
             "train.max_local_batch_size=4",
@@ -33,10 +37,6 @@ def test_of_a_folder_by_hand_and_on_any_world(
         ranks = run_ranks(mean_of, world_size, config, init_process_group=False)
         assert all(np.array_equal(mean, ranks[0]) for mean in ranks)
         means[world_size] = ranks[0]
-        assert np.array_equal(mean_of(0, 1, config), ranks[0])  # from the cache
-        (cached,) = Path(f"{tiny_folder}-{world_size}/.index").glob("mean-*.npy")
-        np.save(cached, ranks[0] + 1)
-        assert np.array_equal(mean_of(0, 1, config), ranks[0] + 1)  # it was
     assert np.array_equal(means[1], means[2])
     assert np.array_equal(means[1], means[3])
 
@@ -52,6 +52,27 @@ def test_of_a_folder_by_hand_and_on_any_world(
             assert scale > 0
             total += np.asarray(image.resize((32, 32), Image.Resampling.BILINEAR, box=box))
     assert np.abs(means[1] * 255 - total / len(paths)).max() < 0.6  # Pillow rounds each image twice
+
+
+def test_a_resumed_run_keeps_its_own(
+    tiny_config: Callable[..., Config], tiny_folder: Path, tmp_path: Path
+) -> None:
+    """Files of the same names and sizes, but other pixels: their mean is not this run's."""
+    root = tmp_path / "data"
+    shutil.copytree(tiny_folder, root)
+    config = tiny_config(f"data.root={root}", "data.per_pixel_mean=true", "train.epochs=1")
+    train(config, "test", Interrupt())
+    kept = build(config, distributed.start()).mean_image
+    for path in (root / "train").rglob("*.jpg"):
+        with Image.open(path) as image:
+            Image.new("RGB", image.size, "white").save(path)
+    again = build(config, distributed.start()).mean_image
+    fresh = build(replace(config, name="fresh"), distributed.start()).mean_image
+    assert kept is not None
+    assert again is not None
+    assert fresh is not None
+    assert np.array_equal(again, kept)
+    assert fresh.min() == pytest.approx(1, abs=1e-5)
 
 
 def test_none_where_none_is_wanted(tiny_config: Callable[..., Config]) -> None:

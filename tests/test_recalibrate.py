@@ -172,7 +172,7 @@ def test_bad_input(path: Path) -> None:
     with pytest.raises(UserError, match=r"--recalibrate-bn 31: .* has 30 training images"):
         recalibrate(load_trained(path, [], world), 31, world)
     pooled = with_network(path, nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(3))
-    with pytest.raises(UserError, match="--recalibrate-bn: a single value per channel"):
+    with pytest.raises(UserError, match="--recalibrate-bn: a batch of one image"):
         recalibrate(pooled, 1, world)
     recalibrate(pooled, 2, world)
 

@@ -7,6 +7,7 @@ shows, crop windows are drawn in that frame, and DALI and Pillow are both told t
 import hashlib
 import os
 import struct
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from resnet_dist.data.cache import load_array, save_array
 from resnet_dist.data.listing import (
     CIFAR10_RECORD_BYTES,
     cifar10_files,
@@ -107,11 +107,11 @@ def _folder(root: Path, split: str, cache_dir: Path | None) -> Index:
             files = np.array(list(pool.map(_file_facts, paths)), np.int64)
             key = hashlib.sha256(os.fsencode(top) + names + files.tobytes()).hexdigest()
             cached = cache_dir / f"sizes-{key[:16]}.npy"
-        sizes = None if cached is None else load_array(cached, (len(paths), 2))
+        sizes = _load_sizes(cached, len(paths))
         if sizes is None:
             sizes = np.array(list(pool.map(displayed_size, paths)), np.int32)
             if cached is not None:
-                save_array(cached, sizes)
+                _save_atomically(cached, sizes)
     labels = np.array(listing.labels, np.int64)
     digest = hashlib.sha256(names)
     digest.update(labels.tobytes())
@@ -150,3 +150,24 @@ def _file_facts(path: str) -> tuple[int, int]:
     """What changes when a file is replaced. Far cheaper than its header."""
     facts = os.stat(path)
     return facts.st_size, facts.st_mtime_ns
+
+
+def _load_sizes(path: Path | None, count: int) -> np.ndarray | None:
+    """The cached sizes, int32 [count, 2]; None where there are none to rely on."""
+    try:
+        sizes = np.load(path) if path is not None else None
+    except (OSError, ValueError, EOFError):
+        return None
+    return sizes if sizes is not None and sizes.shape == (count, 2) else None
+
+
+def _save_atomically(path: Path, array: np.ndarray) -> None:
+    """The cache is a help, not a need: a folder that cannot be written costs only time."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            np.save(file, array)
+        os.chmod(file.name, 0o644)  # run folders are shared
+        os.replace(file.name, path)
+    except OSError:
+        return

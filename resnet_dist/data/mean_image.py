@@ -6,7 +6,6 @@ import torch
 
 from resnet_dist.config import Config
 from resnet_dist.data.augment import center_windows
-from resnet_dist.data.cache import load_array, save_array
 from resnet_dist.data.dali import Loader
 from resnet_dist.data.index import Index
 from resnet_dist.data.order import slice_of
@@ -20,23 +19,12 @@ def mean_image(index: Index, config: Config, world: World) -> np.ndarray | None:
     """float32 [crop_px, crop_px, 3] on the 0..1 scale: the mean of the training images' centre
     crops; None where the config wants none. A collective, the same bits on any world.
 
-    Kept beside the image sizes in RUN_ROOT/.index, as ImageNet takes a minute.
+    ImageNet takes seconds to a minute, at the first start of a run: then it is in the checkpoint.
     """
     if not config.data.per_pixel_mean:
         return None
     if index.pixels is not None:
         return (index.pixels.mean(axis=0, dtype=np.float64) / 255).astype(np.float32)
-    data = config.data
-    key = f"{index.fingerprint[:16]}-{data.eval_resize_px}-{data.crop_px}"
-    cached = config.run_dir.parent / ".index" / f"mean-{key}.npy"
-    mean = world.on_main(lambda: load_array(cached, (data.crop_px, data.crop_px, 3)))
-    if mean is None:
-        mean = _compute(index, config, world)
-        world.on_main(lambda: save_array(cached, mean))
-    return mean
-
-
-def _compute(index: Index, config: Config, world: World) -> np.ndarray:
     data, px, batch = config.data, config.data.crop_px, config.train.max_local_batch_size
     count = min(len(index), MAX_IMAGES)
     samples = np.arange(count) * len(index) // count

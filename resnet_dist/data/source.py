@@ -30,9 +30,7 @@ def load_index(config: Config, split: str, world: World) -> Index:
         index = world.on_all(lambda: build_index(config.data.format, root, source, None))
     if not held:
         return index
-    if held >= len(index):
-        why = f"leaves none of the {len(index):,} training images to train on"
-        raise config.invalid("data.holdout_images", why, len(index) // 10)
+    held = config.held_out_of(len(index))
     return index.take(holdout(len(index), held)[split == "val"])
 
 

@@ -18,6 +18,13 @@ class Net:
     shortcut: Literal["A", "B", "C", "none"] = "none"
 
 
+# What optim.lr_scales may name, from the image on; "stem" is the layers before the first stage.
+PARTS = {
+    "imagenet": ("stem", "layer1", "layer2", "layer3", "layer4", "fc"),
+    "cifar": ("stem", "layer1", "layer2", "layer3", "fc"),
+    "vgg": ("features", "classifier"),
+}
+
 DEPTHS: dict[str, Net] = {
     # ImageNet: stages of 64, 128, 256 and 512 channels (bottlenecks put out 4x)
     "plain18": Net("imagenet", "basic", (2, 2, 2, 2)),

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from resnet_dist.models.depths import Net
+from resnet_dist.models.dropout import KeyedDropout
 from resnet_dist.models.residual import initialize
 
 STAGE_CHANNELS = (64, 128, 256, 512, 512)
@@ -29,10 +30,10 @@ class Vgg(nn.Module):
         self.classifier = nn.Sequential(
             nn.Linear(512 * MAP_PX * MAP_PX, 4096),
             nn.ReLU(inplace=True),
-            nn.Dropout(),
+            KeyedDropout(layer=1),
             nn.Linear(4096, 4096),
             nn.ReLU(inplace=True),
-            nn.Dropout(),
+            KeyedDropout(layer=2),
             nn.Linear(4096, num_classes),
         )
         initialize(self, zero_init_last_gamma)
