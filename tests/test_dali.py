@@ -412,3 +412,21 @@ def test_gpu_raw_pixels() -> None:
     gpu, cpu = (one_batch(index, range(4), seen, px=32, device=d) for d in ("cuda", "cpu"))
     torch.testing.assert_close(gpu.images.cpu(), cpu.images, rtol=0, atol=1e-5)
     assert torch.equal(gpu.labels.cpu(), cpu.labels)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("kind", ["encoded", "raw"])
+def test_gpu_mean_image_colour_and_shape(folder: Index, kind: str) -> None:
+    """On decoded PNG files and raw pixels the GPU does what the CPU does."""
+    index = raw_or_encoded(kind, folder)
+    mean = np.random.default_rng(3).uniform(0, 1, (96, 96, 3)).astype(np.float32)
+    seen = windows([[0, 0, 96, 96]] * 2, [False, True])
+    if kind == "encoded":
+        seen = replace(seen, color_shift=np.array([[0.1, -0.05, 0.02], [0.0, 0.03, -0.2]]))
+    gpu, cpu = (one_batch(index, [0, 2], seen, mean=mean, device=d) for d in ("cuda", "cpu"))
+    torch.testing.assert_close(gpu.images.cpu(), cpu.images, rtol=0, atol=2 / 255 / STD.min())
+    tall = replace(windows([[0, 0, 75, 60]]), size_px=(75, 60))
+    for device in ("cuda", "cpu"):
+        (batch,) = loader(index, device).batches([(np.array([2]), tall)])
+        assert batch.images.shape == (1, 3, 75, 60)

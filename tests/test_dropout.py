@@ -97,3 +97,15 @@ def test_ranks_draw_what_one_rank_draws(tiny_config: Callable[..., Config], loca
     together = [ranks[rank][number] for number in range(len(ranks[0])) for rank in range(3)]
     assert torch.equal(torch.cat(together), alone)
     assert not torch.equal(torch.cat(masks_in_training(0, 1, config, 6)), alone)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_gpu_dropout_draws_the_cpus_masks() -> None:
+    x = torch.ones(4, 4096)
+    answers = []
+    for device in ("cuda", "cpu"):
+        dropout = KeyedDropout(1).to(device)
+        set_dropout_keys(dropout, 2**63 - 1, 7, torch.arange(4, device=device))
+        answers.append(dropout(x.to(device)).cpu())
+    assert torch.equal(*answers)
