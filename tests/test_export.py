@@ -54,7 +54,8 @@ def save_run(root: Path, name: str, model: nn.Module, **facts: Any) -> Path:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     state = checkpoint.TrainState(model, optimizer, scaler, step=STEP, best_step=STEP)
-    checkpoint.save(state, config, {"classes": CLASSES, "data_fingerprint": "", **facts})
+    facts = {"classes": CLASSES, "data_fingerprint": "", "mean_image": None, **facts}
+    checkpoint.save(state, config, facts)
     return config.run_dir
 
 
