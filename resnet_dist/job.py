@@ -24,6 +24,7 @@ from resnet_dist.errors import UserError
 from resnet_dist.evaluate import Score, evaluate
 from resnet_dist.init_from import load_initial_weights
 from resnet_dist.models.build import build_model
+from resnet_dist.models.dropout import KeyedDropout
 from resnet_dist.models.parts import FrozenBatchNorm2d, freeze, parts
 from resnet_dist.models.sync_batchnorm import average_running_stats, convert_sync_batchnorm
 from resnet_dist.optim import build_optimizer
@@ -45,6 +46,7 @@ class Job:
     val_index: Index
     val_loader: Loader
     mean_image: np.ndarray | None  # float32 [crop_px, crop_px, 3], if the config asks for it
+    dropouts: tuple[KeyedDropout, ...] = ()  # of state.model
     initialized: str | None = None  # what there is to say about model.init_from
 
 
@@ -80,6 +82,7 @@ def build(config: Config, world: World) -> Job:
         val_index=val_index,
         val_loader=make_loader(val_index, config, world, mean),
         mean_image=mean,
+        dropouts=tuple(m for m in network.modules() if isinstance(m, KeyedDropout)),
         initialized=initialized,
     )
 

@@ -114,6 +114,13 @@ class Plan:
         """The most images one rank takes through the network at once."""
         return math.ceil(self.global_batch_size / (self.world_size * self.accumulation))
 
+    def places(self, rank: int, accumulated: int) -> range:
+        """Where the images of pass `accumulated` of a rank stand in the step's global batch."""
+        slices = self.accumulation * self.world_size
+        part = accumulated * self.world_size + rank
+        batch = self.global_batch_size
+        return range(part * batch // slices, (part + 1) * batch // slices)
+
     @property
     def dropped_images_per_epoch(self) -> int:
         return self.train_images - self.steps_per_epoch * self.global_batch_size

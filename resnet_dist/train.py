@@ -121,7 +121,9 @@ def train_step(job: Job, batches: Iterator[Batch], meter: Meter) -> Tensor:
         # DDP reduces in the last pass only: its own flag, flipped, instead of a second code path
         # under no_sync(). To a bare network it means nothing.
         job.model.require_backward_grad_sync = accumulated == plan.accumulation - 1  # type: ignore[assignment]
-        key_dropout(job, accumulated, len(batch.labels))
+        if job.dropouts:
+            places = plan.places(job.world.rank, accumulated)
+            set_dropout_keys(job.dropouts, config.seed, state.step, places)
         with autocast(job.world.device, config.train.precision):
             logits = job.model(batch.images)
             loss_sum = F.cross_entropy(
@@ -141,18 +143,6 @@ def train_step(job: Job, batches: Iterator[Batch], meter: Meter) -> Tensor:
     state.scaler.step(state.optimizer)
     state.scaler.update()
     return correct
-
-
-def key_dropout(job: Job, accumulated: int, images: int) -> None:
-    """Dropout masks belong to (seed, step, place in the global batch), like all else that is drawn.
-
-    This rank's slice is that of `train_requests`.
-    """
-    plan, world = job.plan, job.world
-    part, parts = accumulated * world.size + world.rank, plan.accumulation * world.size
-    first = part * plan.global_batch_size // parts
-    positions = torch.arange(first, first + images, device=world.device)
-    set_dropout_keys(job.state.model, job.config.seed, job.state.step, positions)
 
 
 def remember(job: Job, score: Score) -> None:

@@ -1,6 +1,7 @@
 """Dropout masks belong to (seed, step, position), not to a rank, a batch or a restart."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,18 +21,18 @@ from resnet_dist.models.dropout import KeyedDropout, set_dropout_keys
 from resnet_dist.train import train_step
 
 
-def masks(seed: int, step: int, positions: Tensor, layer: int = 1, p: float = 0.5) -> Tensor:
+def masks(seed: int, step: int, places: range, layer: int = 1, p: float = 0.5) -> Tensor:
     dropout = KeyedDropout(layer, p)
-    set_dropout_keys(dropout, seed, step, positions)
-    return dropout(torch.ones(len(positions), 4096))
+    set_dropout_keys([dropout], seed, step, places)
+    return dropout(torch.ones(len(places), 4096))
 
 
 def test_masks_are_random_and_scaled() -> None:
     for p in (0.5, 0.2):
-        mask = masks(1, 2, torch.arange(100), p=p)
+        mask = masks(1, 2, range(100), p=p)
         assert mask.unique().tolist() == [0, pytest.approx(1 / (1 - p))]
         assert (mask == 0).double().mean().item() == pytest.approx(p, abs=3e-3)
-    kept = (masks(1, 2, torch.arange(300)) > 0).double().numpy()
+    kept = (masks(1, 2, range(300)) > 0).double().numpy()
     assert np.abs(np.corrcoef(kept)[np.triu_indices(300, 1)]).max() < 0.08  # rows are independent
     model = build_model("resnet20", 3)
     assert not any(isinstance(m, KeyedDropout | nn.Dropout) for m in model.modules())
@@ -45,12 +46,12 @@ def test_the_bits_are_those_of_the_crops_generator() -> None:
         key = augment._mix(key ^ word)
     counters = np.arange(1, 4097, dtype=np.uint64) * augment._GOLDEN_GAMMA
     drawn = (augment._mix(key[:, None] + counters) >> np.uint64(11)) * 2.0**-53
-    ours = masks(seed, step, torch.arange(5), layer, p=0.3)
+    ours = masks(seed, step, range(5), layer, p=0.3)
     assert np.array_equal(ours.numpy() > 0, drawn >= 0.3)
 
 
 def test_every_part_of_the_key_counts() -> None:
-    positions = torch.arange(8)
+    positions = range(8)
     base = masks(1, 2, positions)
     assert torch.equal(base, masks(1, 2, positions))
     assert torch.equal(base[3:5], masks(1, 2, positions[3:5]))  # whatever stands beside
@@ -76,7 +77,7 @@ class Dropping(nn.Module):
 def masks_in_training(rank: int, world_size: int, config: Config, step: int) -> list[Tensor]:
     job = build(config, distributed.start())
     network = Dropping()
-    job = type(job)(**{**vars(job), "model": network})
+    job = replace(job, model=network, dropouts=(network.dropout,))
     job.state.model, job.state.step = network, step
     slices = job.plan.accumulation * world_size
     sizes = [
@@ -106,6 +107,6 @@ def test_gpu_dropout_draws_the_cpus_masks() -> None:
     answers = []
     for device in ("cuda", "cpu"):
         dropout = KeyedDropout(1).to(device)
-        set_dropout_keys(dropout, 2**63 - 1, 7, torch.arange(4, device=device))
+        set_dropout_keys([dropout], 2**63 - 1, 7, range(4))
         answers.append(dropout(x.to(device)).cpu())
     assert torch.equal(*answers)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from resnet_dist.config import Config
 from resnet_dist.data.augment import Request, train_windows
 from resnet_dist.data.index import Index
-from resnet_dist.data.order import slice_of, step_samples
+from resnet_dist.data.order import step_samples
 from resnet_dist.data.protocol import Protocol
 from resnet_dist.plan import Plan
 
@@ -13,15 +13,12 @@ from resnet_dist.plan import Plan
 def train_requests(
     config: Config, plan: Plan, index: Index, rank: int, first_step: int
 ) -> Iterator[Request]:
-    """`plan.accumulation` requests per step, from `first_step` to the end of the run.
-
-    Pass a of rank r takes slice a * world_size + r of the step's global batch.
-    """
-    slices = plan.accumulation * plan.world_size
+    """`plan.accumulation` requests per step, from `first_step` to the end of the run."""
     for step in range(first_step, plan.total_steps):
         epoch, batch = step_samples(config.seed, step, len(index), plan.global_batch_size)
         for accumulated in range(plan.accumulation):
-            mine = slice_of(batch, accumulated * plan.world_size + rank, slices)
+            places = plan.places(rank, accumulated)
+            mine = batch[places.start : places.stop]
             yield mine, train_windows(config.data, config.seed, epoch, mine, index.sizes[mine])
 
 

@@ -3,6 +3,8 @@
 torch's own draws from a generator whose state is part of no checkpoint and differs by rank.
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -20,27 +22,27 @@ class KeyedDropout(nn.Module):
         """layer: tells the masks of a network's dropout layers apart."""
         super().__init__()
         self.layer, self.p = layer, p
-        self.keys: Tensor | None = None  # int64 [B]
+        self.keys: Tensor | None = None  # int64 [B], on the CPU
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return x
         assert self.keys is not None
         counters = torch.arange(1, x.shape[1] + 1, device=x.device) * GOLDEN_GAMMA
-        bits = _mix(_mix(self.keys ^ self.layer)[:, None] + counters)
+        keys = _mix(self.keys ^ self.layer).to(x.device, non_blocking=True)
+        bits = _mix(keys[:, None] + counters)
         kept = _shifted(bits, 11) >= int(self.p * 2**53)  # the upper 53 bits
         return x * kept / (1 - self.p)
 
 
-def set_dropout_keys(network: nn.Module, seed: int, step: int, positions: Tensor) -> None:
-    """positions: int64 [B], of the images in the global batch of `step`, on the device."""
-    layers = [module for module in network.modules() if isinstance(module, KeyedDropout)]
-    if layers:
-        key = torch.zeros_like(positions)
-        for word in (seed, step, positions):
-            key = _mix(key ^ word)
-        for layer in layers:
-            layer.keys = key
+def set_dropout_keys(layers: Iterable[KeyedDropout], seed: int, step: int, places: range) -> None:
+    """Before a forward pass of the images at `places` of the global batch of `step`."""
+    positions = torch.arange(places.start, places.stop)  # on the CPU: a few hundred numbers
+    key = torch.zeros_like(positions)
+    for word in (seed, step, positions):
+        key = _mix(key ^ word)
+    for layer in layers:
+        layer.keys = key
 
 
 def _mix(z: Tensor) -> Tensor:
