@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from resnet_dist.evaluate import Score, evaluate_checkpoint
 from resnet_dist.interrupt import Interrupt
 from resnet_dist.job import Job, build, restore
 from resnet_dist.meter import Meter
+from resnet_dist.models import vgg
 from resnet_dist.optim import set_lr
 from resnet_dist.plan import Plan
 from resnet_dist.train import Outcome, remember, train, train_step
@@ -144,6 +146,20 @@ def run_and_interrupt(rank: int, world_size: int, config: Config) -> str:
 
         threading.Thread(target=watch, daemon=True).start()
     return run(rank, world_size, config)
+
+
+def test_dropout_resumes_exactly(
+    tiny_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """VGG, its head shrunk, from the checkpoint of step 2 and without a stop."""
+    monkeypatch.setattr(vgg, "MAP_PX", 1)
+    settings = ["train.iterations=4", "train.save_every_iterations=2", "train.keep_checkpoints=9"]
+    config = tiny_config("model.name=vgg19_bn", "train.eval_every_iterations=4", *settings)
+    train(config, "test", Interrupt())
+    whole = weights(config)
+    shutil.rmtree(config.run_dir / "checkpoints/step-00000004")
+    train(config, "test", Interrupt())
+    assert largest_difference(weights(config), whole) == 0
 
 
 def test_a_resumed_run_may_have_another_world(tiny_config: Callable[..., Config]) -> None:
