@@ -118,16 +118,33 @@ def test_torchvision_and_timm_load_the_resnets(
         file.unlink()
 
 
-def test_timm_loads_vgg_with_bn() -> None:
+def test_torchvision_timm_and_pt2_take_vgg_with_bn(tmp_path: Path) -> None:
+    """At 224 pixels, the map that its head is made for. The files are large: one at a time."""
     model = random_network("vgg19_bn")
-    weights = timm_state_dict(model, DEPTHS["vgg19_bn"])
+    run = save_run(tmp_path, "vgg19_bn", model)
+    images = torch.randn(2, 3, 224, 224)
+    expected = outputs(model, images)
+    assert expected.std() > 1e-3  # the comparison is of something
+    file = tmp_path / "vgg"
+
+    export(run, "torchvision", file)
+    with torch.device("meta"):
+        theirs = torchvision.models.vgg19_bn(num_classes=len(CLASSES))
+    theirs.load_state_dict(torch.load(file, weights_only=True), strict=True, assign=True)
+    assert torch.equal(outputs(theirs.eval(), images), expected)
+
+    export(run, "safetensors", file)
     with torch.device("meta"):
         theirs = timm.create_model("vgg19_bn", num_classes=len(CLASSES))
-    theirs.load_state_dict(weights, strict=True, assign=True)
-    images = torch.randn(1, 3, 224, 224)
-    expected = outputs(model, images)
+    theirs.load_state_dict(safetensors.torch.load_file(file), strict=True, assign=True)
     torch.testing.assert_close(outputs(theirs.eval(), images), expected)
-    assert expected.std() > 1e-3  # the comparison is of something
+
+    export(run, "pt2", file.with_suffix(".pt2"))
+    file.unlink()
+    program = torch.export.load(file.with_suffix(".pt2")).module()
+    images = torch.randn(2, 3, DATA.eval_crop_px, DATA.eval_crop_px)  # what pt2 is made for
+    torch.testing.assert_close(outputs(program, images), outputs(model, images))
+    shutil.rmtree(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["vgg19", "vgg19_bn"])
