@@ -8,8 +8,9 @@ import hashlib
 import os
 import struct
 import tempfile
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -39,15 +40,29 @@ HEADER_THREADS = 16
 
 
 @dataclass(frozen=True)
+class Shards:
+    """Where the images stand in tar files: image i is nbytes[i] bytes of files[shard[i]]."""
+
+    files: tuple[str, ...]  # absolute
+    shard: np.ndarray  # int32 [N]
+    offset: np.ndarray  # int64 [N]: of the image's first byte
+
+
+@dataclass(frozen=True)
 class Index:
     """The samples of one split, numbered 0..N-1 in an order that every machine agrees on."""
 
     classes: tuple[str, ...]
     labels: np.ndarray  # int64 [N]
-    sizes: np.ndarray  # int32 [N, 2]: height, width, after the EXIF rotation
-    paths: tuple[str, ...]  # encoded image files, absolute; empty where the pixels are in memory
+    sizes: np.ndarray  # int32 [N, 2]: height, width, after the EXIF rotation; 0, 0 in `bad`
+    # Image files, absolute, or SHARD.tar/MEMBER; empty where the pixels are in memory.
+    paths: Sequence[str]
     pixels: np.ndarray | None  # uint8 [N, H, W, 3] raw pixels (CIFAR), or None
     fingerprint: str  # changes when a name, a label or a size does
+    nbytes: np.ndarray | None = None  # int64 [N]: of each encoded image; None: not known here
+    shards: Shards | None = None  # None: each image is a file
+    # Samples known beforehand to be unreadable, and why. They keep their number and are replaced.
+    bad: Mapping[int, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -55,13 +70,20 @@ class Index:
     def take(self, samples: np.ndarray) -> "Index":
         """The index of these samples alone, renumbered in their order. samples: int64 [M]."""
         digest = hashlib.sha256(self.fingerprint.encode() + samples.astype(np.int64).tobytes())
-        return Index(
-            classes=self.classes,
+        number = {int(old): new for new, old in enumerate(samples)} if self.bad else {}
+        shards = self.shards
+        if shards is not None:
+            shards = Shards(shards.files, shards.shard[samples], shards.offset[samples])
+        return replace(
+            self,
             labels=self.labels[samples],
             sizes=self.sizes[samples],
-            paths=tuple(self.paths[i] for i in samples) if self.paths else (),
+            paths=tuple(self.paths[i] for i in samples) if len(self.paths) else (),
             pixels=None if self.pixels is None else self.pixels[samples],
             fingerprint=digest.hexdigest(),
+            nbytes=None if self.nbytes is None else self.nbytes[samples],
+            shards=shards,
+            bad={number[old]: why for old, why in self.bad.items() if old in number},
         )
 
 
