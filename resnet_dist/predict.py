@@ -17,7 +17,8 @@ from resnet_dist import distributed
 from resnet_dist.config import DataConfig
 from resnet_dist.data.augment import Request, eval_windows
 from resnet_dist.data.dali import Batch, Loader
-from resnet_dist.data.index import HEADER_THREADS, Index, displayed_size
+from resnet_dist.data.headers import displayed_size
+from resnet_dist.data.index import HEADER_THREADS, Index
 from resnet_dist.data.listing import IMAGE_SUFFIXES, images_below
 from resnet_dist.data.source import make_loader
 from resnet_dist.distributed import World

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from resnet_dist.data.index import build_index, displayed_size
+from resnet_dist.data.headers import displayed_size
+from resnet_dist.data.index import build_index
 from resnet_dist.data.listing import CIFAR10_RECORD_BYTES, count_images
 from resnet_dist.errors import UserError
 

@@ -6,7 +6,6 @@ shows, crop windows are drawn in that frame, and DALI and Pillow are both told t
 
 import hashlib
 import os
-import struct
 import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,8 +13,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
+from resnet_dist.data.headers import displayed_size
 from resnet_dist.data.listing import (
     CIFAR10_RECORD_BYTES,
     cifar10_files,
@@ -35,7 +34,6 @@ CIFAR10_CLASSES = (
     "ship",
     "truck",
 )
-EXIF_ORIENTATION = 0x0112
 HEADER_THREADS = 16
 
 
@@ -139,33 +137,6 @@ def _folder(root: Path, split: str, cache_dir: Path | None) -> Index:
     digest.update(labels.tobytes())
     digest.update(sizes.tobytes())
     return Index(listing.classes, labels, sizes, paths, None, digest.hexdigest())
-
-
-def displayed_size(path: str) -> tuple[int, int]:
-    """(height, width) as a viewer shows the image: after its EXIF orientation.
-
-    Raises:
-        UserError: the header cannot be read.
-    """
-    try:
-        with Image.open(path) as image:
-            width, height = image.size
-            # Only the EXIF block itself: Pillow's getexif() also looks in XMP, which DALI does not,
-            # and in a TIFF's own tags, by which Pillow has turned `size` already.
-            turned = _orientation(image.info.get("exif", b"")) in (5, 6, 7, 8)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = str(error).replace(f" {path!r}", "") or type(error).__name__
-        raise UserError(f"{path}: not a readable image ({reason}); remove or replace it") from None
-    return (width, height) if turned else (height, width)
-
-
-def _orientation(exif_block: bytes) -> object:
-    exif = Image.Exif()
-    try:
-        exif.load(exif_block)
-        return exif.get(EXIF_ORIENTATION)
-    except (OSError, ValueError, SyntaxError, struct.error):
-        return None  # a damaged block turns nothing, and the image is whole
 
 
 def _file_facts(path: str) -> tuple[int, int]:

@@ -1,0 +1,135 @@
+"""What an image's header says: its size, and whether its bytes can be trusted to the decoder.
+
+DALI 2.4 parses the headers of a large batch in several threads; where one of them is bad, the
+process may crash. So a header is looked at here before its bytes go there.
+"""
+
+import io
+import os
+import re
+import struct
+from typing import BinaryIO
+
+from PIL import Image
+
+from resnet_dist.errors import UserError
+
+EXIF_ORIENTATION = 0x0112
+MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # from here Pillow takes an image for an attack
+JPEG_SIGNATURE = b"\xff\xd8"
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+
+
+class UnreadableImage(Exception):
+    """One image cannot be read; the text says why, and does not name it."""
+
+
+def displayed_size(file: str | os.PathLike[str] | BinaryIO) -> tuple[int, int]:
+    """(height, width) as a viewer shows the image: after its EXIF orientation.
+
+    Raises:
+        UserError: the header cannot be read, or names an absurd size.
+    """
+    try:
+        return _displayed_size(file)
+    except UnreadableImage as error:
+        name = "image" if hasattr(file, "read") else os.fspath(file)
+        raise UserError(f"{name}: {error}; remove or replace it") from None
+
+
+def why_unreadable(data: bytes) -> str | None:
+    """Why `data`, a whole encoded image, cannot be one; None if its header is in order."""
+    try:
+        _ = _plain_size(data) or _displayed_size(io.BytesIO(data))
+    except UnreadableImage as error:
+        return str(error)
+    return None
+
+
+def screen(data: bytes, size: tuple[int, int]) -> bool:
+    """Whether the decoder may be given `data` among others; if not, only alone.
+
+    size: height and width that the index has.
+
+    Raises:
+        UnreadableImage: no image, or one of another size.
+    """
+    if not data:
+        raise UnreadableImage("an empty file")
+    found = _plain_size(data)
+    # Formats that DALI parses otherwise than JPEG and PNG are few, and their headers simple.
+    trusted = found is not None or not data.startswith((JPEG_SIGNATURE, PNG_SIGNATURE))
+    found = found or _displayed_size(io.BytesIO(data))
+    if sorted(found) != sorted(size):  # EXIF may have turned it
+        raise UnreadableImage(
+            f"is {found[1]} x {found[0]} pixels, and was {size[1]} x {size[0]} in the index"
+        )
+    return trusted
+
+
+def _plain_size(data: bytes) -> tuple[int, int] | None:
+    """(height, width) before EXIF of a JPEG or PNG whose header is complete and without oddities;
+    None for all else."""
+    size = None
+    try:
+        if data.startswith(JPEG_SIGNATURE):
+            size = _plain_jpeg_size(data)
+        elif data.startswith(PNG_SIGNATURE):
+            size = _plain_png_size(data)
+    except struct.error:  # the data end in the header
+        return None
+    return size if size is not None and size[0] * size[1] <= MAX_PIXELS else None
+
+
+def _plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
+    """Walks the segments to the start of scan (ITU-T T.81, annex B)."""
+    at, size, end = 2, None, len(data)
+    while at < end:
+        marker, length = struct.unpack_from(">HH", data, at)
+        if not 0xFFC0 <= marker <= 0xFFFE or length < 2:
+            return None
+        if marker == 0xFFDA:  # start of scan
+            return size if at + 2 + length < end else None
+        if marker <= 0xFFCF and marker not in (0xFFC4, 0xFFC8, 0xFFCC):  # a frame header
+            size = struct.unpack_from(">HH", data, at + 5)
+            if 0 in size:
+                return None
+        at += 2 + length
+    return None
+
+
+def _plain_png_size(data: bytes) -> tuple[int, int] | None:
+    """Walks the chunks to the first of pixels (W3C PNG, section 5)."""
+    at, end = len(PNG_SIGNATURE), len(data)
+    length, kind, width, height = struct.unpack_from(">I4sII", data, at)
+    if (length, kind) != (13, b"IHDR") or not width or not height:
+        return None
+    while at + 12 < end:
+        length, kind = struct.unpack_from(">I4s", data, at)
+        if kind == b"IDAT":
+            return height, width
+        at += 12 + length
+    return None
+
+
+def _displayed_size(file: str | os.PathLike[str] | BinaryIO) -> tuple[int, int]:
+    try:
+        with Image.open(file) as image:
+            width, height = image.size
+            # Only the EXIF block itself: Pillow's getexif() also looks in XMP, which DALI does not,
+            # and in a TIFF's own tags, by which Pillow has turned `size` already.
+            turned = _orientation(image.info.get("exif", b"")) in (5, 6, 7, 8)
+    except (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError) as error:
+        # Pillow quotes the path, or a Python object.
+        reason = getattr(error, "strerror", None) or re.split(" ['<]", str(error))[0]
+        raise UnreadableImage(f"not a readable image ({reason or type(error).__name__})") from None
+    return (width, height) if turned else (height, width)
+
+
+def _orientation(exif_block: bytes) -> object:
+    exif = Image.Exif()
+    try:
+        exif.load(exif_block)
+        return exif.get(EXIF_ORIENTATION)
+    except (OSError, ValueError, SyntaxError, struct.error):
+        return None  # a damaged block turns nothing, and the image is whole
