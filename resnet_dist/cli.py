@@ -1,7 +1,7 @@
 """A verb per subcommand. No logic: each verb is a function elsewhere.
 
 Exit codes: 0 done (or stopped cleanly on request), 2 bad input (one line says what and where),
-1 predict: some images could not be read.
+1 predict: some images could not be read; verify: some cannot train.
 """
 
 import argparse
@@ -22,6 +22,8 @@ from resnet_dist.plan import Plan
 from resnet_dist.run_folder import check_run_folder
 
 OTHER_RANKS_LINGER_SECONDS = 5.0
+IMAGENET_IMAGES = 1_281_167
+JPEG_QUALITY = 90
 
 # The verbs import what they need: a dry run works without torch, and `compare` without DALI.
 
@@ -97,6 +99,20 @@ def _predict(arguments: argparse.Namespace) -> None:
         sys.exit(1)
 
 
+def _verify(arguments: argparse.Namespace) -> None:
+    from resnet_dist.verify import verify
+
+    sys.stdout.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]  # any file name
+    threads = arguments.threads or len(os.sched_getaffinity(0))
+    try:
+        all_train = verify(arguments.data, arguments.format, threads, arguments.dry_run)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
+    if not all_train:
+        sys.exit(1)
+
+
 def _compare(arguments: argparse.Namespace) -> None:
     from resnet_dist.compare import compare, error_curves
 
@@ -135,10 +151,62 @@ def _analyze_responses(arguments: argparse.Namespace) -> None:
 
 
 def _prepare_digits(arguments: argparse.Namespace) -> None:
-    from resnet_dist.data.prepare import write_digits
+    from resnet_dist.data.prepare.digits import write_digits
 
     train_images, val_images = write_digits(arguments.root)
     print(f"{arguments.root}: {train_images} train and {val_images} val images of 10 digits")
+
+
+def _prepare_shards(arguments: argparse.Namespace) -> None:
+    from resnet_dist.data.prepare.reencode import Limit
+    from resnet_dist.data.prepare.write_shards import Settings, prepare_shards
+
+    longest_px, shortest_px = arguments.longest_px, arguments.shortest_px
+    limit = None
+    if longest_px or shortest_px:
+        side = "longest" if longest_px else "shortest"
+        limit = Limit(side, longest_px or shortest_px, arguments.quality or JPEG_QUALITY)
+    elif arguments.quality:
+        raise UserError("command line: --quality goes with --longest-px or --shortest-px")
+    settings = Settings(arguments.images_per_shard, limit)
+    workers = arguments.workers or len(os.sched_getaffinity(0))
+    print(prepare_shards(arguments.source, arguments.dest, settings, workers))
+
+
+def _bench_loader(arguments: argparse.Namespace) -> None:
+    from resnet_dist.bench.loader import IMAGES_PER_THREAD, Settings, bench_loader
+    from resnet_dist.bench.results import cores_per_gpu
+    from resnet_dist.bench.tune import tune
+
+    threads = arguments.threads or cores_per_gpu()
+    images = arguments.images or IMAGES_PER_THREAD * threads
+    settings = Settings(arguments.batch_size, threads, images, arguments.runs)
+    if arguments.tune and arguments.shards is not None:
+        raise UserError("command line: --shards does not go with --tune")
+    if arguments.tune:
+        tune(arguments.data, settings, arguments.output)
+    else:
+        bench_loader(arguments.data, arguments.shards, settings, arguments.output)
+
+
+def _bench_memory(arguments: argparse.Namespace) -> None:
+    from resnet_dist.bench.memory import bench_memory
+    from resnet_dist.distributed import start_alone
+
+    config = load_config(arguments.config, arguments.overrides)
+    bench_memory(config, start_alone("bench memory"), arguments.epochs, arguments.output)
+
+
+def _bench_index(arguments: argparse.Namespace) -> None:
+    from resnet_dist.bench.index import bench_index
+
+    bench_index(arguments.images, arguments.output)
+
+
+def _bench_order(arguments: argparse.Namespace) -> None:
+    from resnet_dist.bench.order import bench_order
+
+    bench_order(arguments.images, arguments.output)
 
 
 def _export(arguments: argparse.Namespace) -> None:
@@ -235,6 +303,22 @@ def _parser() -> argparse.ArgumentParser:
     )
     predict.add_argument("--csv", action="store_true", help="CSV in place of the table")
 
+    verify = verbs.add_parser(
+        "verify",
+        help="decode every image: what will train, and how",
+        epilog="What cannot be read is written to DATA/bad_samples.tsv, and a run leaves it out. "
+        "Exit code 1: something cannot train.",
+    )
+    verify.set_defaults(verb=_verify)
+    verify.add_argument("data", type=Path, metavar="DATA", help="what data.root is set to")
+    verify.add_argument(
+        "--format",
+        choices=("folder", "shards", "cifar10", "cifar100"),
+        help="default: recognized by what is there",
+    )
+    verify.add_argument("--threads", type=_positive, metavar="N", help="default: one per core")
+    verify.add_argument("--dry-run", action="store_true", help="do not write bad_samples.tsv")
+
     compare = verbs.add_parser("compare", help="runs side by side: settings that differ, scores")
     compare.set_defaults(verb=_compare)
     compare.add_argument("runs", nargs="+", metavar="RUN", help="run folder, its name, or a run id")
@@ -266,6 +350,8 @@ def _parser() -> argparse.ArgumentParser:
         "--output", type=Path, metavar="FILE", help="default: RUN/export/MODEL-stepN.EXT"
     )
 
+    _add_bench(verbs.add_parser("bench", help="measure the loading of data on this machine"))
+
     models = verbs.add_parser("models", help="the networks: layers, parameters, multiply-adds")
     models.set_defaults(verb=_models)
 
@@ -274,7 +360,71 @@ def _parser() -> argparse.ArgumentParser:
     digits = data_sets.add_parser("digits", help="scikit-learn's digits as an image folder")
     digits.set_defaults(verb=_prepare_digits)
     digits.add_argument("root", type=Path)
+    shards = data_sets.add_parser(
+        "shards",
+        help="ImageNet's tars or parquet, image folders, CIFAR, other shards, as shards",
+        epilog="After a kill, the same command goes on; the bytes are the same.",
+    )
+    shards.set_defaults(verb=_prepare_shards)
+    shards.add_argument("source", type=Path, metavar="SOURCE")
+    shards.add_argument("dest", type=Path, metavar="DEST")
+    shards.add_argument(
+        "--images-per-shard", type=_positive, default=1000, metavar="N", help="default: 1000"
+    )
+    shards.add_argument("--workers", type=_positive, metavar="N", help="default: one per core")
+    limit = shards.add_mutually_exclusive_group()
+    limit.add_argument(
+        "--longest-px", type=_positive, metavar="N", help="make larger images smaller, as JPEG"
+    )
+    limit.add_argument("--shortest-px", type=_positive, metavar="N", help="likewise")
+    shards.add_argument(
+        "--quality",
+        type=int,
+        choices=range(1, 101),
+        metavar="1..100",
+        help=f"of these JPEGs; default: {JPEG_QUALITY}",
+    )
     return parser
+
+
+def _add_bench(bench: argparse.ArgumentParser) -> None:
+    benches = bench.add_subparsers(required=True, metavar="BENCH")
+    loader = benches.add_parser("loader", help="ours, torchvision's and DALI's, side by side")
+    loader.set_defaults(verb=_bench_loader)
+    loader.add_argument("data", type=Path, metavar="DATA", help="a folder of photos, or data.root")
+    loader.add_argument("--batch-size", type=_positive, default=64, metavar="N", help="default: 64")
+    loader.add_argument("--threads", type=_positive, metavar="N", help="default: cores per GPU")
+    loader.add_argument("--runs", type=_positive, default=7, metavar="N", help="default: 7")
+    loader.add_argument(
+        "--images", type=_positive, metavar="N", help="in a run; default: 2000 per thread"
+    )
+    loader.add_argument(
+        "--shards", type=Path, metavar="DATA", help="the same photos; default: they are made"
+    )
+    loader.add_argument(
+        "--tune", action="store_true", help="find the fastest settings; prints them as YAML"
+    )
+
+    memory = benches.add_parser("memory", help="memory held in each epoch of loading")
+    memory.set_defaults(verb=_bench_memory)
+    memory.add_argument("config", metavar="CONFIG.yaml")
+    memory.add_argument("overrides", nargs="*", metavar="key.sub=value", help="on top of the file")
+    memory.add_argument("--epochs", type=_positive, default=10, metavar="N", help="default: 10")
+
+    index = benches.add_parser("index", help="what an index costs each process of a node")
+    index.set_defaults(verb=_bench_index)
+    order = benches.add_parser("order", help="how well batches from shards are mixed, and read")
+    order.set_defaults(verb=_bench_order)
+    for one in (index, order):
+        one.add_argument(
+            "--images",
+            type=_positive,
+            default=IMAGENET_IMAGES,
+            metavar="N",
+            help=f"default: ImageNet's {IMAGENET_IMAGES:,}",
+        )
+    for one in (loader, memory, index, order):
+        one.add_argument("--output", type=Path, metavar="FILE.json", help="keep the figures")
 
 
 def _positive(text: str) -> int:

@@ -29,7 +29,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    format: Literal["folder", "cifar10"] = "folder"
+    format: Literal["folder", "shards", "cifar10", "cifar100"] = "folder"
     root: str = "data/imagenet"
     # scale: shorter side uniform in scale_px, then a crop_px crop (He et al. 2015, section 3.4).
     # random_resized: area and aspect drawn, resized to crop_px (Szegedy et al. 2015).
@@ -52,7 +52,18 @@ class DataConfig:
     pca_color_std: float = 0.0
     # So many training images, the same for every seed, are the val images: the paper's 45k/5k.
     holdout_images: int = 0
+    # Images that cannot be read are replaced (in val: counted wrong); past so many, the run stops.
+    max_bad_samples: int = 100
+    # How, not what: `resnet-dist bench loader --tune` measures the best on a machine.
     decode_threads: int = 4
+    read_threads: int = 8
+    prefetch_batches: int = 2
+    # What is decoded: the crop window and its margin, or the image (some GPU decoders want that).
+    decode: Literal["window", "image"] = "window"
+    # Share of the images for the GPU's own JPEG decoder (A100 and later), not its CUDA cores.
+    hw_decoder_load: float = 0.65
+    # Kept in memory that the ranks of a node share: nothing, files' bytes, or decoded pixels.
+    cache: Literal["none", "encoded", "decoded"] = "none"
 
 
 @dataclass(frozen=True)
@@ -194,7 +205,11 @@ _AT_LEAST: dict[str, float] = {  # key -> smallest legal value
     "data.eval_crop_px": 1,
     "data.pca_color_std": 0,
     "data.holdout_images": 0,
+    "data.max_bad_samples": 0,
     "data.decode_threads": 1,
+    "data.read_threads": 1,
+    "data.prefetch_batches": 1,
+    "data.hw_decoder_load": 0,
     "optim.base_lr": 0,
     "optim.momentum": 0,
     "optim.weight_decay": 0,
@@ -214,6 +229,7 @@ _AT_LEAST: dict[str, float] = {  # key -> smallest legal value
 }
 _AT_MOST: dict[str, float] = {
     "seed": 2**63 - 1,
+    "data.hw_decoder_load": 1,
     "optim.momentum": 1,
     "optim.label_smoothing": 1,
     "optim.gamma": 1,
@@ -262,15 +278,18 @@ def impossible(config: Config) -> Iterator[tuple[str, str, object]]:
     if data.eval_crop_px > data.eval_resize_px:
         why = f"is larger than data.eval_resize_px={data.eval_resize_px}"
         yield "data.eval_crop_px", why, data.eval_resize_px
-    if (data.format == "cifar10") != (data.train_crop == "pad"):
+    is_cifar = data.format in ("cifar10", "cifar100")
+    if is_cifar != (data.train_crop == "pad"):
         why = f"does not go with data.format={data.format}"
-        yield "data.train_crop", why, "pad" if data.format == "cifar10" else "scale"
+        yield "data.train_crop", why, "pad" if is_cifar else "scale"
     if data.per_pixel_mean and data.eval_crop_px != data.crop_px:
         why = f"must be data.crop_px={data.crop_px}, the size of the mean image of per_pixel_mean"
         yield "data.eval_crop_px", why, data.crop_px
-    if data.format == "cifar10":
+    if is_cifar:
         if data.pca_color_std:
-            yield "data.pca_color_std", "is for photos, not for data.format=cifar10", 0.0
+            yield "data.pca_color_std", f"is for photos, not for data.format={data.format}", 0.0
+        if data.cache != "none":
+            yield "data.cache", f"is not for data.format={data.format}, all in memory", "none"
         for key in ("crop_px", "eval_resize_px", "eval_crop_px"):
             if flat[f"data.{key}"] != 32:
                 yield f"data.{key}", "must be CIFAR's own size", 32

@@ -47,6 +47,13 @@ class World:
         dist.all_reduce(raised, dist.ReduceOp.MAX)
         return bool(raised)
 
+    def gather(self, value: T) -> list[T]:
+        """Each rank's value, by rank, on every rank. Over gloo, pickled."""
+        values: list[Any] = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
     def on_main(self, function: Callable[[], T]) -> T:
         """Runs `function` on rank 0 and gives its result, or its error, to every rank."""
         if self.size == 1:
@@ -75,12 +82,14 @@ class World:
             result = function()
         except UserError as error:
             failure = str(error)
-        failures: list[str | None] = [None] * self.size
-        dist.all_gather_object(failures, failure)
-        for rank, text in enumerate(failures):
-            if text is not None:
-                raise UserError(f"rank {rank}: {text}")
+        self.raise_any(failure)
         return cast(T, result)
+
+    def raise_any(self, failure: str | None) -> None:
+        """Raises the first rank's failure as a UserError on every rank; None is no failure."""
+        for rank, text in enumerate(self.gather(failure)):
+            if text is not None:
+                raise UserError(text if self.size == 1 else f"rank {rank}: {text}")
 
     def node_group(self) -> dist.ProcessGroup | None:
         """The group of the ranks of this node; None where each node has one rank alone.
@@ -88,8 +97,7 @@ class World:
         Raises:
             UserError: the nodes have different numbers of ranks.
         """
-        local_sizes: list[int | None] = [None] * self.size
-        dist.all_gather_object(local_sizes, self.local_size)
+        local_sizes = self.gather(self.local_size)
         if set(local_sizes) != {self.local_size}:
             raise UserError(
                 f"model.sync_batchnorm=node: nodes have different numbers of ranks: {local_sizes}; "

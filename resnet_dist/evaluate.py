@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from resnet_dist import distributed
 from resnet_dist.data.dali import Batch
+from resnet_dist.data.feed import BLANK_LABEL
 from resnet_dist.data.index import Index
 from resnet_dist.data.protocol import CENTER_CROP, Protocol
 from resnet_dist.data.source import load_index, make_loader
@@ -71,33 +72,51 @@ def evaluate(
     loss is -log of that score for the right class.
 
     batches: `eval_requests` of the protocol. The ranks may hold different numbers of them, even
-    none: there is one collective, at the end. With fewer than five classes, acc5 is the accuracy
-    among all of them: 100 %.
+    none: they meet at the end alone. With fewer than five classes, acc5 is the accuracy
+    among all of them: 100 %. An image that cannot be read counts, as wrong.
     """
     was_training = model.training
     model.eval()
-    # Average pooling and the linear layer after it commute: only VGG needs another forward pass to
-    # be fully convolutional.
-    network = model.dense if protocol.scales_px and isinstance(model, Vgg) else model
-    sums = torch.zeros(4, dtype=torch.float64, device=world.device)
-    log_p: list[Tensor] = []  # of the views of one batch so far, each float64 [B, classes]
-    for batch in batches:
-        mirror = [batch.images.flip(3)] if protocol.mirrored else []
-        for view in [batch.images, *mirror]:
-            with autocast(world.device, precision):
-                logits = network(view)
-            log_p.append(logits.double().log_softmax(dim=1))
-        if len(log_p) < protocol.views:
-            continue
-        mean = torch.stack(log_p).logsumexp(dim=0) - math.log(protocol.views)  # log of the mean p
-        log_p = []
-        right = mean.topk(min(5, mean.shape[1])).indices == batch.labels[:, None]  # [B, 5]
-        loss_sum = F.nll_loss(mean, batch.labels, reduction="sum")
-        images = torch.full_like(loss_sum, len(batch.labels))
-        sums += torch.stack([right[:, 0].sum(), right.sum(), loss_sum, images])
+    # A rank whose data fail tells the others, who would wait for its sums.
+    sums = world.on_all(lambda: _sums(model, batches, world.device, precision, protocol))
     model.train(was_training)
     correct1, correct5, total_loss, count = world.sum(sums).tolist()  # CPU-GPU sync point
     return Score(int(correct1), int(correct5), total_loss, int(count))
+
+
+def _sums(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    device: torch.device,
+    precision: str,
+    protocol: Protocol,
+) -> Tensor:
+    """float64 [4]: right answers, right among five, loss and images, of this rank."""
+    # Average pooling and the linear layer after it commute: only VGG needs another forward pass to
+    # be fully convolutional.
+    network = model.dense if protocol.scales_px and isinstance(model, Vgg) else model
+    sums = torch.zeros(4, dtype=torch.float64, device=device)
+    log_p: list[Tensor] = []  # of the views of one batch so far, each float64 [B, classes]
+    labels: list[Tensor] = []  # the same in each view, but where it cannot be read: -1
+    for batch in batches:
+        mirror = [batch.images.flip(3)] if protocol.mirrored else []
+        for view in [batch.images, *mirror]:
+            with autocast(device, precision):
+                logits = network(view)
+            log_p.append(logits.double().log_softmax(dim=1))
+            labels.append(batch.labels)
+        if len(log_p) < protocol.views:
+            continue
+        mean = torch.stack(log_p).logsumexp(dim=0) - math.log(protocol.views)  # log of the mean p
+        label = torch.stack(labels).amin(dim=0)
+        log_p, labels = [], []
+        # An image that cannot be read is wrong, and has the loss of a blind guess.
+        right = mean.topk(min(5, mean.shape[1])).indices == label[:, None]  # [B, 5]
+        loss_sum = F.nll_loss(mean, label, reduction="sum", ignore_index=BLANK_LABEL)
+        loss_sum += (label == BLANK_LABEL).sum() * math.log(mean.shape[1])
+        images = torch.full_like(loss_sum, len(label))
+        sums += torch.stack([right[:, 0].sum(), right.sum(), loss_sum, images])
+    return sums
 
 
 def evaluate_checkpoint(

@@ -1,6 +1,7 @@
 """The parts of a training run, built the same on every rank, and the verbs that use them."""
 
 import inspect
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,12 @@ from torch.nn.parallel import DistributedDataParallel
 from resnet_dist import checkpoint
 from resnet_dist.checkpoint import TrainState
 from resnet_dist.config import Config
-from resnet_dist.data.dali import Loader
+from resnet_dist.data.dali import Batch, Loader
 from resnet_dist.data.index import Index
 from resnet_dist.data.mean_image import mean_image
 from resnet_dist.data.protocol import CENTER_CROP
 from resnet_dist.data.source import load_index, make_loader
-from resnet_dist.data.stream import eval_requests
+from resnet_dist.data.stream import eval_requests, train_requests
 from resnet_dist.distributed import World
 from resnet_dist.errors import UserError
 from resnet_dist.evaluate import Score, evaluate
@@ -169,8 +170,20 @@ def save(job: Job) -> None:
     job.world.on_main(lambda: checkpoint.save(job.state, job.config, facts))
 
 
+def train_batches(job: Job) -> Generator[Batch]:
+    """This rank's batches, from the next step to the end of the run. Close it to free its memory,
+    and ask anew: what comes depends on the step alone."""
+    config, plan, world = job.config, job.plan, job.world
+    requests = train_requests(config, plan, job.train_index, world.rank, job.state.step)
+    return job.train_loader.batches(requests)
+
+
 def evaluate_now(job: Job) -> Score:
-    """The network's score on the validation images. Every rank calls it."""
+    """The network's score on the validation images. Every rank calls it.
+
+    Raises:
+        UserError: more of them than data.max_bad_samples cannot be read.
+    """
     _agree_on_running_stats(job)
     config, world = job.config, job.world
     requests = eval_requests(config, job.val_index, CENTER_CROP, world.rank, world.size)

@@ -4,9 +4,9 @@ import csv
 import os
 import sys
 import warnings
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +14,8 @@ import torch
 from torch import Tensor
 
 from resnet_dist import distributed
-from resnet_dist.config import DataConfig
 from resnet_dist.data.augment import Request, eval_windows
-from resnet_dist.data.dali import Batch, Loader
-from resnet_dist.data.headers import displayed_size
+from resnet_dist.data.headers import UnreadableImage, displayed_size
 from resnet_dist.data.index import HEADER_THREADS, Index
 from resnet_dist.data.listing import IMAGE_SUFFIXES, images_below
 from resnet_dist.data.source import make_loader
@@ -76,76 +74,45 @@ def find_images(inputs: Sequence[str]) -> list[str]:
 def classify(
     trained: Trained, files: Sequence[str], world: World
 ) -> Iterator[tuple[str, Tensor | str]]:
-    """Each file with its probabilities, float32 [num_classes] on the CPU, or why there are none.
-
-    In the order of `files`, but for those whose header cannot be read: they come first.
-    """
-    readable, sizes = [], []
+    """Each file, in order, with its probabilities, float32 [num_classes] on the CPU, or why there
+    are none."""
+    config, count = trained.config, len(files)
+    sizes = np.zeros((count, 2), np.int32)
+    bad: dict[int, str] = {}
     with ThreadPoolExecutor(HEADER_THREADS) as pool:
-        for file, size in zip(files, pool.map(_size, files), strict=True):
+        for number, size in enumerate(pool.map(_size, files)):
             if isinstance(size, str):
-                yield file, size
+                bad[number] = size
             else:
-                readable.append(file)
-                sizes.append(size)
-    config = trained.config
+                sizes[number] = size
     index = Index(
         classes=trained.classes,
-        labels=np.zeros(len(readable), np.int64),  # nobody knows them
-        sizes=np.array(sizes, np.int32).reshape(-1, 2),
-        paths=tuple(os.path.abspath(file) for file in readable),
+        labels=np.zeros(count, np.int64),  # nobody knows them
+        sizes=sizes,
+        paths=tuple(os.path.abspath(file) for file in files),
         pixels=None,
         fingerprint="",
+        bad=bad,
     )
+    config = replace(config, data=replace(config.data, cache="none", max_bad_samples=count))
     loader = make_loader(index, config, world, trained.mean_image)
-    # DALI 2.4 parses the headers of more images than this in several threads at once, and where one
-    # of them is bad, the process may crash: the others go on with memory that is no longer theirs.
-    safe = 4 * (config.data.decode_threads + 1)
-    batch_size = min(safe, config.train.max_local_batch_size)
-    for samples, batch in _batches(loader, index, config.data, batch_size):
-        if isinstance(batch, str):
-            yield readable[samples[0]], batch
-            continue
+    batch_size = config.train.max_local_batch_size
+    parts = [np.arange(count)[start : start + batch_size] for start in range(0, count, batch_size)]
+    requests = (Request(part, eval_windows(config.data, sizes[part])) for part in parts)
+    for part, batch in zip(parts, loader.batches(requests), strict=True):
         with torch.inference_mode(), autocast(world.device, config.train.precision):
             logits = trained.network(batch.images)
         probabilities = logits.float().softmax(dim=1).cpu()  # CPU-GPU sync point
-        for sample, answer in zip(samples, probabilities, strict=True):
-            yield readable[sample], answer
+        for number, answer in zip(part.tolist(), probabilities, strict=True):
+            why = loader.bad.get(number)
+            yield files[number], answer if why is None else f"{why}; remove or replace it"
 
 
 def _size(file: str) -> tuple[int, int] | str:
     try:
         return displayed_size(file)
-    except UserError as error:
-        return str(error).removeprefix(f"{file}: ")
-
-
-def _batches(
-    loader: Loader, index: Index, data: DataConfig, batch_size: int
-) -> Iterator[tuple[np.ndarray, Batch | str]]:
-    """Sample numbers and their batch; a sample that cannot be decoded comes alone, with the reason.
-
-    DALI fails a whole batch and does not say for which image: that batch is decoded one by one.
-    """
-
-    def request(samples: np.ndarray) -> Request:
-        sizes = index.sizes[samples]
-        return samples, eval_windows(data, sizes)
-
-    numbers = np.arange(len(index))
-    waiting = deque(numbers[i : i + batch_size] for i in range(0, len(index), batch_size))
-    while waiting:
-        try:
-            for batch in loader.batches(map(request, list(waiting))):
-                yield waiting.popleft(), batch
-        except RuntimeError:
-            for sample in np.split(failed := waiting.popleft(), len(failed)):
-                try:
-                    (alone,) = loader.batches([request(sample)])
-                    yield sample, alone
-                except RuntimeError as error:
-                    reason = str(error).partition(", in a batch of")[0].rstrip(" :")
-                    yield sample, f"not a readable image (DALI: {reason}); remove or replace it"
+    except UnreadableImage as error:
+        return str(error)
 
 
 def _csv_row(cells: Sequence[str]) -> None:

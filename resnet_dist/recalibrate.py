@@ -11,9 +11,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from resnet_dist.data.augment import train_windows
 from resnet_dist.data.order import epoch_order, slice_of
 from resnet_dist.data.source import load_index, make_loader
+from resnet_dist.data.stream import train_request
 from resnet_dist.distributed import World
 from resnet_dist.errors import UserError
 from resnet_dist.models.parts import parts
@@ -52,10 +52,7 @@ def recalibrate(trained: Trained, images: int, world: World) -> None:
             "--recalibrate-bn: a batch of one image has no variance; give more images, or a larger "
             "train.max_local_batch_size"
         )
-    requests = (
-        (part, train_windows(config.data, config.seed, 0, part, index.sizes[part]))
-        for part in slices[world.rank :: world.size]
-    )
+    requests = (train_request(config, index, 0, p) for p in slices[world.rank :: world.size])
     batches = make_loader(index, config, world, trained.mean_image).batches(requests)
 
     channels = [layer.num_features for layer in layers]

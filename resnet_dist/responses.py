@@ -153,4 +153,4 @@ def _requests(config: Config, index: Index, count: int) -> Iterator[Request]:
     chosen = np.arange(count) * len(index) // count
     for start in range(0, count, config.train.max_local_batch_size):
         samples = chosen[start : start + config.train.max_local_batch_size]
-        yield samples, eval_windows(config.data, index.sizes[samples])
+        yield Request(samples, eval_windows(config.data, index.sizes[samples]))

@@ -11,6 +11,9 @@ from resnet_dist.config_file import config_from_dict
 FREE_TO_CHANGE = (
     "data.root",
     "data.decode_threads",
+    "data.read_threads",
+    "data.prefetch_batches",
+    "data.max_bad_samples",
     "train.max_local_batch_size",
     "train.log_every_steps",
     "train.save_every_",

@@ -7,7 +7,7 @@ ranks, goes on where the last one stopped.
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from enum import Enum
 
 import torch
@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from resnet_dist import distributed
+from resnet_dist.bad_samples import BadSamples
 from resnet_dist.config import Config
 from resnet_dist.data.dali import Batch
-from resnet_dist.data.stream import train_requests
+from resnet_dist.errors import UserError
 from resnet_dist.evaluate import Score
 from resnet_dist.interrupt import Interrupt
-from resnet_dist.job import Job, build, evaluate_now, restore, save
+from resnet_dist.job import Job, build, evaluate_now, restore, save, train_batches
 from resnet_dist.meter import Meter
 from resnet_dist.models.dropout import set_dropout_keys
 from resnet_dist.optim import set_lr
@@ -75,13 +76,22 @@ def run(
     plan, state, world = job.plan, job.state, job.world
     meter = Meter(world)
     score: Score | None = None
-    batches = job.train_loader.batches(
-        train_requests(job.config, plan, job.train_index, world.rank, state.step)
-    )
+    bad = BadSamples(job.config, world, progress.say)
+    bad.share(job.train_index, job.train_index.bad)
+    bad.share(job.val_index, job.val_index.bad)
+    bad.check_budget()
+    batches = train_batches(job)
     for step in range(state.step, plan.total_steps):
+        with meter.waiting():
+            passes, failure = take(batches, plan.accumulation)
+        # Hosts meet here; the GPUs are not waited for.
+        if world.any(interrupt.requested or failure is not None):
+            save(job)
+            world.raise_any(failure)
+            return Outcome.PREEMPTED, score
         lr = plan.lr_at(step, state.lr_memory)
         set_lr(state.optimizer, lr)
-        correct = train_step(job, batches, meter)
+        correct = train_step(job, passes, meter)
         state.step = step + 1
         if plan.watches_train_error(state.lr_memory):
             total = int(world.sum(correct))  # CPU-GPU sync point, in the first few hundred steps
@@ -90,34 +100,44 @@ def run(
 
         if plan.logs_after(state.step):
             epoch = plan.epoch_at(state.step)
+            bad.share(job.train_index, job.train_loader.bad)
             metrics = meter.drain() | {"train/lr": lr, "progress/epoch": epoch}
             tracker.log(state.step, metrics)
             progress.update(state.step, metrics)
-        stops = world.any(interrupt.requested)  # hosts meet here; the GPUs are not waited for
         with meter.paused():
             if plan.evals_after(state.step):
+                batches.close()  # training's and evaluation's buffers do not exist together
                 score = evaluate_now(job)
+                bad.share(job.val_index, job.val_loader.bad)
+                batches = train_batches(job)
                 remember(job, score)
                 tracker.log(state.step, score.metrics())
                 progress.say(f"epoch {plan.epoch_at(state.step):.2f}  val {score}")
-            if stops or plan.saves_after(state.step) or state.best_step == state.step:
+            if plan.logs_after(state.step) or plan.evals_after(state.step):
+                tracker.log(state.step, {"data/bad_samples": bad.count})
+            if plan.saves_after(state.step) or state.best_step == state.step or bad.too_many:
                 save(job)
-        if stops and state.step < plan.total_steps:
-            return Outcome.PREEMPTED, score
+            bad.check_budget()
     return Outcome.FINISHED, score
 
 
-def train_step(job: Job, batches: Iterator[Batch], meter: Meter) -> Tensor:
-    """One optimizer step over the global batch, in `accumulation` passes.
+def take(batches: Iterator[Batch], count: int) -> tuple[list[Batch], str | None]:
+    """The next `count` batches, or why there are none: not to be raised on one rank alone."""
+    try:
+        return [next(batches) for _ in range(count)], None
+    except UserError as error:
+        return [], str(error)
+
+
+def train_step(job: Job, passes: Iterable[Batch], meter: Meter) -> Tensor:
+    """One optimizer step over the global batch, in `plan.accumulation` passes.
 
     Returns how many of this rank's images were right: int64, a scalar on the device.
     """
     config, plan, state = job.config, job.plan, job.state
     correct = torch.zeros((), dtype=torch.int64, device=job.world.device)
     state.optimizer.zero_grad(set_to_none=True)
-    for accumulated in range(plan.accumulation):
-        with meter.waiting():
-            batch = next(batches)
+    for accumulated, batch in enumerate(passes):
         # DDP reduces in the last pass only: its own flag, flipped, instead of a second code path
         # under no_sync(). To a bare network it means nothing.
         job.model.require_backward_grad_sync = accumulated == plan.accumulation - 1  # type: ignore[assignment]

@@ -15,7 +15,7 @@ from resnet_dist import checkpoint, cli, distributed
 from resnet_dist.checkpoint import TrainState
 from resnet_dist.config import Config, DataConfig, TrainConfig
 from resnet_dist.config_file import load_config
-from resnet_dist.data.augment import unchanged, whole_windows
+from resnet_dist.data.augment import Request, unchanged, whole_windows
 from resnet_dist.data.dali import Batch
 from resnet_dist.data.index import Index
 from resnet_dist.data.protocol import CENTER_CROP, MULTI_SCALE, TEN_CROP, Protocol
@@ -102,8 +102,8 @@ class Images:
         height, width = self.index.sizes[sample].tolist()
         longer_px = shorter_px * max(height, width) // min(height, width)
         size = (shorter_px, longer_px) if height <= width else (longer_px, shorter_px)
-        request = np.array([sample]), unchanged(np.array([[0.0, 0, height, width]]), size)
-        (batch,) = self.loader.batches([request])
+        window = unchanged(np.array([[0.0, 0, height, width]]), size)
+        (batch,) = self.loader.batches([Request(np.array([sample]), window)])
         return batch.images[0].permute(1, 2, 0).numpy() * self.std
 
 

@@ -68,7 +68,7 @@ def requests_of_a_run(crop: str, world_size: int, largest: int, first_step: int 
         rows = []
         for _ in range(plan.accumulation):
             for stream in streams:
-                samples, windows = next(stream)
+                samples, windows, _ = next(stream)
                 assert 1 <= len(samples) <= largest
                 rows += [
                     (int(sample), *roi.tolist(), bool(flip))
@@ -103,7 +103,7 @@ def test_evaluation_sees_each_image_once_in_batches_of_any_world(
         config = Config(train=TrainConfig(max_local_batch_size=8))
         requests = eval_requests(config, index_of(IMAGES), protocol, rank, world_size)
         windows = len(protocol.crops) + len(protocol.scales_px)
-        return [samples.tolist() for samples, _ in requests][::windows]
+        return [samples.tolist() for samples, *_ in requests][::windows]
 
     dealt = [batches_of(rank, world_size) for rank in range(world_size)]
     assert max(map(len, dealt)) - min(map(len, dealt)) <= 1

@@ -16,7 +16,7 @@ from PIL import Image
 
 from resnet_dist import checkpoint, cli, distributed
 from resnet_dist.config import Config
-from resnet_dist.data.augment import center_windows
+from resnet_dist.data.augment import Request, center_windows
 from resnet_dist.data.dali import Batch
 from resnet_dist.job import Job, build, save
 from resnet_dist.models.build import build_model
@@ -61,7 +61,8 @@ def predict(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[Row
 def val_batches(job: Job) -> Iterator[Batch]:
     sizes = job.val_index.sizes
     parts = np.split(np.arange(17), [3, 6, 10, 14])
-    return job.val_loader.batches((part, center_windows(sizes[part], 40, 32)) for part in parts)
+    requests = (Request(part, center_windows(sizes[part], 40, 32)) for part in parts)
+    return job.val_loader.batches(requests)
 
 
 def by_hand(config: Config) -> torch.Tensor:

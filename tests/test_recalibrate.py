@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from resnet_dist import checkpoint, cli, distributed
 from resnet_dist.checkpoint import TrainState
 from resnet_dist.config import Config
-from resnet_dist.data.augment import train_windows
+from resnet_dist.data.augment import Request, train_windows
 from resnet_dist.data.order import epoch_order
 from resnet_dist.data.source import load_index, make_loader
 from resnet_dist.errors import UserError
@@ -53,7 +53,7 @@ def batches_by_hand(trained: Trained, sizes: tuple[int, ...]) -> list[Tensor]:
     index = load_index(config, "train", world)
     parts = np.split(epoch_order(config.seed, 0, len(index))[: sum(sizes)], np.cumsum(sizes)[:-1])
     requests = [
-        (part, train_windows(config.data, config.seed, 0, part, index.sizes[part]))
+        Request(part, train_windows(config.data, config.seed, 0, part, index.sizes[part]))
         for part in parts
     ]
     return [b.images.clone() for b in make_loader(index, config, world).batches(requests)]

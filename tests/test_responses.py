@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from resnet_dist import checkpoint, cli, distributed, plots
 from resnet_dist.checkpoint import TrainState
 from resnet_dist.config import Config
-from resnet_dist.data.augment import eval_windows
+from resnet_dist.data.augment import Request, eval_windows
 from resnet_dist.data.dali import Batch
 from resnet_dist.data.source import load_index, make_loader
 from resnet_dist.errors import UserError
@@ -46,7 +46,9 @@ def save(model: nn.Module, config: Config) -> Path:
 def val_batches(config: Config, samples: list[list[int]]) -> Iterator[Batch]:
     world = distributed.start()
     index = load_index(config, "val", world)
-    requests = [(np.array(part), eval_windows(config.data, index.sizes[part])) for part in samples]
+    requests = [
+        Request(np.array(part), eval_windows(config.data, index.sizes[part])) for part in samples
+    ]
     return make_loader(index, config, world).batches(requests)
 
 

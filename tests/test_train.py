@@ -30,7 +30,7 @@ from resnet_dist.meter import Meter
 from resnet_dist.models import vgg
 from resnet_dist.optim import set_lr
 from resnet_dist.plan import Plan
-from resnet_dist.train import Outcome, remember, train, train_step
+from resnet_dist.train import Outcome, remember, take, train, train_step
 
 
 def run(rank: int, world_size: int, config: Config) -> str:
@@ -103,7 +103,8 @@ def reductions_in_one_step(rank: int, world_size: int, config: Config) -> int:
     job.model.register_comm_hook(None, counting)  # type: ignore[operator]
     requests = train_requests(config, job.plan, job.train_index, rank, first_step=0)
     assert job.plan.accumulation == 4
-    train_step(job, job.train_loader.batches(requests), Meter(job.world))
+    passes, _ = take(job.train_loader.batches(requests), job.plan.accumulation)
+    train_step(job, passes, Meter(job.world))
     return count
 
 
@@ -398,7 +399,7 @@ def test_the_command_line_of_the_readme(
     lines = (tmp_path / "runs/tiny/journal.jsonl").read_text().splitlines()
     assert {name for line in lines for name in json.loads(line)["metrics"]} == {
         *("train/loss", "train/acc1", "train/lr", "val/loss", "val/acc1", "val/acc5"),
-        *("perf/images_per_sec", "perf/data_wait_pct", "progress/epoch"),
+        *("perf/images_per_sec", "perf/data_wait_pct", "progress/epoch", "data/bad_samples"),
     }
     best = str(tmp_path / "runs/tiny/checkpoints/best")
     evaluated = torchrun("evaluate", best)

@@ -4,7 +4,9 @@ Each sample draws its numbers from a counter-based generator keyed by (seed, epo
 neither its place in a batch, nor the number of ranks, nor a restart changes what is seen.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -28,19 +30,43 @@ PCA_COMPONENTS = np.array(
 class Windows:
     """What part of each image of a batch is looked at, in pixels after the EXIF rotation."""
 
-    roi: np.ndarray  # float64 [B, 4]: top, left, bottom, right; may be fractional
+    roi: np.ndarray  # float64 [B, 4]: top, left, bottom, right; whole numbers if cut_first
     flip: np.ndarray  # bool [B]: mirrored left to right after the crop
     size_px: tuple[int, int]  # height, width that each window is resized to
     color_shift: np.ndarray  # float64 [B, 3]: added to R, G and B, on the 0..1 scale
+    # True: the window is cut out, then resized, and pixels beside it play no part (training, as in
+    # torchvision's resized_crop). False: the image is resized, then the window is cut out.
+    cut_first: bool = False
+
+    def at(self, place: int) -> "Windows":
+        """The window at `place` alone."""
+        one = slice(place, place + 1)
+        return replace(
+            self, roi=self.roi[one], flip=self.flip[one], color_shift=self.color_shift[one]
+        )
+
+    def put(self, place: int, one: "Windows") -> "Windows":
+        """The same, with the window `one` at `place`."""
+        roi, flip, color_shift = self.roi.copy(), self.flip.copy(), self.color_shift.copy()
+        roi[place], flip[place], color_shift[place] = one.roi[0], one.flip[0], one.color_shift[0]
+        return replace(self, roi=roi, flip=flip, color_shift=color_shift)
 
 
-Request = tuple[np.ndarray, Windows]  # a batch before it is read: sample numbers int64 [B], windows
+class Request(NamedTuple):
+    """A batch before it is read."""
+
+    samples: np.ndarray  # int64 [B]
+    windows: Windows
+    # (sample, attempt) -> what is shown in the place of an unreadable one, and its window. None: a
+    # blank image with the label -1, which no answer matches.
+    stand_in: Callable[[int, int], tuple[int, Windows]] | None = None
 
 
 def train_windows(
     data: DataConfig, seed: int, epoch: int, samples: np.ndarray, sizes: np.ndarray
 ) -> Windows:
     """Windows of training images. samples: int64 [B]; sizes: [B, 2] height, width."""
+    sizes = np.maximum(sizes, 1)  # unreadable ones have none, and are not shown
     draws = 3 + 2 * RANDOM_RESIZED_ATTEMPTS
     random = uniforms(seed, epoch, samples, draws=draws + 6)
     flip, place, rest = random[:, 0], random[:, 1:3], random[:, 3:draws]
@@ -55,6 +81,7 @@ def train_windows(
         flip=(flip < 0.5) & data.flip,
         size_px=(data.crop_px, data.crop_px),
         color_shift=_pca_shift(data.pca_color_std, random[:, draws:]),
+        cut_first=True,
     )
 
 
@@ -75,6 +102,7 @@ def crop_windows(
 
     place: down and across; 0 is the top or left end of where the crop can be, 1 the other end.
     """
+    sizes = np.maximum(sizes, 1)  # unreadable ones have none, and are not shown
     resized = resized_sizes(sizes, np.full(len(sizes), resize_px))
     corner = np.rint((resized - crop_px) * place)  # as torchvision's center_crop rounds
     return unchanged(_in_original(corner, resized, sizes, crop_px), (crop_px, crop_px))
@@ -110,12 +138,19 @@ def _pca_shift(std: float, u: np.ndarray) -> np.ndarray:
 def _scale(
     sizes: np.ndarray, scale_px: tuple[int, int], crop_px: int, u: np.ndarray, place: np.ndarray
 ) -> np.ndarray:
-    """Scale augmentation (Simonyan & Zisserman 2015; He et al. 2015, section 3.4)."""
+    """Scale augmentation (Simonyan & Zisserman 2015; He et al. 2015, section 3.4).
+
+    The crop of the resized image, as a window of the original whose edges are rounded to whole
+    pixels (ImageNet: by 0.1 % of it), so that it can be cut out and resized alone.
+    """
     low, high = scale_px
     shorter = low + np.floor(u * (high - low + 1))
     resized = resized_sizes(sizes, shorter)
     corner = np.floor(place * (resized - crop_px + 1))
-    return _in_original(corner, resized, sizes, crop_px)
+    roi = np.rint(_in_original(corner, resized, sizes, crop_px))
+    roi[:, :2] = np.minimum(roi[:, :2], sizes - 1)
+    roi[:, 2:] = np.maximum(roi[:, 2:], roi[:, :2] + 1)
+    return roi
 
 
 def _random_resized(

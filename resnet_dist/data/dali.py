@@ -5,20 +5,28 @@ Pillow's and torchvision's antialiased bilinear, a triangle as wide as the scale
 image's border: taps beyond it repeat the edge pixel, where Pillow leaves them out.
 """
 
-import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
 from nvidia.dali import Pipeline, fn, pipeline_def, types
 
+from resnet_dist.config import DataConfig
 from resnet_dist.data.augment import Request, Windows
+from resnet_dist.data.cache import DecodedCache
+from resnet_dist.data.feed import BLANK_LABEL, BLANK_PX, Feed, Work
+from resnet_dist.data.headers import why_undecodable
 from resnet_dist.data.index import Index
+from resnet_dist.data.reader import Reader
+from resnet_dist.data.resample import Resampler, normalized
 
-PATHS_IN_ERROR = 5
+# ImageNet's largest image. Buffers of the GPU's JPEG decoder are made for it once, not when it
+# comes: that would stop the GPU in the middle of an epoch.
+LARGEST_HEIGHT_PX, LARGEST_WIDTH_PX = 6430, 5980
 
 
 @dataclass(frozen=True)
@@ -26,138 +34,277 @@ class Batch:
     """One training or evaluation batch, on the device."""
 
     images: torch.Tensor  # [B, 3, H, W], channels_last strides, normalised, in the autocast dtype
-    labels: torch.Tensor  # int64 [B]
+    labels: torch.Tensor  # int64 [B]; -1 where an image of an evaluation could not be read
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """A DALI pipeline before it is built, and what it is fed."""
+
+    define: Callable[..., Pipeline]
+    options: dict[str, Any]
+    inputs: Callable[[Work], tuple[Any, ...]]
 
 
 class Loader:
-    """Turns requests into batches, reading and decoding two requests ahead of the consumer."""
+    """Turns requests into batches, reading and decoding ahead of the consumer.
+
+    A bad image ends a DALI pipeline. Then its batch is decoded one by one, the bad ones replaced
+    (see feed.py), and a new pipeline goes on from that batch.
+    """
 
     def __init__(
         self,
         index: Index,
+        data: DataConfig,
         *,
-        mean: Sequence[float] | np.ndarray,
-        std: Sequence[float],
         device: torch.device,
         dtype: torch.dtype,
         max_batch_size: int,
-        num_threads: int,
+        mean_image: np.ndarray | None = None,
+        reader: Reader | DecodedCache | None = None,
     ) -> None:
-        """mean, std: per channel (R, G, B), on the 0..1 scale; mean may also be a mean image
-        [H, W, 3]: of raw pixels, or of encoded images seen at H x W. dtype: of the images."""
+        """dtype: of the images. mean_image: float32 [H, W, 3] on the 0..1 scale, in place of
+        data.mean: of raw pixels, or of encoded images seen at H x W. reader: of this index, if
+        not a plain one."""
         self._index = index
+        self._data = data
         self._device = device
         self._dtype = dtype
-        self._mean = 255 * np.asarray(mean, np.float32)
-        self._normalisation = {
-            "std": [255 * s for s in std],
-            # DALI has no bfloat16. Its float16 has three bits more mantissa, and normalised pixels
-            # lie far inside its range, so nothing is lost on the way.
-            "dtype": types.FLOAT if dtype == torch.float32 else types.FLOAT16,
-        }
+        self._mean = 255 * np.asarray(data.mean if mean_image is None else mean_image, np.float32)
+        self._std = [255 * s for s in data.std]
         self._executor = {
             "batch_size": max_batch_size,
-            "num_threads": num_threads,
+            "num_threads": data.decode_threads,
             "device_id": _device_id(device),
-            "prefetch_queue_depth": 2,
+            "prefetch_queue_depth": data.prefetch_batches,
         }
-        self._idle: tuple[_Feed, Pipeline] | None = None
+        self._source = "decoded" if isinstance(reader, DecodedCache) else data.decode
+        self._resampler = Resampler(data.decode_threads)
+        self._feed: Feed | None = None
+        if index.pixels is None:
+            reader = reader or Reader(index, data.read_threads)
+            self._feed = Feed(index, reader, data.max_bad_samples, self._why_undecodable)
 
-    def batches(self, requests: Iterable[Request]) -> Iterator[Batch]:
-        """One Batch per request, in order. B may vary from request to request.
+    @property
+    def bad(self) -> dict[int, str]:
+        """The samples that were asked for in vain so far, and why."""
+        return {} if self._feed is None else self._feed.bad
 
-        Each call is a stream of its own, whatever became of earlier ones.
+    def batches(self, requests: Iterable[Request]) -> Generator[Batch]:
+        """One Batch per request, in order. B may vary from request to request; all windows of a
+        stream are cut_first, or none is.
+
+        Its memory is held until the iterator ends or is closed.
 
         Raises:
-            RuntimeError: a file could not be read or decoded; names the files of that request.
+            UserError: more than data.max_bad_samples images cannot be read.
+            RuntimeError: DALI failed, and not because of an image.
         """
-        # A pipeline is used again only if its stream ran to the end: one that was abandoned or
-        # failed still holds batches that it prefetched.
-        feed, pipe = self._idle or self._build()
-        self._idle = None
-        feed.start(requests)
-        pipe.reset()
-        while True:
-            # Waits on the host for DALI's CPU threads, not for the GPU: the current CUDA stream is
-            # made to wait for the batch, and orders the later reuse of its memory.
-            try:
-                images, labels = pipe.run(_current_stream(self._device))
-            except StopIteration:
-                break
-            except RuntimeError as error:
-                raise RuntimeError(feed.describe(error)) from error
-            feed.in_flight.popleft()
+        requests = iter(requests)
+        first = next(requests, None)
+        if first is None:
+            return
+        requests = chain([first], requests)
+        seen_px = first.windows.size_px
+        if self._mean.ndim == 3 and self._mean.shape[:2] != seen_px:
+            raise ValueError(f"the mean image is {self._mean.shape[:2]}, the windows {seen_px}")
+        work: Iterator[Work]
+        if self._feed is None:
+            work = (Work(request, request.samples, request.windows, []) for request in requests)
+        else:
+            work = self._feed.work(requests, ahead=self._data.prefetch_batches)
+        if not self._resizes_here(first.windows):
+            yield from self._made_by_dali(work, self._graph_for(first.windows))
+        elif self._source == "decoded":
+            yield from self._resized_here((w, self._cut_out(w)) for w in work)
+        else:
+            outputs = self._run(work, self._graph_for(first.windows))
+            yield from self._resized_here((w, self._cut_out(w, *pixels)) for w, pixels in outputs)
+
+    def _resizes_here(self, windows: Windows) -> bool:
+        on_cpu = self._device.type == "cpu"
+        return self._feed is not None and windows.cut_first and on_cpu
+
+    def _graph_for(self, windows: Windows) -> _Graph:
+        # DALI has no bfloat16. Its float16 has three bits more mantissa, and normalised pixels lie
+        # far inside its range, so nothing is lost on the way.
+        dtype = types.FLOAT if self._dtype == torch.float32 else types.FLOAT16
+        normalisation = {"mean": self._mean, "normalisation": {"std": self._std, "dtype": dtype}}
+        if self._feed is None:
+            return _Graph(_raw_graph, normalisation, self._raw_inputs)
+        source = {"source": self._source, "hw_decoder_load": self._data.hw_decoder_load}
+        if self._resizes_here(windows):
+            return _Graph(_decode_graph, source, self._image_inputs)
+        return _Graph(_image_graph, source | normalisation, self._window_inputs)
+
+    def _made_by_dali(self, work: Iterator[Work], graph: _Graph) -> Iterator[Batch]:
+        for _, (images, labels) in self._run(work, graph):
             yield Batch(
                 # [B, H, W, 3] seen as [B, 3, H, W]: channels_last without a copy.
                 torch.from_dlpack(images.as_tensor()).permute(0, 3, 1, 2).to(self._dtype),
                 torch.from_dlpack(labels.as_tensor()),
             )
-        self._idle = feed, pipe
 
-    def _build(self) -> tuple["_Feed", Pipeline]:
-        feed = _Feed(self._index, self._mean)
-        graph = _encoded_graph if self._index.pixels is None else _raw_graph
-        return feed, graph(feed, self._mean, self._normalisation, **self._executor)
+    def _resized_here(self, cut: Iterable[tuple[Work, list[torch.Tensor]]]) -> Iterator[Batch]:
+        """Threads resize a batch while the consumer has the one before."""
+        resizing: deque[tuple[Work, Callable[[], torch.Tensor]]] = deque()
 
+        def batch() -> Batch:
+            work, wait = resizing.popleft()
+            shift = 255 * work.windows.color_shift
+            images = normalized(wait(), self._mean, self._std, shift)
+            return Batch(images.to(self._dtype), torch.from_numpy(self._labels(work)))
 
-class _Feed:
-    """What DALI polls for input, in the consumer's thread, up to two requests ahead."""
+        for work, windows in cut:
+            resizing.append((work, self._resampler.start(windows, work.windows)))
+            if len(resizing) > 1:
+                yield batch()
+        while resizing:
+            yield batch()
 
-    def __init__(self, index: Index, mean: np.ndarray) -> None:
-        self._index = index
-        self._mean = mean  # grey levels, [3] or [H, W, 3]
-        self._requests: Iterator[Request] = iter(())
-        self.in_flight: deque[np.ndarray] = deque()  # sample numbers of requests not yet answered
+    def _cut_out(self, work: Work, decoded: Any = None) -> list[torch.Tensor]:
+        """The windows, uint8 [h, w, 3] each. decoded: DALI's, windows or whole images."""
+        if decoded is None:
+            images = [torch.from_numpy(image) for image in work.images]
+        else:
+            images = [torch.from_dlpack(image) for image in decoded]
+            if self._source == "window":
+                return images
+        return _parts(images, *self._part(work))
 
-    def start(self, requests: Iterable[Request]) -> None:
-        self._requests = iter(requests)
+    def _run(self, work: Iterator[Work], graph: _Graph) -> Iterator[tuple[Work, Any]]:
+        """Each Work, and what the graph makes of it."""
+        polled: deque[Work] = deque()  # given to DALI and not delivered yet
+        again: deque[Work] = deque()  # the same, when a pipeline failed
+        # DALI reads the inputs where they are, so they must live until it is done with them.
+        alive: deque[tuple[Any, ...]] = deque(maxlen=2 * self._data.prefetch_batches + 1)
 
-    def poll(self) -> tuple[Any, ...]:
-        """The external sources of the graph, in its order, each a batch."""
-        samples, windows = next(self._requests)  # StopIteration tells DALI that the stream ends
-        self.in_flight.append(samples)
-        inputs = self._raw if self._index.pixels is not None else self._encoded
-        flip = windows.flip.astype(np.int32)
-        return *inputs(samples, windows), flip, self._index.labels[samples]
+        def poll() -> tuple[Any, ...]:
+            one = again.popleft() if again else next(work)  # StopIteration: no more input
+            polled.append(one)
+            alive.append(graph.inputs(one))
+            return alive[-1]
 
-    def _encoded(self, samples: np.ndarray, windows: Windows) -> tuple[Any, ...]:
-        """File names, the part of each image to decode, the window relative to that part, its
-        size after the resize, and what is then subtracted from R, G and B."""
-        roi, size_px = windows.roi, windows.size_px
-        if self._mean.ndim == 3 and self._mean.shape[:2] != size_px:
-            raise ValueError(f"the mean image is {self._mean.shape[:2]}, the windows {size_px}")
-        start, end = decoded_part(roi, self._index.sizes[samples], size_px)
-        paths = [np.frombuffer(os.fsencode(self._index.paths[i]), np.uint8) for i in samples]
+        while True:
+            pipe = graph.define(poll, **graph.options, **self._executor)
+            try:
+                while True:
+                    # Waits on the host for DALI's CPU threads, not for the GPU: the current CUDA
+                    # stream is made to wait for the batch, and orders the reuse of its memory.
+                    outputs = pipe.run(_current_stream(self._device))
+                    yield polled.popleft(), outputs
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                self._mend_first_bad(polled, error)
+            again.extend(polled)
+            polled.clear()
+
+    def _mend_first_bad(self, polled: Iterable[Work], error: RuntimeError) -> None:
+        """Finds the Work with bad images, by decoding one by one, and replaces them."""
+        for work in polled:
+            if self._feed is None:
+                break
+            failures = self._failures([work.at(place) for place in range(len(work.shown))])
+            for place, why in failures.items():
+                self._feed.mend(work, place, why)
+            if failures:
+                return
+        raise error
+
+    def _failures(self, singles: list[Work]) -> dict[int, str]:
+        """Which of these, with one image each, cannot be decoded, and why."""
+        failures: dict[int, str] = {}
+        graph = self._graph_for(singles[0].windows)
+        executor = self._executor | {"batch_size": 1, "prefetch_queue_depth": 1}
+        done = 0
+        left: Iterator[Work]
+
+        def poll() -> tuple[Any, ...]:
+            return graph.inputs(next(left))
+
+        while done < len(singles):
+            left = iter(singles[done:])
+            pipe = graph.define(poll, **graph.options, **executor)
+            try:
+                while True:
+                    pipe.run()
+                    done += 1
+            except StopIteration:
+                break
+            except RuntimeError:
+                failures[done] = why_undecodable(singles[done].images[0].tobytes())
+                done += 1
+        return failures
+
+    def _why_undecodable(self, single: Work) -> str | None:
+        if self._source == "decoded":
+            return None
+        return self._failures([single]).get(0)
+
+    def _image_inputs(self, work: Work) -> tuple[Any, ...]:
+        """Images, and the part of each to decode, unless all is decoded (or was)."""
+        if self._source == "image":
+            return (work.images,)
+        start, end = self._part(work)
+        if self._source == "window":
+            return work.images, start, end
+        return ([np.ascontiguousarray(part) for part in _parts(work.images, start, end)],)
+
+    def _part(self, work: Work) -> tuple[np.ndarray, np.ndarray]:
+        """int32 [B, 2] each: top left and bottom right of what plays a part in the windows."""
+        windows = work.windows
+        if windows.cut_first:
+            roi = windows.roi.astype(np.int32)
+            return np.ascontiguousarray(roi[:, :2]), np.ascontiguousarray(roi[:, 2:])
+        sizes = np.where(work.shown[:, None] < 0, BLANK_PX, self._index.sizes[work.shown])
+        return decoded_part(windows.roi, sizes, windows.size_px)
+
+    def _window_inputs(self, work: Work) -> tuple[Any, ...]:
+        """Also the window relative to the decoded part, its size after the resize, and what is then
+        subtracted from R, G and B."""
+        windows = work.windows
+        corner = np.zeros(4) if self._source == "image" else np.tile(self._part(work)[0], (1, 2))
         # DALI takes float32: enough once the part's corner is subtracted, 1/1000 pixel at 16,000.
-        roi_start = (roi[:, :2] - start).astype(np.float32)
-        roi_end = (roi[:, 2:] - start).astype(np.float32)
-        size = np.tile(np.array(size_px, np.float32), (len(samples), 1))
+        roi = (windows.roi - corner).astype(np.float32)
+        size = np.tile(np.array(windows.size_px, np.float32), (len(roi), 1))
         mean = self._mean if self._mean.ndim == 1 else np.zeros(3)
         # Adding a colour is subtracting it from the mean: it costs no pass over the pixels.
         mean = (mean - 255 * windows.color_shift).astype(np.float32)
-        return paths, start, end, roi_start, roi_end, size, mean
+        flip, labels = windows.flip.astype(np.int32), self._labels(work)
+        return (
+            *self._image_inputs(work),
+            roi[:, :2].copy(),
+            roi[:, 2:].copy(),
+            size,
+            mean,
+            flip,
+            labels,
+        )
 
-    def _raw(self, samples: np.ndarray, windows: Windows) -> tuple[Any, ...]:
+    def _raw_inputs(self, work: Work) -> tuple[Any, ...]:
         """Pixels, the top left corner of each window, which may lie outside the image, and its
         size."""
         assert self._index.pixels is not None
+        windows = work.windows
         corner, size = windows.roi[:, :2].astype(np.int32), np.array(windows.size_px, np.int32)
         if not np.array_equal(np.hstack([corner, corner + size]), windows.roi):
             raise ValueError(
                 f"windows of raw pixels must be {windows.size_px} pixels high and wide and start "
                 f"at whole pixels, to be cut out unscaled: got {windows.roi[0].tolist()}, ..."
             )
-        return self._index.pixels[samples], corner, np.tile(size, (len(samples), 1))
+        pixels, size = self._index.pixels[work.shown], np.tile(size, (len(work.shown), 1))
+        return pixels, corner, size, windows.flip.astype(np.int32), self._labels(work)
 
-    def describe(self, error: RuntimeError) -> str:
-        """DALI's own reason, and the files of the request: its decoder does not say which one."""
-        reason = str(error).partition("encountered:")[2].strip().partition("\n")[0]
-        if not reason or not self._index.paths:
-            return str(error)
-        paths = [self._index.paths[i] for i in self.in_flight[0]]
-        if len(paths) > PATHS_IN_ERROR:
-            paths[PATHS_IN_ERROR:] = [f"... {len(paths)} files in all"]
-        return "\n  ".join([f"{reason}, in a batch of these files:", *paths])
+    def _labels(self, work: Work) -> np.ndarray:
+        return np.where(work.shown < 0, BLANK_LABEL, self._index.labels[work.shown])
+
+
+def _parts(images: Sequence[Any], start: np.ndarray, end: np.ndarray) -> list[Any]:
+    """images: [h, w, 3] each; start, end: int32 [B, 2], rows first."""
+    corners = zip(images, start.tolist(), end.tolist(), strict=True)
+    return [image[top:bottom, left:right] for image, (top, left), (bottom, right) in corners]
 
 
 def decoded_part(
@@ -175,28 +322,36 @@ def decoded_part(
 
 
 @pipeline_def
-def _encoded_graph(
-    feed: _Feed, mean_image: np.ndarray, normalisation: dict[str, Any]
-) -> tuple[Any, Any]:
-    gpu = Pipeline.current().device_id is not None
-    paths, start, end, roi_start, roi_end, size, mean, flip, labels = fn.external_source(
-        source=feed.poll,
-        num_outputs=9,
-        dtype=[types.UINT8, *[types.INT32] * 2, *[types.FLOAT] * 4, types.INT32, types.INT64],
-        ndim=[1, 1, 1, 1, 1, 1, 1, 0, 0],
+def _decode_graph(poll: Callable[[], Any], source: str, hw_decoder_load: float) -> Any:
+    """Pixels of windows, or of whole images."""
+    dtypes, ndim = _image_inputs(source)
+    inputs = fn.external_source(
+        source=poll, num_outputs=len(ndim), dtype=dtypes, ndim=ndim, no_copy=True
     )
-    # Slices are taken in the frame that EXIF turns the image to, the one `Index.sizes` speaks of.
-    images = fn.decoders.image_slice(
-        fn.io.file.read(paths),
-        start=start,
-        end=end,
-        axis_names="HW",
-        device="mixed" if gpu else "cpu",
+    return _decoded(source, hw_decoder_load, *inputs)
+
+
+@pipeline_def
+def _image_graph(
+    poll: Callable[[], Any],
+    source: str,
+    hw_decoder_load: float,
+    mean: np.ndarray,
+    normalisation: dict[str, Any],
+) -> tuple[Any, Any]:
+    dtypes, ndim = _image_inputs(source)
+    *image, roi_start, roi_end, size, window_mean, flip, labels = fn.external_source(
+        source=poll,
+        num_outputs=len(ndim) + 6,
+        dtype=[*dtypes, *[types.FLOAT] * 4, types.INT32, types.INT64],
+        ndim=[*ndim, 1, 1, 1, 1, 0, 0],
+        layout=["HWC" if source == "decoded" else "", *[""] * (len(ndim) + 5)],
+        no_copy=True,
     )
     # float, not uint8: the resampled values are normalised as they are, where Pillow rounds them
-    # to whole grey levels twice. On a CPU it costs 4 % of the time.
+    # to whole grey levels twice.
     images = fn.resize(
-        images,
+        _decoded(source, hw_decoder_load, *image),
         roi_start=roi_start,
         roi_end=roi_end,
         size=size,
@@ -204,28 +359,54 @@ def _encoded_graph(
         antialias=True,
         dtype=types.FLOAT,
     )
-    if mean_image.ndim == 3:
-        images = images - types.Constant(mean_image, device="gpu" if gpu else "cpu")
+    if mean.ndim == 3:
+        images = images - types.Constant(mean, device="gpu" if _on_gpu() else "cpu")
     images = fn.crop_mirror_normalize(
-        images, mean=mean, mirror=flip, output_layout="HWC", **normalisation
+        images, mean=window_mean, mirror=flip, output_layout="HWC", **normalisation
     )
-    return images, labels.gpu() if gpu else labels
+    return images, labels.gpu() if _on_gpu() else labels
+
+
+def _image_inputs(source: str) -> tuple[list[Any], list[int]]:
+    """Types and dimensions of what `_decoded` takes."""
+    if source == "window":
+        return [types.UINT8, types.INT32, types.INT32], [1, 1, 1]
+    return [types.UINT8], [3 if source == "decoded" else 1]
+
+
+def _decoded(source: str, hw_decoder_load: float, images: Any, *part: Any) -> Any:
+    if source == "decoded":
+        return images.gpu() if _on_gpu() else images
+    decoder: dict[str, Any] = {"device": "cpu"}
+    if _on_gpu():
+        decoder = {
+            "device": "mixed",
+            "hw_decoder_load": hw_decoder_load,
+            "preallocate_height_hint": LARGEST_HEIGHT_PX,
+            "preallocate_width_hint": LARGEST_WIDTH_PX,
+        }
+    if source == "image":
+        return fn.decoders.image(images, **decoder)
+    # Slices are taken in the frame that EXIF turns the image to, the one `Index.sizes` speaks of.
+    start, end = part
+    return fn.decoders.image_slice(images, start=start, end=end, axis_names="HW", **decoder)
 
 
 @pipeline_def
-def _raw_graph(feed: _Feed, mean: np.ndarray, normalisation: dict[str, Any]) -> tuple[Any, Any]:
-    gpu = Pipeline.current().device_id is not None
+def _raw_graph(
+    poll: Callable[[], Any], mean: np.ndarray, normalisation: dict[str, Any]
+) -> tuple[Any, Any]:
     images, corner, size, flip, labels = fn.external_source(
-        source=feed.poll,
+        source=poll,
         num_outputs=5,
         dtype=[types.UINT8, *[types.INT32] * 3, types.INT64],
         ndim=[3, 1, 1, 0, 0],
         layout=["HWC"],
     )
-    images = images.gpu() if gpu else images
+    images = images.gpu() if _on_gpu() else images
     # The mean first, then the padding: that must be zero for the network.
     images = fn.slice(
-        images - types.Constant(mean, device="gpu" if gpu else "cpu"),
+        images - types.Constant(mean, device="gpu" if _on_gpu() else "cpu"),
         start=corner,
         shape=size,
         axis_names="HW",
@@ -235,7 +416,11 @@ def _raw_graph(feed: _Feed, mean: np.ndarray, normalisation: dict[str, Any]) -> 
     images = fn.crop_mirror_normalize(
         images, mean=0.0, mirror=flip, output_layout="HWC", **normalisation
     )
-    return images, labels.gpu() if gpu else labels
+    return images, labels.gpu() if _on_gpu() else labels
+
+
+def _on_gpu() -> bool:
+    return Pipeline.current().device_id is not None
 
 
 def _device_id(device: torch.device) -> int | None:

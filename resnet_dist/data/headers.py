@@ -8,6 +8,7 @@ import io
 import os
 import re
 import struct
+import warnings
 from typing import BinaryIO
 
 from PIL import Image
@@ -16,34 +17,50 @@ from resnet_dist.errors import UserError
 
 EXIF_ORIENTATION = 0x0112
 MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # from here Pillow takes an image for an attack
+NOT_AN_IMAGE = (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError)
 JPEG_SIGNATURE = b"\xff\xd8"
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
-class UnreadableImage(Exception):
-    """One image cannot be read; the text says why, and does not name it."""
+class UnreadableImage(UserError):
+    """One image cannot be read; the text says why, and leaves it to others to name it."""
 
 
 def displayed_size(file: str | os.PathLike[str] | BinaryIO) -> tuple[int, int]:
     """(height, width) as a viewer shows the image: after its EXIF orientation.
 
     Raises:
-        UserError: the header cannot be read, or names an absurd size.
+        UnreadableImage: the header cannot be read, or names an absurd size.
     """
     try:
-        return _displayed_size(file)
-    except UnreadableImage as error:
-        name = "image" if hasattr(file, "read") else os.fspath(file)
-        raise UserError(f"{name}: {error}; remove or replace it") from None
+        with Image.open(file) as image:
+            width, height = image.size
+            # Only the EXIF block itself: Pillow's getexif() also looks in XMP, which DALI does not,
+            # and in a TIFF's own tags, by which Pillow has turned `size` already.
+            turned = _orientation(image.info.get("exif", b"")) in (5, 6, 7, 8)
+    except NOT_AN_IMAGE as error:
+        raise UnreadableImage(f"not a readable image ({_said_by_pillow(error)})") from None
+    return (width, height) if turned else (height, width)
 
 
 def why_unreadable(data: bytes) -> str | None:
     """Why `data`, a whole encoded image, cannot be one; None if its header is in order."""
     try:
-        _ = _plain_size(data) or _displayed_size(io.BytesIO(data))
+        _ = _plain_size(data) or displayed_size(io.BytesIO(data))
     except UnreadableImage as error:
         return str(error)
     return None
+
+
+def why_undecodable(data: bytes) -> str:
+    """What is wrong with an image that DALI, which does not say, could not decode."""
+    try:
+        with warnings.catch_warnings(), Image.open(io.BytesIO(data)) as image:
+            warnings.simplefilter("ignore")
+            image.load()
+    except NOT_AN_IMAGE as error:
+        return f"not a readable image ({_said_by_pillow(error)})"
+    return "not a readable image (of a kind that DALI does not decode)"
 
 
 def screen(data: bytes, size: tuple[int, int]) -> bool:
@@ -59,7 +76,7 @@ def screen(data: bytes, size: tuple[int, int]) -> bool:
     found = _plain_size(data)
     # Formats that DALI parses otherwise than JPEG and PNG are few, and their headers simple.
     trusted = found is not None or not data.startswith((JPEG_SIGNATURE, PNG_SIGNATURE))
-    found = found or _displayed_size(io.BytesIO(data))
+    found = found or displayed_size(io.BytesIO(data))
     if sorted(found) != sorted(size):  # EXIF may have turned it
         raise UnreadableImage(
             f"is {found[1]} x {found[0]} pixels, and was {size[1]} x {size[0]} in the index"
@@ -112,18 +129,10 @@ def _plain_png_size(data: bytes) -> tuple[int, int] | None:
     return None
 
 
-def _displayed_size(file: str | os.PathLike[str] | BinaryIO) -> tuple[int, int]:
-    try:
-        with Image.open(file) as image:
-            width, height = image.size
-            # Only the EXIF block itself: Pillow's getexif() also looks in XMP, which DALI does not,
-            # and in a TIFF's own tags, by which Pillow has turned `size` already.
-            turned = _orientation(image.info.get("exif", b"")) in (5, 6, 7, 8)
-    except (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError) as error:
-        # Pillow quotes the path, or a Python object.
-        reason = getattr(error, "strerror", None) or re.split(" ['<]", str(error))[0]
-        raise UnreadableImage(f"not a readable image ({reason or type(error).__name__})") from None
-    return (width, height) if turned else (height, width)
+def _said_by_pillow(error: Exception) -> str:
+    """Without the path, or the Python object, that it quotes."""
+    said = getattr(error, "strerror", None) or re.split(" ['<]", str(error))[0]
+    return said or type(error).__name__
 
 
 def _orientation(exif_block: bytes) -> object:

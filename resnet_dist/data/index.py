@@ -6,35 +6,13 @@ shows, crop windows are drawn in that frame, and DALI and Pillow are both told t
 
 import hashlib
 import os
-import tempfile
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from resnet_dist.data.headers import displayed_size
-from resnet_dist.data.listing import (
-    CIFAR10_RECORD_BYTES,
-    cifar10_files,
-    list_folder,
-)
-from resnet_dist.errors import UserError
-
-CIFAR10_CLASSES = (
-    "airplane",
-    "automobile",
-    "bird",
-    "cat",
-    "deer",
-    "dog",
-    "frog",
-    "horse",
-    "ship",
-    "truck",
-)
-HEADER_THREADS = 16
+HEADER_THREADS = 16  # reading a header is mostly waiting
 
 
 @dataclass(frozen=True)
@@ -76,7 +54,7 @@ class Index:
             self,
             labels=self.labels[samples],
             sizes=self.sizes[samples],
-            paths=tuple(self.paths[i] for i in samples) if len(self.paths) else (),
+            paths=_Part(self.paths, samples) if len(self.paths) else (),
             pixels=None if self.pixels is None else self.pixels[samples],
             fingerprint=digest.hexdigest(),
             nbytes=None if self.nbytes is None else self.nbytes[samples],
@@ -85,82 +63,26 @@ class Index:
         )
 
 
-def build_index(data_format: str, root: Path, split: str, cache_dir: Path | None) -> Index:
-    """Reads what is in `root` for `split` ("train" or "val").
+class _Part(Sequence[str]):
+    """Some of the paths, in any order, without a copy of them."""
 
-    `cache_dir` keeps the image sizes of folders: reading 1.28 M headers takes minutes, once.
+    def __init__(self, whole: Sequence[str], samples: np.ndarray) -> None:
+        self._whole, self._samples = whole, samples
 
-    Raises:
-        UserError: missing folders or files, or an image whose header cannot be read.
-    """
-    if data_format == "cifar10":
-        return _cifar10(root, split)
-    return _folder(root, split, cache_dir)
+    def __len__(self) -> int:
+        return len(self._samples)
 
-
-def _cifar10(root: Path, split: str) -> Index:
-    parts = [np.fromfile(file, np.uint8) for file in cifar10_files(root, split)]
-    records = np.concatenate(parts).reshape(-1, CIFAR10_RECORD_BYTES)
-    labels = records[:, 0].astype(np.int64)
-    if labels.max() >= len(CIFAR10_CLASSES):
-        bad = int(labels.argmax())
-        raise UserError(f"{root}: record {bad} of {split} has label {labels[bad]}; copy it again")
-    planes = records[:, 1:].reshape(-1, 3, 32, 32)  # [N, C, H, W]
-    return Index(
-        classes=CIFAR10_CLASSES,
-        labels=labels,
-        sizes=np.full((len(labels), 2), 32, np.int32),
-        paths=(),
-        pixels=np.ascontiguousarray(planes.transpose(0, 2, 3, 1)),
-        fingerprint=hashlib.sha256(records.data).hexdigest(),
-    )
+    def __getitem__(self, i: Any) -> Any:
+        if isinstance(i, slice):
+            return [self._whole[j] for j in self._samples[i]]
+        return self._whole[self._samples[i]]
 
 
-def _folder(root: Path, split: str, cache_dir: Path | None) -> Index:
-    listing = list_folder(root, split)
-    top = (root / split).absolute()
-    paths = tuple(os.path.join(top, path) for path in listing.paths)
-    names = os.fsencode("\0".join((*listing.classes, "", *listing.paths)))
-    with ThreadPoolExecutor(HEADER_THREADS) as pool:
-        cached = None
-        if cache_dir is not None:
-            files = np.array(list(pool.map(_file_facts, paths)), np.int64)
-            key = hashlib.sha256(os.fsencode(top) + names + files.tobytes()).hexdigest()
-            cached = cache_dir / f"sizes-{key[:16]}.npy"
-        sizes = _load_sizes(cached, len(paths))
-        if sizes is None:
-            sizes = np.array(list(pool.map(displayed_size, paths)), np.int32)
-            if cached is not None:
-                _save_atomically(cached, sizes)
-    labels = np.array(listing.labels, np.int64)
-    digest = hashlib.sha256(names)
-    digest.update(labels.tobytes())
-    digest.update(sizes.tobytes())
-    return Index(listing.classes, labels, sizes, paths, None, digest.hexdigest())
-
-
-def _file_facts(path: str) -> tuple[int, int]:
-    """What changes when a file is replaced. Far cheaper than its header."""
-    facts = os.stat(path)
-    return facts.st_size, facts.st_mtime_ns
-
-
-def _load_sizes(path: Path | None, count: int) -> np.ndarray | None:
-    """The cached sizes, int32 [count, 2]; None where there are none to rely on."""
-    try:
-        sizes = np.load(path) if path is not None else None
-    except (OSError, ValueError, EOFError):
-        return None
-    return sizes if sizes is not None and sizes.shape == (count, 2) else None
-
-
-def _save_atomically(path: Path, array: np.ndarray) -> None:
-    """The cache is a help, not a need: a folder that cannot be written costs only time."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            np.save(file, array)
-        os.chmod(file.name, 0o644)  # run folders are shared
-        os.replace(file.name, path)
-    except OSError:
-        return
+def fingerprint_of(
+    classes: Sequence[str], names: Iterable[str], labels: np.ndarray, sizes: np.ndarray
+) -> str:
+    """Changes when a class, a name, a label (int64 [N]) or a size (int32 [N, 2]) does."""
+    digest = hashlib.sha256(os.fsencode("\0".join((*classes, "", *names))))
+    digest.update(np.ascontiguousarray(labels, np.int64).data)
+    digest.update(np.ascontiguousarray(sizes, np.int32).data)
+    return digest.hexdigest()

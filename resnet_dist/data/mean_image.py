@@ -1,11 +1,13 @@
 """The mean image of the training set, for per-pixel mean subtraction (He et al. 2015, sections 3.4
 and 4.2, after Krizhevsky et al. 2012)."""
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 
 from resnet_dist.config import Config
-from resnet_dist.data.augment import center_windows
+from resnet_dist.data.augment import Request, center_windows
 from resnet_dist.data.dali import Loader
 from resnet_dist.data.index import Index
 from resnet_dist.data.order import slice_of
@@ -31,19 +33,21 @@ def mean_image(index: Index, config: Config, world: World) -> np.ndarray | None:
     mine = slice_of(samples, world.rank, world.size)
     loader = Loader(
         index,
-        mean=(0.0, 0.0, 0.0),
-        std=(1.0, 1.0, 1.0),
+        replace(data, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)),
         device=world.device,
         dtype=torch.float32,
         max_batch_size=batch,
-        num_threads=data.decode_threads,
     )
     parts = (mine[start : start + batch] for start in range(0, len(mine), batch))
     requests = (
-        (part, center_windows(index.sizes[part], data.eval_resize_px, px)) for part in parts
+        Request(part, center_windows(index.sizes[part], data.eval_resize_px, px)) for part in parts
     )
     total = torch.zeros(3, px, px, dtype=torch.int64, device=world.device)
-    for images in (loaded.images for loaded in loader.batches(requests)):
-        total += (images * FIXED_POINT).round().to(torch.int64).sum(dim=0)
-    mean = world.sum(total).double() / (FIXED_POINT * count)  # CPU-GPU sync point
-    return mean.permute(1, 2, 0).float().cpu().numpy()
+    readable = torch.zeros((), dtype=torch.int64, device=world.device)
+    for loaded in loader.batches(requests):
+        is_real = loaded.labels >= 0
+        images = loaded.images * FIXED_POINT * is_real[:, None, None, None]
+        total += images.round().to(torch.int64).sum(dim=0)
+        readable += is_real.sum()
+    mean = world.sum(total).double() / (FIXED_POINT * world.sum(readable))
+    return mean.permute(1, 2, 0).float().cpu().numpy()  # CPU-GPU sync point

@@ -8,25 +8,62 @@ from functools import lru_cache
 
 import numpy as np
 
+BLOCK_IMAGES = 16  # neighbours in a shard that are read together: 1.8 MB of ImageNet
+WINDOW_IMAGES = 32_768  # the blocks of about so many images are mixed with each other
+
 
 @lru_cache(maxsize=2)  # 10 MB each for ImageNet; two, because DALI reads ahead over an epoch's end
 def epoch_order(seed: int, epoch: int, images: int) -> np.ndarray:
     """int64 [images]: a permutation of all sample numbers, seeded by (seed, epoch)."""
-    order = np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(images)
+    order = _random(seed, epoch).permutation(images)
     order.flags.writeable = False  # it is shared by all callers of this cache
     return order
 
 
+@lru_cache(maxsize=2)
+def block_order(seed: int, epoch: int, images: int, global_batch_size: int) -> np.ndarray:
+    """int64 [images]: a permutation that reads shards nearly in sequence; seeded by (seed, epoch).
+
+    Blocks of neighbours are shuffled. A window of them is laid out as a table with a column for
+    each place in the global batch and a row for each step, filled column by column, and each column
+    is shuffled. So a batch has one image of each column, from as many places of the data set as it
+    has images; and a column's blocks are read whole by the one rank that has this place of the
+    batch, whatever the number of ranks.
+    """
+    random = _random(seed, epoch)
+    blocks = random.permutation(-(-images // BLOCK_IMAGES))
+    sequence = (blocks[:, None] * BLOCK_IMAGES + np.arange(BLOCK_IMAGES)).reshape(-1)
+    sequence = sequence[sequence < images]  # the last block may be a part of one
+    steps = images // global_batch_size
+    window_steps = max(1, WINDOW_IMAGES // global_batch_size)
+    for start in range(0, steps, window_steps):
+        window = slice(
+            start * global_batch_size, min(start + window_steps, steps) * global_batch_size
+        )
+        columns = sequence[window].reshape(global_batch_size, -1)
+        sequence[window] = random.permuted(columns, axis=1).T.reshape(-1)
+    sequence.flags.writeable = False
+    return sequence
+
+
+def _random(seed: int, epoch: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(key=[seed, epoch]))
+
+
 def step_samples(
-    seed: int, step: int, images: int, global_batch_size: int
+    seed: int, step: int, images: int, global_batch_size: int, in_blocks: bool = False
 ) -> tuple[int, np.ndarray]:
     """(epoch, int64 [global_batch_size]): the images of global step `step`.
 
-    The last, partial batch of an epoch is dropped (see plan.py).
+    The last, partial batch of an epoch is dropped (see plan.py). in_blocks: by `block_order`.
     """
     epoch, step_in_epoch = divmod(step, images // global_batch_size)
     start = step_in_epoch * global_batch_size
-    return epoch, epoch_order(seed, epoch, images)[start : start + global_batch_size]
+    if in_blocks:
+        order = block_order(seed, epoch, images, global_batch_size)
+    else:
+        order = epoch_order(seed, epoch, images)
+    return epoch, order[start : start + global_batch_size]
 
 
 def slice_of(samples: np.ndarray, part: int, parts: int) -> np.ndarray:

@@ -1,13 +1,21 @@
 """A config's data set, opened: the index of a split, its mean image, and the loader over it."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
-from resnet_dist.config import Config
+from resnet_dist.config import Config, DataConfig
+from resnet_dist.data.augment import Request, whole_windows
+from resnet_dist.data.build import set_aside, without
+from resnet_dist.data.cache import DecodedCache, EncodedCache
 from resnet_dist.data.dali import Loader
-from resnet_dist.data.index import Index, build_index
-from resnet_dist.data.order import holdout
+from resnet_dist.data.index import Index
+from resnet_dist.data.nodes import agreed_index
+from resnet_dist.data.order import holdout, slice_of
+from resnet_dist.data.quarantine import read_quarantine
+from resnet_dist.data.reader import Reader
 from resnet_dist.distributed import World
 from resnet_dist.precision import DTYPES
 
@@ -15,19 +23,16 @@ from resnet_dist.precision import DTYPES
 def load_index(config: Config, split: str, world: World) -> Index:
     """The index of "train" or "val", the same on every rank. A collective.
 
-    Folders are walked by rank 0 alone, CIFAR's files are read by each rank. With
+    Each node's data must be rank 0's. What the data's quarantine names is in `bad`. With
     data.holdout_images, both splits are parts of the training images.
 
     Raises:
-        UserError: what `build_index` raises, or fewer images than data.holdout_images.
+        UserError: what `agreed_index` raises, or fewer images than data.holdout_images.
     """
     root, cache = Path(config.data.root), config.run_dir.parent / ".index"
     held = config.data.holdout_images
-    source = "train" if held else split
-    if config.data.format == "folder":
-        index = world.on_main(lambda: build_index("folder", root, source, cache))
-    else:
-        index = world.on_all(lambda: build_index(config.data.format, root, source, None))
+    index = agreed_index(config.data.format, root, "train" if held else split, cache, world)
+    index = without(index, world.on_main(lambda: set_aside(index, root, read_quarantine(root))))
     if not held:
         return index
     held = config.held_out_of(len(index))
@@ -37,13 +42,53 @@ def load_index(config: Config, split: str, world: World) -> Index:
 def make_loader(
     index: Index, config: Config, world: World, mean_image: np.ndarray | None = None
 ) -> Loader:
-    """Batches of at most train.max_local_batch_size images. mean_image: in place of data.mean."""
+    """Batches of at most train.max_local_batch_size images. mean_image: in place of data.mean.
+    A collective, as ranks of a node share data.cache.
+
+    Raises:
+        UserError: data.cache does not fit in memory.
+    """
+    data = config.data
+    reader: Reader | DecodedCache | None = None
+    if data.cache == "decoded":
+        reader = _decoded_cache(index, data, world)
+    elif data.cache == "encoded":
+        assert index.nbytes is not None
+        reader = Reader(index, data.read_threads, EncodedCache(index.nbytes, world))
     return Loader(
         index,
-        mean=config.data.mean if mean_image is None else mean_image,
-        std=config.data.std,
+        data,
         device=world.device,
         dtype=DTYPES[config.train.precision],
         max_batch_size=config.train.max_local_batch_size,
-        num_threads=config.data.decode_threads,
+        mean_image=mean_image,
+        reader=reader,
     )
+
+
+def _decoded_cache(index: Index, data: DataConfig, world: World) -> DecodedCache:
+    """All images, decoded once by the CPUs of each node, a share by each of its ranks."""
+    cache = DecodedCache(index, world)
+    mine = slice_of(np.arange(len(index)), world.local_rank, world.local_size)
+    samples = mine[(index.sizes[mine] > 0).all(axis=1)]
+    loader = Loader(
+        index,
+        # No resize and no normalisation: what comes are the decoder's whole grey levels.
+        replace(data, mean=(0.0, 0.0, 0.0), std=(1 / 255, 1 / 255, 1 / 255), decode="image"),
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        max_batch_size=1,
+    )
+    requests = (
+        Request(one, whole_windows(index.sizes[one], int(index.sizes[one].min())))
+        for one in np.split(samples, len(samples))
+    )
+
+    def fill() -> None:
+        for sample, batch in zip(samples.tolist(), loader.batches(requests), strict=True):
+            if batch.labels[0] >= 0:
+                pixels = batch.images[0].permute(1, 2, 0).round()
+                cache.put(sample, pixels.to(torch.uint8).numpy())
+
+    world.on_all(fill)
+    return cache

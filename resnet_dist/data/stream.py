@@ -1,9 +1,12 @@
 """A rank's requests, in order: which samples, seen through which windows."""
 
 from collections.abc import Iterator
+from functools import partial
+
+import numpy as np
 
 from resnet_dist.config import Config
-from resnet_dist.data.augment import Request, train_windows
+from resnet_dist.data.augment import Request, Windows, train_windows, uniforms
 from resnet_dist.data.index import Index
 from resnet_dist.data.order import step_samples
 from resnet_dist.data.protocol import Protocol
@@ -14,12 +17,31 @@ def train_requests(
     config: Config, plan: Plan, index: Index, rank: int, first_step: int
 ) -> Iterator[Request]:
     """`plan.accumulation` requests per step, from `first_step` to the end of the run."""
+    in_blocks = index.shards is not None
     for step in range(first_step, plan.total_steps):
-        epoch, batch = step_samples(config.seed, step, len(index), plan.global_batch_size)
+        epoch, batch = step_samples(
+            config.seed, step, len(index), plan.global_batch_size, in_blocks
+        )
         for accumulated in range(plan.accumulation):
             places = plan.places(rank, accumulated)
             mine = batch[places.start : places.stop]
-            yield mine, train_windows(config.data, config.seed, epoch, mine, index.sizes[mine])
+            yield train_request(config, index, epoch, mine)
+
+
+def train_request(config: Config, index: Index, epoch: int, samples: np.ndarray) -> Request:
+    """Training images as they are seen in `epoch`. samples: int64 [B]."""
+    windows = train_windows(config.data, config.seed, epoch, samples, index.sizes[samples])
+    return Request(samples, windows, partial(_stand_in, config, index, epoch))
+
+
+def _stand_in(
+    config: Config, index: Index, epoch: int, sample: int, attempt: int
+) -> tuple[int, Windows]:
+    """Another training image in the place of `sample`, seen as in its own place: a function of
+    (seed, epoch, sample), so that neither ranks nor restarts change what is shown."""
+    key = np.array([len(index) * (1 + attempt) + sample])  # beyond the numbers of the samples
+    other = (uniforms(config.seed, epoch, key, draws=1)[0] * len(index)).astype(np.int64)
+    return int(other[0]), train_windows(config.data, config.seed, epoch, other, index.sizes[other])
 
 
 def eval_requests(
@@ -34,4 +56,4 @@ def eval_requests(
     """
     for samples in protocol.batches(config, index.sizes)[rank::world_size]:
         for windows in protocol.windows(config.data, index.sizes[samples]):
-            yield samples, windows
+            yield Request(samples, windows)

@@ -1,4 +1,4 @@
-"""Data sets made ready. So far: scikit-learn's handwritten digits as an image folder."""
+"""scikit-learn's handwritten digits as an image folder: real data that comes with the package."""
 
 from pathlib import Path
 

@@ -1,0 +1,1 @@
+"""Data sets made ready: sources -> (reencode) -> write_shards; and digits."""

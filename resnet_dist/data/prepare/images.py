@@ -1,0 +1,163 @@
+"""Where a source's encoded images are: each class is a part of a split, small enough to be sent to
+a worker, that is cut by a slice and yields the bytes of one image after the other."""
+
+import hashlib
+import io
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+from PIL import Image
+
+from resnet_dist.errors import UserError
+
+PARQUET_BATCH_ROWS = 16
+PARQUET_BUFFER_BYTES = 1 << 20
+
+
+class Images(Protocol):
+    """N encoded images, in the order of their split."""
+
+    def cut(self, start: int, stop: int) -> "Images": ...
+
+    def identity(self) -> bytes:
+        """Of all that can be told without reading the images: another source has another."""
+
+    def __iter__(self) -> Iterator[bytes]:
+        """Raises UserError: a file cannot be read, or is shorter than it was."""
+
+
+@dataclass(frozen=True)
+class Files:
+    paths: Sequence[str]
+    nbytes: np.ndarray  # int64 [N]
+
+    def cut(self, start: int, stop: int) -> "Files":
+        return Files(self.paths[start:stop], self.nbytes[start:stop])
+
+    def identity(self) -> bytes:
+        return self.nbytes.astype(np.int64).tobytes()
+
+    def __iter__(self) -> Iterator[bytes]:
+        for path in self.paths:
+            try:
+                with open(path, "rb") as file:
+                    yield file.read()
+            except OSError as error:
+                raise unreadable(path, error) from None
+
+
+@dataclass(frozen=True)
+class TarMembers:
+    """Read in place: image i is nbytes[i] bytes of files[tar[i]] from offset[i] on."""
+
+    files: Sequence[str]
+    tar: np.ndarray  # int32 [N]
+    offset: np.ndarray  # int64 [N]
+    nbytes: np.ndarray  # int64 [N]
+
+    def cut(self, start: int, stop: int) -> "TarMembers":
+        part = slice(start, stop)
+        return replace(self, tar=self.tar[part], offset=self.offset[part], nbytes=self.nbytes[part])
+
+    def identity(self) -> bytes:
+        return self.nbytes.astype(np.int64).tobytes()  # as of the same images as files
+
+    def __iter__(self) -> Iterator[bytes]:
+        opened, descriptor = -1, -1
+        try:
+            for tar, offset, nbytes in zip(self.tar, self.offset, self.nbytes, strict=True):
+                path = self.files[tar]
+                try:
+                    if tar != opened:
+                        if descriptor >= 0:
+                            os.close(descriptor)
+                        descriptor = os.open(path, os.O_RDONLY)
+                        opened = tar
+                    data = os.pread(descriptor, int(nbytes), int(offset))
+                except OSError as error:
+                    raise unreadable(path, error) from None
+                if len(data) < nbytes:
+                    raise UserError(f"{path}: has become shorter; copy it again")
+                yield data
+        finally:
+            if descriptor >= 0:
+                os.close(descriptor)
+
+
+@dataclass(frozen=True)
+class ParquetRows:
+    """The column image.bytes of rows start..stop-1 of the files, taken as one table."""
+
+    files: Sequence[str]
+    rows: Sequence[int]  # of each file
+    start: int
+    stop: int
+
+    def cut(self, start: int, stop: int) -> "ParquetRows":
+        return replace(self, start=self.start + start, stop=self.start + stop)
+
+    def identity(self) -> bytes:
+        return repr([(rows, os.path.getsize(path)) for path, rows in self._files()]).encode()
+
+    def __iter__(self) -> Iterator[bytes]:
+        first = 0
+        for path, rows in self._files():
+            if first < self.stop and first + rows > self.start:
+                yield from _parquet_rows(path, self.start - first, self.stop - first)
+            first += rows
+
+    def _files(self) -> Iterator[tuple[str, int]]:
+        return zip(self.files, self.rows, strict=True)
+
+
+def _parquet_rows(path: str, start: int, stop: int) -> Iterator[bytes]:
+    import pyarrow as pa  # only this source needs it
+    import pyarrow.parquet as pq
+
+    try:
+        # A row group may be as large as its file: it is read in parts.
+        with pq.ParquetFile(path, buffer_size=PARQUET_BUFFER_BYTES, pre_buffer=False) as file:
+            row = 0
+            for group in range(file.num_row_groups):
+                rows = file.metadata.row_group(group).num_rows
+                if row >= stop or row + rows <= start:
+                    row += rows
+                    continue
+                for batch in file.iter_batches(
+                    PARQUET_BATCH_ROWS, [group], ["image.bytes"], use_threads=False
+                ):
+                    for data in batch.column(0).field("bytes"):
+                        if start <= row < stop:
+                            yield data.as_py() or b""
+                        row += 1
+    except OSError as error:  # Arrow's message names no file
+        raise unreadable(path, error) from None
+    except pa.ArrowException as error:
+        raise UserError(f"{path}: damaged ({str(error).splitlines()[0]}); copy it again") from None
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """Raw pixels, uint8 [N, H, W, 3], which become PNG files: nothing is lost."""
+
+    pixels: np.ndarray
+
+    def cut(self, start: int, stop: int) -> "Pixels":
+        return Pixels(self.pixels[start:stop])
+
+    def identity(self) -> bytes:
+        return hashlib.sha256(self.pixels.data).digest()
+
+    def __iter__(self) -> Iterator[bytes]:
+        for pixels in self.pixels:
+            file = io.BytesIO()
+            Image.fromarray(pixels).save(file, "PNG")
+            yield file.getvalue()
+
+
+def unreadable(path: object, error: OSError) -> UserError:
+    reason = error.strerror or str(error).splitlines()[0]
+    return UserError(f"{path}: cannot be read: {reason}")

@@ -1,0 +1,76 @@
+"""Large images made smaller: decoded by Pillow, turned upright, resized, written as JPEG."""
+
+import io
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from resnet_dist.data.headers import NOT_AN_IMAGE, UnreadableImage
+from resnet_dist.data.headers import _orientation as orientation_of
+from resnet_dist.data.headers import _said_by_pillow as said_by_pillow
+
+# EXIF 2.32, table "Orientation": how the stored rows and columns come to stand upright.
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# A JPEG is decoded at the smallest of 8/8, 4/8, 2/8, 1/8 of its size that is at least this many
+# times too large; Pillow calls the result of 3 nearly the same as that of a full decode.
+REDUCING_GAP = 3.0
+DAMAGED = (*NOT_AN_IMAGE, EOFError, zlib.error)
+
+
+@dataclass(frozen=True)
+class Limit:
+    side: str  # "longest" or "shortest"
+    px: int
+    quality: int  # of JPEG, 1..100
+
+
+def reencode(data: bytes, limit: Limit) -> bytes:
+    """A JPEG (8-bit RGB, no EXIF) whose side is limit.px; `data` itself if it is not larger.
+
+    Raises:
+        UnreadableImage: it cannot be decoded.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            side = max(image.size) if limit.side == "longest" else min(image.size)
+            if side <= limit.px:
+                return data
+            # Only the EXIF block itself, as `displayed_size` does it.
+            orientation = orientation_of(image.info.get("exif", b""))
+            width, height = (max(1, round(px * limit.px / side)) for px in image.size)
+            # A palette cannot be resized; a JPEG may be CMYK, and is decoded small only if it is
+            # not converted first.
+            smaller = image if image.format == "JPEG" else _rgb(image)
+            fraction = smaller.draft(None, (int(width * REDUCING_GAP), int(height * REDUCING_GAP)))
+            smaller = smaller.resize(
+                (width, height),
+                Image.Resampling.LANCZOS,
+                box=fraction[1] if fraction else None,
+                reducing_gap=REDUCING_GAP,
+            )
+            smaller = _rgb(smaller)
+            if orientation in UPRIGHT:
+                smaller = smaller.transpose(UPRIGHT[orientation])
+            file = io.BytesIO()
+            smaller.save(file, "JPEG", quality=limit.quality)
+            return file.getvalue()
+    except DAMAGED as error:
+        raise UnreadableImage(f"cannot be decoded ({said_by_pillow(error)})") from None
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """8 bits per channel; transparency is dropped, as DALI does it."""
+    if image.mode == "I" or image.mode.startswith("I;16"):  # 16-bit grey, which Pillow would clip
+        grey = np.asarray(image).clip(0, 65535) / 257
+        image = Image.fromarray(np.rint(grey).astype(np.uint8))
+    return image.convert("RGB")

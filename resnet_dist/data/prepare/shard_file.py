@@ -1,0 +1,180 @@
+"""One shard: a tar of KEY.jpg, KEY.cls and KEY.json for each sample, as WebDataset has it.
+
+https://github.com/webdataset/webdataset. Nothing of the machine or the hour is in it: the same
+samples make the same bytes.
+"""
+
+import io
+import json
+import os
+import tarfile
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import IO
+
+import numpy as np
+
+from resnet_dist.data.headers import UnreadableImage, displayed_size
+from resnet_dist.data.prepare.images import Images
+from resnet_dist.data.prepare.reencode import Limit, reencode
+from resnet_dist.errors import UserError
+
+SIGNATURES = {
+    b"\xff\xd8\xff": ".jpg",
+    b"\x89PNG\r\n\x1a\n": ".png",
+    b"BM": ".bmp",
+    b"II*\0": ".tif",
+    b"MM\0*": ".tif",
+    b"RIFF": ".webp",
+    b"P6": ".ppm",
+    b"P5": ".pgm",
+}
+PARTIAL = ".partial"
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """What a worker is sent."""
+
+    path: Path
+    first: int  # number in the split of the first sample
+    labels: Sequence[int]
+    names: Sequence[str]  # of the originals: CLASS/FILE
+    class_names: Sequence[str]  # of each sample
+    images: Images
+    bad: dict[int, str]  # known beforehand: number in the split -> reason
+    limit: Limit | None
+
+
+@dataclass(frozen=True)
+class ShardFacts:
+    """What the index says of the n samples of a shard."""
+
+    members: list[str]  # the images
+    offsets: np.ndarray  # int64 [n]: of the image's first byte in the tar
+    nbytes: np.ndarray  # int64 [n]
+    sizes: np.ndarray  # int32 [n, 2]: height, width; 0, 0 if bad
+    bad: dict[int, str]  # number in the shard -> reason
+
+
+def make_shard(task: ShardTask) -> tuple[ShardFacts, bool]:
+    """Writes the shard, unless it is there; (what is in it, whether it was written now).
+
+    It gets its name when its last byte is on the disk, so one that has its name is whole.
+
+    Raises:
+        UserError: an image cannot be read, or the shard not be written.
+    """
+    fresh = not task.path.exists()
+    if fresh:
+        try:
+            _write_whole(task)
+        except OSError as error:
+            raise UserError(
+                f"{task.path}: cannot be written: {error.strerror}; "
+                "what is whole stays, and the same command goes on"
+            ) from None
+    return _read_facts(task.path, len(task.labels)), fresh
+
+
+def _write_whole(task: ShardTask) -> None:
+    folder, name = task.path.parent, task.path.name
+    # A name that no other process has: not even one that should be dead.
+    with NamedTemporaryFile(dir=folder, prefix=f".{name}.", suffix=PARTIAL, delete=False) as file:
+        try:
+            _write(task, file)
+            file.flush()
+            os.fsync(file.fileno())
+            os.chmod(file.name, 0o644)  # data sets are shared
+            os.replace(file.name, task.path)
+        except BaseException:
+            os.unlink(file.name)  # its bytes may be what the disk lacks
+            raise
+    flush_folder(folder)
+
+
+def flush_folder(folder: Path) -> None:
+    """Puts the names in it on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write(task: ShardTask, file: IO[bytes]) -> None:
+    with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        samples = zip(task.images, task.labels, task.names, task.class_names, strict=True)
+        for number, (data, label, name, class_name) in enumerate(samples, task.first):
+            data, (height, width), why = _readied(data, task.limit, task.bad.get(number))
+            facts = {
+                "class": class_name,
+                "filename": name,
+                "height": height,
+                "label": label,
+                "width": width,
+            }
+            if why is not None:
+                facts["bad"] = why
+            for suffix, content in (
+                (_suffix(data), data),
+                (".cls", str(label).encode()),
+                (".json", json.dumps(facts).encode()),
+            ):
+                # A key of our own: names of the source may be anything.
+                member = tarfile.TarInfo(f"{number:08}{suffix}")  # mtime, uid and gid are 0
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+
+
+def _readied(
+    data: bytes, limit: Limit | None, known: str | None
+) -> tuple[bytes, tuple[int, int], str | None]:
+    """(bytes to be written, size or 0, 0, why the image is bad or None)."""
+    try:
+        if known or not data:
+            raise UnreadableImage(known or "an empty file")
+        with warnings.catch_warnings(action="ignore"):  # Pillow's, of which none stops it
+            if limit is not None:
+                data = reencode(data, limit)
+            return data, displayed_size(io.BytesIO(data)), None
+    except UnreadableImage as error:
+        return data, (0, 0), str(error)
+
+
+def _suffix(data: bytes) -> str:
+    """Of what the image is, whatever its name said. What it cannot be told of may be anything."""
+    return next((suffix for start, suffix in SIGNATURES.items() if data.startswith(start)), ".jpg")
+
+
+def _read_facts(path: Path, samples: int) -> ShardFacts:
+    """From the tar itself, whether it was made now or before a kill."""
+    images: list[tarfile.TarInfo] = []
+    sizes: list[tuple[int, int]] = []
+    bad: dict[int, str] = {}
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                if member.name.endswith(".json"):
+                    content = tar.extractfile(member)
+                    assert content is not None
+                    told = json.loads(content.read())
+                    if "bad" in told:
+                        bad[len(sizes)] = told["bad"]
+                    sizes.append((told["height"], told["width"]))
+                elif not member.name.endswith(".cls"):
+                    images.append(member)
+        if not len(images) == len(sizes) == samples:
+            raise ValueError(f"{len(images)} images, not {samples}")
+    except (OSError, tarfile.TarError, ValueError, KeyError) as error:
+        raise UserError(f"{path}: damaged ({error}); remove it and run again") from None
+    return ShardFacts(
+        members=[image.name for image in images],
+        offsets=np.array([image.offset_data for image in images], np.int64),
+        nbytes=np.array([image.size for image in images], np.int64),
+        sizes=np.array(sizes, np.int32),
+        bad=bad,
+    )

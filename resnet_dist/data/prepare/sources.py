@@ -1,0 +1,208 @@
+"""What `prepare` reads: image folders, shards, ILSVRC2012's tars, the hub's parquet, CIFAR.
+
+Which of them a folder is, is told by what is in it.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from resnet_dist.data.build import build_index, set_aside
+from resnet_dist.data.index import Index
+from resnet_dist.data.listing import CIFAR_FORMS, list_folder
+from resnet_dist.data.prepare import hub_parquet, ilsvrc
+from resnet_dist.data.prepare.images import Files, Images, Pixels, TarMembers, unreadable
+from resnet_dist.data.quarantine import read_quarantine
+from resnet_dist.errors import UserError
+
+SPLITS = ("train", "val")
+STAT_THREADS = 16
+MAX_IMAGE_BYTES = 1 << 30  # ImageNet's largest file has 15 MB
+
+
+@dataclass(frozen=True)
+class Split:
+    """N images, in the order in which they are written."""
+
+    labels: np.ndarray  # int64 [N]
+    names: Sequence[str]  # [N], of the originals: CLASS/FILE
+    images: Images
+    bad: Mapping[int, str] = field(default_factory=dict)  # known beforehand: sample -> reason
+
+
+@dataclass(frozen=True)
+class Source:
+    classes: tuple[str, ...]  # sorted; a label is a place in it
+    splits: Mapping[str, Split]
+
+    def fingerprint(self) -> str:
+        """Of all that can be told without reading an image: names, labels, bytes of each."""
+        digest = hashlib.sha256("\n".join(self.classes).encode(errors="surrogateescape"))
+        for name, split in self.splits.items():
+            text = "\0".join((name, *split.names))
+            digest.update(text.encode(errors="surrogateescape"))
+            digest.update(split.labels.tobytes())
+            digest.update(split.images.identity())
+        return digest.hexdigest()
+
+
+def open_source(root: Path, map_: Callable[..., Iterable[Any]]) -> Source:
+    """map_: as the built-in `map`; may run in processes.
+
+    Raises:
+        UserError: nothing that is known is in `root`, or it is incomplete or damaged.
+    """
+    parquet, cifar = hub_parquet.parquet_folder(root), _cifar_format(root)
+    if not root.is_dir():
+        raise UserError(f"{root}: no such folder")
+    if (root / ilsvrc.TRAIN_TAR).exists():
+        source = _ilsvrc(root, map_)
+    elif parquet is not None:
+        source = _parquet(parquet)
+    elif cifar is not None:
+        source = _indexed(cifar, root)
+    elif any(root.glob("*.tar")) or any(root.glob("train/*.tar")):
+        source = _indexed("shards", root)
+    elif (root / "train").is_dir():
+        source = _folder(root)
+    else:
+        raise UserError(
+            f"{root}: nothing to prepare in it; expected train/CLASS/IMAGES and val/, shards, "
+            f"{ilsvrc.TRAIN_TAR}, train-00000-of-NNNNN.parquet, or CIFAR's batches"
+        )
+    odd = [name for name in source.classes if "\n" in name or "\r" in name]
+    if odd:
+        raise UserError(f"{root}: class {odd[0]!r}: a line end in its name; rename it")
+    for split in source.splits.values():
+        _check_sizes(root, split)
+    return source
+
+
+def _check_sizes(root: Path, split: Split) -> None:
+    """A worker holds an image in memory."""
+    nbytes = split.images.nbytes if isinstance(split.images, Files | TarMembers) else np.zeros(1)
+    if nbytes.max() > MAX_IMAGE_BYTES:
+        sample = int(nbytes.argmax())
+        raise UserError(
+            f"{root}: {split.names[sample]}: {nbytes[sample]:,} bytes; no image is that large, "
+            "remove it"
+        )
+
+
+def _cifar_format(root: Path) -> str | None:
+    for data_format, forms in CIFAR_FORMS.items():
+        for form in forms:
+            files = [root / name for name in form.train]
+            if (root / form.folder).is_dir() or all(file.is_file() for file in files):
+                return data_format
+    return None
+
+
+def _folder(root: Path) -> Source:
+    listings = {split: list_folder(root, split) for split in SPLITS}
+    classes = _same_classes(root, {name: one.classes for name, one in listings.items()})
+    known = read_quarantine(root)
+    splits = {}
+    for name, listing in listings.items():
+        top = os.path.join((root / name).absolute(), "")
+        paths = [top + path for path in listing.paths]
+        with ThreadPoolExecutor(STAT_THREADS) as pool:
+            nbytes = np.fromiter(pool.map(_file_bytes, paths), np.int64, len(paths))
+        labels = np.array(listing.labels, np.int64)
+        bad = _known_bad(known, (f"{name}/{path}" for path in listing.paths))
+        splits[name] = Split(labels, listing.paths, Files(paths, nbytes), bad)
+    return Source(classes, splits)
+
+
+def _file_bytes(path: str) -> int:
+    try:
+        return os.stat(path).st_size
+    except OSError as error:
+        raise unreadable(path, error) from None
+
+
+def _ilsvrc(root: Path, map_: Callable[..., Iterable[Any]]) -> Source:
+    """In the order, and under the names, of an image folder unpacked from the same tars."""
+    listings = {
+        "val": (root / ilsvrc.VAL_TAR, ilsvrc.list_val(root)),  # first: it is over in a second
+        "train": (root / ilsvrc.TRAIN_TAR, ilsvrc.list_train(root, map_)),
+    }
+    found = {name: tuple(sorted(listings[name][1])) for name in SPLITS}
+    classes = _same_classes(root, found)
+    splits = {}
+    for name in SPLITS:
+        path, images_of = listings[name]
+        members = [member for synset in classes for member in images_of[synset]]
+        counts = [len(images_of[synset]) for synset in classes]
+        labels = np.repeat(np.arange(len(classes), dtype=np.int64), counts)
+        names = [
+            f"{classes[label]}/{member[0]}"
+            for label, member in zip(labels.tolist(), members, strict=True)
+        ]
+        splits[name] = Split(labels, names, ilsvrc.as_tar_members(path, members))
+    return Source(classes, splits)
+
+
+def _parquet(folder: Path) -> Source:
+    hub = {name: hub_parquet.list_parquet(folder, name) for name in SPLITS}
+    class_of = hub_parquet.class_of_labels(list(hub.values()))
+    hub_labels = sorted(class_of, key=lambda label: (class_of[label], label))
+    number = np.full(max(hub_labels) + 1, -1, np.int64)
+    number[hub_labels] = np.arange(len(hub_labels))
+    splits = {}
+    for name, one in hub.items():
+        names = [
+            f"{class_of[label]}/{file}"
+            for label, file in zip(one.labels.tolist(), one.names, strict=True)
+        ]
+        splits[name] = Split(number[one.labels], names, one.images)
+    return Source(tuple(class_of[label] for label in hub_labels), splits)
+
+
+def _indexed(data_format: str, root: Path) -> Source:
+    indexes = {name: build_index(data_format, root, name, None) for name in SPLITS}
+    given = _same_classes(root, {name: index.classes for name, index in indexes.items()})
+    order = sorted(range(len(given)), key=lambda label: given[label])
+    number = np.argsort(order)  # the new label of each old one
+    known = read_quarantine(root)
+    splits = {}
+    for name, index in indexes.items():
+        files = index.paths if len(index.paths) else [f"{i:05}.png" for i in range(len(index))]
+        names = [
+            f"{given[label]}/{os.path.basename(file)}"
+            for label, file in zip(index.labels.tolist(), files, strict=True)
+        ]
+        bad = {**index.bad, **set_aside(index, root, known)}
+        splits[name] = Split(number[index.labels], names, _images(index), bad)
+    return Source(tuple(given[label] for label in order), splits)
+
+
+def _images(index: Index) -> Images:
+    if index.shards is None:
+        assert index.pixels is not None
+        return Pixels(index.pixels)
+    assert index.nbytes is not None
+    shards = index.shards
+    return TarMembers(shards.files, shards.shard, shards.offset, index.nbytes)
+
+
+def _known_bad(known: Mapping[str, str], names: Iterable[str]) -> dict[int, str]:
+    return {i: known[name] for i, name in enumerate(names) if name in known} if known else {}
+
+
+def _same_classes(root: Path, found: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
+    train, val = (set(found[split]) for split in SPLITS)
+    if train != val or len(found["train"]) != len(train):
+        odd = sorted(train ^ val) or sorted(found["train"])
+        where = "train" if odd[0] in train else "val"
+        raise UserError(
+            f"{root}: class {odd[0]!r} is in {where} alone ({len(train)} classes in train, "
+            f"{len(val)} in val); both must have the same"
+        )
+    return tuple(found["train"])

@@ -1,0 +1,238 @@
+"""A source becomes shards, with an index of each split: the same bytes from any number of workers,
+and after any number of kills.
+
+    DEST/prepare.json            what it was made from, and how: a second run must agree
+    DEST/classes.txt             a line per class; a label is a place in it, from 0 on
+    DEST/bad_samples.tsv         images that cannot be read; they keep their places all the same
+    DEST/train/000000.tar ...    see shard_file.py
+    DEST/train/index.arrow       and index.json: see data/index_file.py; the last to be written
+    DEST/val/                    likewise
+"""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import PIL
+
+from resnet_dist.data.index import Index, Shards, fingerprint_of
+from resnet_dist.data.index_file import save_index
+from resnet_dist.data.prepare.progress import ShardProgress
+from resnet_dist.data.prepare.reencode import Limit
+from resnet_dist.data.prepare.shard_file import (
+    PARTIAL,
+    ShardFacts,
+    ShardTask,
+    flush_folder,
+    make_shard,
+)
+from resnet_dist.data.prepare.sources import Source, open_source
+from resnet_dist.data.quarantine import QUARANTINE, read_quarantine, write_quarantine
+from resnet_dist.data.worker_pool import worker_pool
+from resnet_dist.errors import UserError
+
+VERSION = 1
+SETTINGS = "prepare.json"
+QUEUED_PER_WORKER = 2  # a task of 1000 images takes 100 kB; there may be thousands of them
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What tells the bytes of the shards.
+
+    Shards are cut by a count of images: known before an image is read or re-encoded, so that any
+    worker may write any shard.
+    """
+
+    images_per_shard: int
+    limit: Limit | None  # None: all bytes as they are
+
+
+def prepare_shards(source_root: Path, dest: Path, settings: Settings, workers: int) -> str:
+    """Writes `dest`, or what is missing of it; a summary in words.
+
+    Raises:
+        UserError: a source that cannot be used, a `dest` that cannot be written or holds other
+            data, or a run that was interrupted.
+    """
+    if dest.resolve().is_relative_to(source_root.resolve()):
+        raise UserError(f"{dest}: lies inside the source; give a folder beside it")
+    try:
+        with worker_pool(workers) as pool:
+            source = open_source(source_root, pool.map)
+        with _writing(dest), worker_pool(workers) as pool:  # alone until the last worker is done
+            _claim(dest, source, settings)
+            progress = ShardProgress(sum(len(s.labels) for s in source.splits.values()))
+            tasks = _cut(source, dest, settings)
+            facts = _make_all(pool, tasks, progress, QUEUED_PER_WORKER * workers)
+            return _finish(dest, source, facts)
+    except (BrokenProcessPool, MemoryError):
+        raise UserError(
+            f"{dest}: a worker ran out of memory, or was killed; run again with fewer --workers"
+        ) from None
+    except KeyboardInterrupt:
+        raise UserError(f"{dest}: interrupted; the same command goes on") from None
+
+
+@contextmanager
+def _writing(dest: Path) -> Iterator[None]:
+    """Holds `dest` alone, as far as its file system has locks."""
+    try:
+        dest.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(dest, os.O_RDONLY)
+        try:
+            with suppress(OSError):
+                _lock(dest, descriptor)
+            yield
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise UserError(f"{dest}: cannot be written: {error.strerror}") from None
+
+
+def _lock(dest: Path, descriptor: int) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{dest}: another `prepare` writes there; wait for it") from None
+
+
+def _claim(dest: Path, source: Source, settings: Settings) -> None:
+    """Notes what `dest` is made from, or makes sure that it is the same as before."""
+    images = {name: len(split.labels) for name, split in source.splits.items()}
+    wanted = {"version": VERSION, "images": images, "source": source.fingerprint()}
+    wanted |= asdict(settings)
+    if settings.limit is not None:
+        wanted["pillow"] = PIL.__version__  # it tells the bytes, too
+    path = dest / SETTINGS
+    try:
+        found = json.loads(path.read_bytes())
+        odd = [key for key in wanted if found.get(key) != wanted[key]]
+    except FileNotFoundError:
+        if any(not name.startswith(".") for name in os.listdir(dest)):
+            raise UserError(
+                f"{dest}: not empty, and not made by `prepare`; give a new one"
+            ) from None
+        _write_text(path, json.dumps(wanted, indent=1) + "\n")
+    except (ValueError, AttributeError):
+        raise UserError(f"{path}: damaged; give a new folder, or remove all of this one") from None
+    else:
+        if odd:
+            raise UserError(
+                f"{dest}: was made with {odd[0]} {json.dumps(found.get(odd[0]))}, now it is "
+                f"{json.dumps(wanted[odd[0]])}; give a new folder"
+            )
+    _write_text(dest / "classes.txt", "".join(f"{name}\n" for name in source.classes))
+    for name in source.splits:
+        (dest / name).mkdir(exist_ok=True)
+        for partial in (dest / name).glob(f".*{PARTIAL}"):  # of a run that was killed
+            partial.unlink()
+
+
+def _cut(source: Source, dest: Path, settings: Settings) -> Iterator[ShardTask]:
+    for name, split in source.splits.items():
+        count = len(split.labels)
+        for number, start in enumerate(range(0, count, settings.images_per_shard)):
+            stop = min(start + settings.images_per_shard, count)
+            labels = split.labels[start:stop].tolist()
+            yield ShardTask(
+                path=dest.absolute() / name / f"{number:06}.tar",
+                first=start,
+                labels=labels,
+                names=split.names[start:stop],
+                class_names=[source.classes[label] for label in labels],
+                images=split.images.cut(start, stop),
+                bad={i: split.bad[i] for i in range(start, stop) if i in split.bad},
+                limit=settings.limit,
+            )
+
+
+def _make_all(
+    pool: ProcessPoolExecutor, tasks: Iterable[ShardTask], progress: ShardProgress, most: int
+) -> dict[Path, ShardFacts]:
+    """By the shard's path, in any order. most: tasks that are with the pool at a time."""
+    left = iter(tasks)
+    facts: dict[Path, ShardFacts] = {}
+    running: dict[Future[tuple[ShardFacts, bool]], Path] = {}
+    try:
+        while True:
+            for task in islice(left, most - len(running)):
+                running[pool.submit(make_shard, task)] = task.path
+            if not running:
+                return facts
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                made, fresh = future.result()
+                facts[running.pop(future)] = made
+                progress.add(len(made.members), int(made.nbytes.sum()), fresh)
+    finally:
+        pool.shutdown(cancel_futures=True)
+        progress.finish()
+
+
+def _finish(dest: Path, source: Source, facts: Mapping[Path, ShardFacts]) -> str:
+    """Writes the quarantine and the indexes."""
+    indexes = {name: _index(dest, name, source, facts) for name in source.splits}
+    top = len(os.path.join(dest.absolute(), ""))
+    bad = {
+        index.paths[sample][top:]: why
+        for index in indexes.values()
+        for sample, why in index.bad.items()
+    }
+    # `verify` may have found more in the meantime.
+    write_quarantine(dest, {**read_quarantine(dest), **bad})
+    for name, index in indexes.items():
+        save_index(index, dest / name / "index.arrow", dest)
+        flush_folder(dest / name)
+    counts = " and ".join(f"{len(index):,} {name}" for name, index in indexes.items())
+    nbytes = sum(os.path.getsize(path) for path in facts)
+    text = (
+        f"{dest}: {counts} images of {len(source.classes):,} classes in {len(facts):,} shards, "
+        f"{nbytes / 1e9:.2f} GB"
+    )
+    return text + (f"; {len(bad):,} cannot be read: {dest / QUARANTINE}" if bad else "")
+
+
+def _index(dest: Path, split: str, source: Source, facts: Mapping[Path, ShardFacts]) -> Index:
+    files = sorted(path for path in facts if path.parent.name == split)
+    found = [facts[path] for path in files]
+    starts = np.cumsum([0] + [len(one.members) for one in found])
+    sizes = np.concatenate([one.sizes for one in found])
+    paths = [f"{path}/{member}" for path in files for member in facts[path].members]
+    top, labels = len(os.path.join(dest.absolute(), "")), source.splits[split].labels
+    return Index(
+        classes=source.classes,
+        labels=labels,
+        sizes=sizes,
+        paths=paths,
+        pixels=None,
+        fingerprint=fingerprint_of(source.classes, (path[top:] for path in paths), labels, sizes),
+        nbytes=np.concatenate([one.nbytes for one in found]),
+        shards=Shards(
+            files=tuple(map(str, files)),
+            shard=np.repeat(np.arange(len(files), dtype=np.int32), np.diff(starts)),
+            offset=np.concatenate([one.offsets for one in found]),
+        ),
+        bad={
+            int(start) + i: why
+            for start, one in zip(starts, found, strict=False)
+            for i, why in one.bad.items()
+        },
+    )
+
+
+def _write_text(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    with open(partial, "wb") as file:
+        file.write(os.fsencode(text))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    flush_folder(path.parent)

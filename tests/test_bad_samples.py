@@ -1,0 +1,166 @@
+"""A run over data with bad files: it goes on, the same on any world and after any stop."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from multirank import run_ranks
+from PIL import Image
+
+from resnet_dist import checkpoint
+from resnet_dist.config import Config
+from resnet_dist.errors import UserError
+from resnet_dist.interrupt import Interrupt
+from resnet_dist.train import Outcome, train
+
+# Three steps that see each of the 30 images once.
+CONFIG = (
+    *("train.epochs=1", "train.global_batch_size=10", "train.max_local_batch_size=10"),
+    *("optim.base_lr=0.05", "optim.clip_grad_norm=1.0"),
+)
+
+
+@pytest.fixture
+def spoiled_folder(tiny_folder: Path, tmp_path: Path) -> Path:
+    """The tiny folder with six kinds of bad training files and one bad validation file."""
+    root = tmp_path / "spoiled"
+    shutil.copytree(tiny_folder, root)
+    train = root / "train"
+    good = (train / "class0/0.jpg").read_bytes()
+    scan = good.index(b"\xff\xda")
+    (train / "class0/0.jpg").write_bytes(b"")
+    (train / "class0/1.jpg").write_bytes(b"<html>404</html>")
+    (train / "class0/2.jpg").write_bytes(good[:60])
+    (train / "class1/3.jpg").write_bytes(good[: scan + 30])
+    (train / "class1/4.jpg").write_bytes(good.replace(b"\xff\xdb", b"\xff\xef"))
+    Image.new("RGB", (9, 9)).save(train / "class2/5.jpg", "GIF")
+    (root / "val/class0/0.jpg").write_bytes(good[: scan + 30])
+    # And what only looks odd.
+    Image.new("CMYK", (50, 40), (10, 80, 20, 0)).save(train / "class0/5.jpg")
+    Image.new("L", (50, 40), 90).save(train / "class0/6.jpg")
+    Image.new("RGB", (50, 40), (9, 8, 7)).save(train / "class0/7.jpg", "PNG")
+    Image.new("RGB", (50, 40), (200, 8, 7)).save(train / "class0/8.jpg", progressive=True)
+    return root
+
+
+BAD_TRAIN = ("class0/0", "class0/1", "class0/2", "class1/3", "class1/4", "class2/5")
+
+
+@pytest.fixture
+def spoiled(tiny_config: Callable[..., Config], spoiled_folder: Path) -> Callable[..., Config]:
+    return lambda *overrides: tiny_config(f"data.root={spoiled_folder}", *CONFIG, *overrides)
+
+
+def train_on_rank(rank: int, world_size: int, config: Config) -> str:
+    with Interrupt() as interrupt:
+        return train(config, "test", interrupt).value
+
+
+class StopAt(Interrupt):
+    """Asks to stop before the step `polls` (counted from 0)."""
+
+    def __init__(self, polls: int) -> None:
+        super().__init__()
+        self.polls = polls
+
+    @property
+    def requested(self) -> bool:
+        self.polls -= 1
+        return self.polls < 0
+
+    @requested.setter
+    def requested(self, _: Any) -> None: ...
+
+
+def weights(config: Config) -> dict[str, torch.Tensor]:
+    return checkpoint.load(config.run_dir / "checkpoints/latest")["model"]
+
+
+def metrics(config: Config, name: str) -> list[float]:
+    lines = (config.run_dir / "journal.jsonl").read_text().splitlines()
+    return [m[name] for m in (json.loads(line)["metrics"] for line in lines) if name in m]
+
+
+def test_it_trains_through_them_and_says_so_once(
+    spoiled: Callable[..., Config], capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = spoiled("name=one")
+    assert train_on_rank(0, 1, config) == "FINISHED"
+    told = [line for line in capfd.readouterr().out.splitlines() if line.startswith("bad sample")]
+    assert sorted(line.split(":")[1].strip() for line in told) == sorted(
+        [*(f"train/{name}.jpg" for name in BAD_TRAIN), "val/class0/0.jpg"]
+    )
+    listed = (config.run_dir / "bad_samples.tsv").read_text().splitlines()
+    assert len(listed) == 7
+    assert metrics(config, "data/bad_samples")[-1] == 7
+    # 17 validation images are 17, whatever can be read.
+    for acc1 in metrics(config, "val/acc1"):
+        assert acc1 * 17 / 100 == pytest.approx(round(acc1 * 17 / 100))
+
+
+def test_ranks_see_the_same_stand_ins(spoiled: Callable[..., Config]) -> None:
+    one, many = spoiled("name=one"), spoiled("name=many")
+    run_ranks(train_on_rank, 1, one, init_process_group=False)
+    run_ranks(train_on_rank, 3, many, init_process_group=False)
+    assert metrics(many, "train/loss") == pytest.approx(metrics(one, "train/loss"), rel=1e-3)
+    assert metrics(many, "data/bad_samples")[-1] == 7
+
+
+def test_a_resumed_run_sees_the_same_stand_ins(
+    spoiled: Callable[..., Config], capfd: pytest.CaptureFixture[str]
+) -> None:
+    straight, stopped = spoiled("name=straight"), spoiled("name=stopped")
+    train_on_rank(0, 1, straight)
+    capfd.readouterr()
+    with StopAt(2) as interrupt:
+        assert train(stopped, "test", interrupt) is Outcome.PREEMPTED
+    assert train_on_rank(0, 1, stopped) == "FINISHED"
+    told = [line for line in capfd.readouterr().out.splitlines() if line.startswith("bad sample")]
+    assert len(told) == len(set(told)) == 7  # not again after the stop
+    assert all(torch.equal(weights(stopped)[n], value) for n, value in weights(straight).items())
+
+
+def test_past_the_budget_it_stops_with_one_line_and_a_checkpoint(
+    spoiled: Callable[..., Config],
+) -> None:
+    config = spoiled("name=few", "data.max_bad_samples=5")
+    with pytest.raises(UserError, match=r"data\.max_bad_samples=5") as error:
+        train_on_rank(0, 1, config)
+    assert "\n" not in str(error.value)
+    assert checkpoint.latest(config.run_dir) is not None  # nothing is lost
+
+
+def lose_data_and_train(rank: int, world_size: int, config: Config) -> str:
+    """Rank 1's files go, as a mount would, after the index is made."""
+    from resnet_dist import train as module
+
+    build = module.build
+
+    def build_then_lose(config: Config, world: Any) -> Any:
+        job = build(config, world)
+        if rank == 1:
+            index = job.train_index
+            gone = replace(index, paths=tuple(path + ".gone" for path in index.paths))
+            job.train_loader._feed._reader._index = gone  # type: ignore[union-attr]
+        return job
+
+    module.build = build_then_lose  # type: ignore[assignment]
+    try:
+        train_on_rank(rank, world_size, config)
+    except UserError as error:
+        return str(error)
+    return "trained"
+
+
+def test_one_rank_without_data_ends_all_with_its_reason(tiny_config: Callable[..., Config]) -> None:
+    config = tiny_config(*CONFIG)
+    said = run_ranks(lose_data_and_train, 2, config, init_process_group=False)
+    assert said[0] == said[1]
+    assert said[0].startswith("rank 1: ")
+    assert "cannot be read (No such file or directory)" in said[0]
+    assert checkpoint.latest(config.run_dir) is not None  # nothing is lost

@@ -1,0 +1,283 @@
+"""Bad images: found at any stage, replaced by the same stand-in, within a budget."""
+
+import io
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from nvidia.dali import Pipeline
+from PIL import Image
+
+from resnet_dist import distributed
+from resnet_dist.config import Config, DataConfig
+from resnet_dist.data.augment import Request, Windows, eval_windows
+from resnet_dist.data.cache import BLANK_GREY, EncodedCache
+from resnet_dist.data.dali import Batch, Loader, _Graph
+from resnet_dist.data.headers import UnreadableImage, screen, why_unreadable
+from resnet_dist.data.index import Index
+from resnet_dist.data.reader import Reader
+from resnet_dist.data.source import make_loader
+from resnet_dist.data.stream import train_request
+from resnet_dist.errors import UserError
+
+IMAGES, HEIGHT, WIDTH = 24, 60, 90
+DATA = DataConfig(
+    scale_px=(40, 56), crop_px=32, eval_resize_px=40, eval_crop_px=32, decode_threads=2
+)
+CONFIG = Config(seed=3, data=DATA)
+
+
+def jpeg(number: int, **options: object) -> bytes:
+    pixels = np.random.default_rng(number).integers(0, 256, (HEIGHT, WIDTH, 3), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG", quality=90, **options)
+    return file.getvalue()
+
+
+@pytest.fixture
+def index(tmp_path: Path) -> Index:
+    """JPEGs of noise; their label is their number."""
+    for number in range(IMAGES):
+        (tmp_path / f"{number}.jpg").write_bytes(jpeg(number))
+    return Index(
+        classes=tuple(map(str, range(IMAGES))),
+        labels=np.arange(IMAGES),
+        sizes=np.full((IMAGES, 2), (HEIGHT, WIDTH), np.int32),
+        paths=tuple(str(tmp_path / f"{number}.jpg") for number in range(IMAGES)),
+        pixels=None,
+        fingerprint="",
+        nbytes=np.array([len(jpeg(number)) for number in range(IMAGES)]),
+    )
+
+
+class CountingLoader(Loader):
+    """Counts its pipelines: more than one per stream is a decode too many."""
+
+    built = 0
+
+    def _graph_for(self, windows: Windows) -> _Graph:
+        graph = super()._graph_for(windows)
+
+        def define(*args: object, **kwargs: object) -> Pipeline:
+            self.built += 1
+            return graph.define(*args, **kwargs)
+
+        return replace(graph, define=define)
+
+
+def loader(index: Index, data: DataConfig = DATA, max_batch_size: int = 32) -> CountingLoader:
+    return CountingLoader(
+        index,
+        data,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        max_batch_size=max_batch_size,
+    )
+
+
+def train_stream(index: Index, epoch: int = 0) -> Iterator[Request]:
+    for start in range(0, IMAGES, 8):
+        yield train_request(CONFIG, index, epoch, np.arange(start, start + 8))
+
+
+def scan_start(data: bytes) -> int:
+    return data.index(b"\xff\xda")
+
+
+def spoiled(number: int) -> dict[str, bytes | None]:
+    """Ways in which a file is bad; None: it is gone."""
+    good = jpeg(number)
+    scan = scan_start(good)
+    other_size = io.BytesIO()
+    Image.new("RGB", (WIDTH + 1, HEIGHT)).save(other_size, "JPEG")
+    no_table = good.replace(b"\xff\xdb", b"\xff\xef")  # the tables pass for a program's own
+    return {
+        "gone": None,
+        "empty": b"",
+        "a web page": b"<html><body>404 Not Found</body></html>",
+        "cut in the header": good[:100],
+        "cut before the scan": good[:scan],
+        "cut after the scan's header": good[: scan + 14],
+        "cut in the middle": good[: scan + (len(good) - scan) // 2],
+        "cut near the end": good[:-200],
+        "rubbish between segments": good[:20] + b"\x00\x01\x02\x03" + good[20:],
+        "no quantization tables": no_table,
+        "another size": other_size.getvalue(),
+        "GIF": b"GIF89a" + bytes(40),
+    }
+
+
+def write(path: str, data: bytes | None) -> None:
+    Path(path).unlink()
+    if data is not None:
+        Path(path).write_bytes(data)
+
+
+def equal(a: Batch, b: Batch) -> bool:
+    return torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels)
+
+
+@pytest.mark.parametrize("kind", spoiled(0))
+def test_a_bad_image_is_replaced_and_no_other_changes(index: Index, kind: str) -> None:
+    good = list(loader(index).batches(train_stream(index)))
+    # A window at the bottom: some decoders stop at the last line that they are asked for.
+    request = train_request(CONFIG, index, 0, np.arange(8, 16))
+    bad = 8 + int(request.windows.roi[:, 2].argmax())
+    write(index.paths[bad], spoiled(bad)[kind])
+    mended = loader(index)
+    got = list(mended.batches(train_stream(index)))
+    assert list(mended.bad) == [bad]
+    assert "\n" not in mended.bad[bad]
+    assert equal(got[0], good[0])
+    assert equal(got[2], good[2])
+    others = np.arange(8) != bad - 8
+    assert torch.equal(got[1].images[others], good[1].images[others])
+    assert torch.equal(got[1].labels[others], good[1].labels[others])
+
+    # In its place: the stand-in that the request names, seen as it says.
+    other, _ = request.stand_in(bad, 0)  # type: ignore[misc]
+    (alone,) = loader(index).batches([train_request(CONFIG, index, 0, np.array([other]))])
+    assert got[1].labels[bad - 8] == other
+    assert torch.equal(got[1].images[bad - 8], alone.images[0])
+
+    # The same as if it had been known before.
+    sizes = index.sizes.copy()
+    sizes[bad] = 0
+    known = replace(index, bad={bad: "known"}, sizes=sizes)
+    before = loader(known)
+    again = list(before.batches(train_stream(known)))
+    assert all(equal(a, b) for a, b in zip(again, got, strict=True))
+    assert before.bad == {bad: "known"}
+
+
+def test_all_kinds_in_one_batch_that_dali_alone_would_crash_on(index: Index) -> None:
+    kinds = list(spoiled(0))
+    for number, kind in enumerate(kinds):
+        write(index.paths[number], spoiled(number)[kind])
+    mended = loader(index, replace(DATA, decode_threads=1))
+    bottom = eval_windows(DATA, index.sizes)
+    bottom.roi[:, [0, 2]] += HEIGHT - bottom.roi[0, 2]
+    (batch,) = mended.batches([Request(np.arange(IMAGES), bottom)])
+    assert sorted(mended.bad) == list(range(len(kinds)))
+    assert batch.labels.tolist() == [-1] * len(kinds) + list(range(len(kinds), IMAGES))
+
+
+def test_good_images_are_decoded_once(index: Index) -> None:
+    once = loader(index)
+    list(once.batches(train_stream(index)))
+    assert once.built == 1
+    write(index.paths[3], None)  # nor does a file that is gone reach the decoder
+    list(once.batches(train_stream(index)))
+    assert once.built == 2 + 1  # to see that the stand-in can be decoded
+
+
+def test_a_stand_in_that_is_bad_itself(index: Index) -> None:
+    request = train_request(CONFIG, index, 0, np.arange(8))
+    first, second = (request.stand_in(5, attempt)[0] for attempt in (0, 1))  # type: ignore[misc]
+    assert 5 not in (first, second)
+    for kinds in (("gone", "cut in the middle"), ("cut in the middle", "gone")):
+        write(index.paths[5], spoiled(5)[kinds[0]])
+        write(index.paths[first], jpeg(first)[: scan_start(jpeg(first)) + 20])
+        batch = next(iter(loader(index).batches([request])))
+        assert batch.labels[5] == second
+        for number in (5, first):
+            Path(index.paths[number]).write_bytes(jpeg(number))
+
+
+def test_in_an_evaluation_it_is_blank_and_wrong(index: Index) -> None:
+    request = Request(np.arange(IMAGES), eval_windows(DATA, index.sizes))
+    (good,) = loader(index).batches([request])
+    write(index.paths[4], None)
+    write(index.paths[7], jpeg(7)[: scan_start(jpeg(7)) + 20])
+    mended = loader(index)
+    (got,) = mended.batches([request])
+    assert got.labels.tolist() == [-1 if i in (4, 7) else i for i in range(IMAGES)]
+    others = [i for i in range(IMAGES) if i not in (4, 7)]
+    assert torch.equal(got.images[others], good.images[others])
+    grey = (BLANK_GREY / 255 - torch.tensor(DATA.mean)) / torch.tensor(DATA.std)
+    blank = grey[:, None, None].expand(3, 32, 32)
+    torch.testing.assert_close(got.images[[4, 7]], blank.expand(2, 3, 32, 32), rtol=0, atol=1e-5)
+    assert sorted(mended.bad) == [4, 7]
+
+
+def test_too_many_bad_ones_stop(index: Index) -> None:
+    for number in range(4):
+        write(index.paths[number], None)
+    data = replace(DATA, max_bad_samples=3)
+    with pytest.raises(UserError, match=r"more than data\.max_bad_samples=3.*No such file") as e:
+        list(loader(index, data).batches(train_stream(index)))
+    assert "\n" not in str(e.value)
+    list(loader(index, replace(data, max_bad_samples=4)).batches(train_stream(index)))
+
+
+def test_when_all_is_gone(index: Index) -> None:
+    shutil.rmtree(Path(index.paths[0]).parent)
+    with pytest.raises(UserError, match="is the data still there"):
+        list(loader(index).batches(train_stream(index)))
+
+
+@pytest.mark.parametrize("cache", ["none", "encoded", "decoded"])
+@pytest.mark.parametrize("decode", ["window", "image"])
+def test_caches_and_whole_decoding_change_no_pixel(index: Index, cache: str, decode: str) -> None:
+    expected = list(loader(index).batches(train_stream(index)))
+    config = replace(CONFIG, data=replace(DATA, cache=cache, decode=decode))  # type: ignore[arg-type]
+    cached = make_loader(index, config, distributed.start())
+    for _ in range(2):
+        got = list(cached.batches(train_stream(index)))
+        for a, b in zip(got, expected, strict=True):
+            # The same pixels; in the whole image the window's float32 corners are other ones.
+            exact = decode == "window" or cache == "decoded"
+            assert (a.images - b.images).abs().max() <= (0 if exact else 1e-4)
+            assert torch.equal(a.labels, b.labels)
+        if cache != "none":  # the second round needs no file
+            for path in index.paths:
+                Path(path).unlink(missing_ok=True)
+
+
+def test_a_decoded_cache_with_bad_images(index: Index) -> None:
+    write(index.paths[2], None)
+    write(index.paths[9], jpeg(9)[: scan_start(jpeg(9)) + 20])
+    expected = list(loader(index).batches(train_stream(index)))
+    config = replace(CONFIG, data=replace(DATA, cache="decoded"))
+    cached = make_loader(index, config, distributed.start())
+    got = list(cached.batches(train_stream(index)))
+    assert all(torch.equal(a.labels, b.labels) for a, b in zip(got, expected, strict=True))
+    assert sorted(cached.bad) == [2, 9]
+
+
+def test_the_encoded_cache(index: Index) -> None:
+    assert index.nbytes is not None
+    cache = EncodedCache(index.nbytes, distributed.start())
+    reader = Reader(index, 2, cache)
+    first = [reader.read(sample).data.tobytes() for sample in range(IMAGES)]
+    assert first == [jpeg(sample) for sample in range(IMAGES)]
+    for path in index.paths:
+        write(path, None)
+    assert [reader.read(sample).data.tobytes() for sample in range(IMAGES)] == first
+
+
+def test_what_the_walk_through_a_header_trusts(index: Index) -> None:
+    size = (HEIGHT, WIDTH)
+    assert screen(jpeg(0), size)
+    assert screen(jpeg(0, progressive=True), size)
+    assert screen(jpeg(0, exif=Image.Exif()), size[::-1])  # turned by EXIF: the index knows
+    png = io.BytesIO()
+    Image.fromarray(np.zeros((HEIGHT, WIDTH), np.uint8)).save(png, "PNG")
+    assert screen(png.getvalue(), size)
+    assert why_unreadable(png.getvalue()) is None
+    assert not screen(jpeg(0)[:20] + b"\xff" * 3 + jpeg(0)[20:], size)  # legal, and odd
+    for data, why in ((b"", "empty"), (b"<html>", "cannot identify"), (png.getvalue()[:30], "not")):
+        with pytest.raises(UnreadableImage, match=why):
+            screen(data, size)
+        assert why_unreadable(data) is not None
+    with pytest.raises(UnreadableImage, match="is 90 x 60 pixels, and was 91 x 60 in the index"):
+        screen(jpeg(0), (60, 91))
+    huge = jpeg(0)
+    frame = huge.index(b"\xff\xc0") + 5
+    assert "exceeds limit" in str(
+        why_unreadable(huge[:frame] + b"\xff\xff" * 2 + huge[frame + 4 :])
+    )
