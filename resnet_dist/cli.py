@@ -38,6 +38,10 @@ def main(argv: list[str] | None = None) -> None:
         arguments.overrides += left
     try:
         arguments.verb(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, such as `head`, has enough; nor is the rest flushed
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except UserError as error:
         # A UserError is the same on every rank: rank 0 speaks for all. The others linger, as
         # torchrun ends all ranks when the first one leaves.
@@ -90,12 +94,7 @@ def _predict(arguments: argparse.Namespace) -> None:
     from resnet_dist.predict import predict
 
     sys.stdout.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]  # any file name
-    try:
-        all_read = predict(arguments.checkpoint, arguments.paths, arguments.top, arguments.csv)
-    except BrokenPipeError:  # the reader, such as `head`, has enough; nor is the rest flushed
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + signal.SIGPIPE)
-    if not all_read:
+    if not predict(arguments.checkpoint, arguments.paths, arguments.top, arguments.csv):
         sys.exit(1)
 
 

@@ -58,8 +58,9 @@ def build(config: Config, world: World) -> Job:
     differing = set(train_index.classes) ^ set(val_index.classes)
     if differing:
         raise UserError(
-            f"data.root={config.data.root}: train/ and val/ differ in {len(differing)} class "
-            f"folders, such as {min(differing)}; they must have the same"
+            f"data.root={config.data.root}: train and val differ in {len(differing)} classes, such "
+            f"as {min(differing)}; they must have the same (shards from elsewhere may need a "
+            "classes.txt that names them, a line each)"
         )
     plan = Plan.of(config, world.size, len(train_index), len(val_index))
     network = build_network(config, world, len(train_index.classes))

@@ -177,6 +177,42 @@ def test_png_kinds(tmp_path: Path, mode: str) -> None:
     assert_parity(path, windows(INNER_WINDOWS))
 
 
+def test_a_png_of_16_bits(tmp_path: Path) -> None:
+    grey = np.linspace(0, 65535, 300 * 400).reshape(300, 400)
+    Image.fromarray(grey.astype(np.uint16)).save(tmp_path / "a.png")
+    seen = windows([[0, 0, 96, 96]])
+    index = replace(index_of([str(tmp_path / "a.png")]), sizes=np.array([[300, 400]]))
+    expected = np.repeat(np.rint(grey[:96, :96, None] / 257), 3, axis=2)
+    assert np.abs(grey_levels(one_batch(index, [0], seen))[0] - expected).max() <= 1.01
+
+
+@pytest.mark.parametrize("kind", ["4:2:0", "progressive", "L", "CMYK", "EXIF", "P", "16-bit"])
+def test_windows_that_are_cut_first(tmp_path: Path, kind: str) -> None:
+    """As in training, and as torchvision's resized_crop."""
+    pixels, path = picture(300, 400), str(tmp_path / "a.jpg")
+    if kind == "16-bit":
+        Image.fromarray(pixels[..., 0].astype(np.uint16) * 257).save(tmp_path / "a.png")
+        path = save(tmp_path / "b.png", pixels[..., :1].repeat(3, axis=2))
+    elif kind == "P":
+        path = save(tmp_path / "a.png", pixels, mode="P")
+    elif kind == "EXIF":
+        save(tmp_path / "a.jpg", picture(400, 300), orientation=6)
+    else:
+        how = {"4:2:0": {"subsampling": "4:2:0"}, "progressive": {"progressive": True}}
+        save(tmp_path / "a.jpg", pixels, **how.get(kind, {"mode": kind}))
+    seen = replace(windows(np.rint(INNER_WINDOWS), [False, True, True, False]), cut_first=True)
+    index = index_of([path])
+    if kind == "16-bit":
+        index = replace(index, paths=(str(tmp_path / "a.png"),))
+    for decode_ in ("window", "image"):
+        got = grey_levels(one_batch(index, [0] * 4, seen, decode=decode_))
+        for (top, left, bottom, right), mirrored, out in zip(seen.roi, seen.flip, got, strict=True):
+            cut = decode(path).crop((left, top, right, bottom))
+            expected = np.asarray(cut.resize((96, 96), Image.Resampling.BILINEAR), np.float64)
+            expected = expected[:, ::-1] if mirrored else expected
+            assert np.abs(out - expected).max() <= 1.01
+
+
 @pytest.mark.parametrize("suffix", ["jpg", "png"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation(tmp_path: Path, suffix: str, orientation: int) -> None:

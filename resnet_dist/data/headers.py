@@ -17,6 +17,8 @@ from resnet_dist.errors import UserError
 
 EXIF_ORIENTATION = 0x0112
 MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # from here Pillow takes an image for an attack
+# Between a half and all of it Pillow only warns, once per place in the code, and names no file.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 NOT_AN_IMAGE = (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError)
 JPEG_SIGNATURE = b"\xff\xd8"
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -37,19 +39,10 @@ def displayed_size(file: str | os.PathLike[str] | BinaryIO) -> tuple[int, int]:
             width, height = image.size
             # Only the EXIF block itself: Pillow's getexif() also looks in XMP, which DALI does not,
             # and in a TIFF's own tags, by which Pillow has turned `size` already.
-            turned = _orientation(image.info.get("exif", b"")) in (5, 6, 7, 8)
+            turned = exif_orientation(image.info.get("exif", b"")) in (5, 6, 7, 8)
     except NOT_AN_IMAGE as error:
-        raise UnreadableImage(f"not a readable image ({_said_by_pillow(error)})") from None
+        raise UnreadableImage(f"not a readable image ({said_by_pillow(error)})") from None
     return (width, height) if turned else (height, width)
-
-
-def why_unreadable(data: bytes) -> str | None:
-    """Why `data`, a whole encoded image, cannot be one; None if its header is in order."""
-    try:
-        _ = _plain_size(data) or displayed_size(io.BytesIO(data))
-    except UnreadableImage as error:
-        return str(error)
-    return None
 
 
 def why_undecodable(data: bytes) -> str:
@@ -59,7 +52,7 @@ def why_undecodable(data: bytes) -> str:
             warnings.simplefilter("ignore")
             image.load()
     except NOT_AN_IMAGE as error:
-        return f"not a readable image ({_said_by_pillow(error)})"
+        return f"not a readable image ({said_by_pillow(error)})"
     return "not a readable image (of a kind that DALI does not decode)"
 
 
@@ -129,13 +122,14 @@ def _plain_png_size(data: bytes) -> tuple[int, int] | None:
     return None
 
 
-def _said_by_pillow(error: Exception) -> str:
-    """Without the path, or the Python object, that it quotes."""
+def said_by_pillow(error: Exception) -> str:
+    """What is wrong with an image, without the path, or the Python object, that it quotes."""
     said = getattr(error, "strerror", None) or re.split(" ['<]", str(error))[0]
     return said or type(error).__name__
 
 
-def _orientation(exif_block: bytes) -> object:
+def exif_orientation(exif_block: bytes) -> object:
+    """1 to 8, or whatever stands there; None if nothing does."""
     exif = Image.Exif()
     try:
         exif.load(exif_block)

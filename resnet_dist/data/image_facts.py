@@ -6,7 +6,7 @@ import warnings
 
 from PIL import Image
 
-from resnet_dist.data.headers import JPEG_SIGNATURE, NOT_AN_IMAGE, PNG_SIGNATURE, _orientation
+from resnet_dist.data.headers import JPEG_SIGNATURE, NOT_AN_IMAGE, PNG_SIGNATURE, exif_orientation
 
 FORMATS = {
     ".jpg": "JPEG",
@@ -58,7 +58,7 @@ def _particulars(image: Image.Image, data: bytes, suffix: str) -> dict[str, str]
         found["16-bit"] = "scaled to 8 bits"
     if info.get("progressive"):
         found["progressive"] = "as any JPEG, decoded more slowly"
-    orientation = _orientation(info.get("exif", b""))
+    orientation = exif_orientation(info.get("exif", b""))
     if isinstance(orientation, int) and 2 <= orientation <= 8:
         found["EXIF"] = f"turned by its EXIF orientation {orientation}"
     return found

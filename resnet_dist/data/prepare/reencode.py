@@ -7,9 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from resnet_dist.data.headers import NOT_AN_IMAGE, UnreadableImage
-from resnet_dist.data.headers import _orientation as orientation_of
-from resnet_dist.data.headers import _said_by_pillow as said_by_pillow
+from resnet_dist.data.headers import NOT_AN_IMAGE, UnreadableImage, exif_orientation, said_by_pillow
 
 # EXIF 2.32, table "Orientation": how the stored rows and columns come to stand upright.
 UPRIGHT = {
@@ -46,7 +44,7 @@ def reencode(data: bytes, limit: Limit) -> bytes:
             if side <= limit.px:
                 return data
             # Only the EXIF block itself, as `displayed_size` does it.
-            orientation = orientation_of(image.info.get("exif", b""))
+            orientation = exif_orientation(image.info.get("exif", b""))
             width, height = (max(1, round(px * limit.px / side)) for px in image.size)
             # A palette cannot be resized; a JPEG may be CMYK, and is decoded small only if it is
             # not converted first.

@@ -36,11 +36,11 @@ from resnet_dist.data.prepare.shard_file import (
 )
 from resnet_dist.data.prepare.sources import Source, open_source
 from resnet_dist.data.quarantine import QUARANTINE, read_quarantine, write_quarantine
+from resnet_dist.data.shards import PREPARED
 from resnet_dist.data.worker_pool import worker_pool
 from resnet_dist.errors import UserError
 
 VERSION = 1
-SETTINGS = "prepare.json"
 QUEUED_PER_WORKER = 2  # a task of 1000 images takes 100 kB; there may be thousands of them
 
 
@@ -112,7 +112,7 @@ def _claim(dest: Path, source: Source, settings: Settings) -> None:
     wanted |= asdict(settings)
     if settings.limit is not None:
         wanted["pillow"] = PIL.__version__  # it tells the bytes, too
-    path = dest / SETTINGS
+    path = dest / PREPARED
     try:
         found = json.loads(path.read_bytes())
         odd = [key for key in wanted if found.get(key) != wanted[key]]
