@@ -17,6 +17,7 @@ from resnet_dist.config import Config, to_yaml
 from resnet_dist.config_file import load_config
 from resnet_dist.data.listing import count_images
 from resnet_dist.errors import UserError
+from resnet_dist.host_memory import limit_arenas
 from resnet_dist.interrupt import Interrupt
 from resnet_dist.plan import Plan
 from resnet_dist.run_folder import check_run_folder
@@ -29,6 +30,7 @@ JPEG_QUALITY = 90
 
 
 def main(argv: list[str] | None = None) -> None:
+    limit_arenas()
     parser = _parser()
     # argparse takes no overrides after an option (`train x.yaml --dry-run seed=1`): they are left.
     arguments, left = parser.parse_known_args(argv)
@@ -103,12 +105,7 @@ def _verify(arguments: argparse.Namespace) -> None:
 
     sys.stdout.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]  # any file name
     threads = arguments.threads or len(os.sched_getaffinity(0))
-    try:
-        all_train = verify(arguments.data, arguments.format, threads, arguments.dry_run)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + signal.SIGPIPE)
-    if not all_train:
+    if not verify(arguments.data, arguments.format, threads, arguments.dry_run):
         sys.exit(1)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from nvidia.dali import Pipeline, fn, pipeline_def, types
+from nvidia.dali import Pipeline, backend, fn, pipeline_def, types
 
 from resnet_dist.config import DataConfig
 from resnet_dist.data.augment import Request, Windows
@@ -23,6 +23,7 @@ from resnet_dist.data.headers import why_undecodable
 from resnet_dist.data.index import Index
 from resnet_dist.data.reader import Reader
 from resnet_dist.data.resample import Resampler, normalized
+from resnet_dist.host_memory import give_back
 
 # ImageNet's largest image. Buffers of the GPU's JPEG decoder are made for it once, not when it
 # comes: that would stop the GPU in the middle of an epoch.
@@ -198,6 +199,11 @@ class Loader:
                 return
             except RuntimeError as error:
                 self._mend_first_bad(polled, error)
+            finally:
+                del pipe
+                give_back()
+                if self._device.type == "cuda":
+                    backend.ReleaseUnusedMemory()  # type: ignore[attr-defined]
             again.extend(polled)
             polled.clear()
 

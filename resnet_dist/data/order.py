@@ -24,11 +24,11 @@ def epoch_order(seed: int, epoch: int, images: int) -> np.ndarray:
 def block_order(seed: int, epoch: int, images: int, global_batch_size: int) -> np.ndarray:
     """int64 [images]: a permutation that reads shards nearly in sequence; seeded by (seed, epoch).
 
-    Blocks of neighbours are shuffled. A window of them is laid out as a table with a column for
-    each place in the global batch and a row for each step, filled column by column, and each column
-    is shuffled. So a batch has one image of each column, from as many places of the data set as it
-    has images; and a column's blocks are read whole by the one rank that has this place of the
-    batch, whatever the number of ranks.
+    Blocks of neighbours are shuffled, and dealt to the places in the global batch: each place goes
+    through a part of them, an image per step. A place's images are then mixed within windows of
+    some steps, which do not begin at the same step for all places, so that reading is even. So a
+    batch comes from as many parts of the data set as it has images; and a block is read whole by
+    the one rank that has its place in the batch, whatever the number of ranks.
     """
     random = _random(seed, epoch)
     blocks = random.permutation(-(-images // BLOCK_IMAGES))
@@ -36,12 +36,11 @@ def block_order(seed: int, epoch: int, images: int, global_batch_size: int) -> n
     sequence = sequence[sequence < images]  # the last block may be a part of one
     steps = images // global_batch_size
     window_steps = max(1, WINDOW_IMAGES // global_batch_size)
-    for start in range(0, steps, window_steps):
-        window = slice(
-            start * global_batch_size, min(start + window_steps, steps) * global_batch_size
-        )
-        columns = sequence[window].reshape(global_batch_size, -1)
-        sequence[window] = random.permuted(columns, axis=1).T.reshape(-1)
+    places = sequence[: steps * global_batch_size].reshape(global_batch_size, steps)
+    begins = np.arange(global_batch_size) * window_steps // global_batch_size
+    window = (np.arange(steps) + begins[:, None]) // window_steps  # [places, steps]
+    mixed = np.argsort(window + random.random(places.shape), axis=1)
+    sequence[: places.size] = np.take_along_axis(places, mixed, axis=1).T.reshape(-1)
     sequence.flags.writeable = False
     return sequence
 

@@ -39,8 +39,7 @@ def read_quarantine(root: Path) -> dict[str, str]:
         name, tab, reason = line.partition("\t")
         if not tab:
             raise UserError(
-                f"{path}:{number}: no tab in it; expected name<TAB>reason "
-                "(`resnet-dist verify` writes this file anew)"
+                f"{path}:{number}: no tab in it; expected name<TAB>reason: mend or remove this line"
             )
         bad[_unescape(name)] = _unescape(reason)
     return bad

@@ -1,0 +1,1 @@
+"""Measurements: what a user can repeat with `resnet-dist bench`."""

@@ -1,0 +1,61 @@
+"""DALI as its users write it: its own file reader, its own shuffle, its own random crops.
+
+A peer to measure against, never a part of the package's own path: that is data/dali.py.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from nvidia.dali import Pipeline, fn, pipeline_def, types
+
+from resnet_dist.config import DataConfig
+from resnet_dist.data.index import Index
+
+
+def dali_reader(
+    index: Index, data: DataConfig, batch_size: int, device: str
+) -> Iterator[torch.Tensor]:
+    """Endless batches [B, H, W, 3] of random_resized crops: float32, on a GPU float16."""
+    gpu = device == "cuda"
+    pipe = _graph(
+        index,
+        data,
+        batch_size=batch_size,
+        num_threads=data.decode_threads,
+        device_id=0 if gpu else None,
+        seed=0,
+    )
+    while True:
+        images, _ = pipe.run(torch.cuda.current_stream() if gpu else None)
+        yield torch.from_dlpack(images.as_tensor())
+
+
+@pipeline_def
+def _graph(index: Index, data: DataConfig) -> tuple[object, object]:
+    gpu = Pipeline.current().device_id is not None
+    encoded, labels = fn.readers.file(
+        files=list(index.paths), labels=index.labels.tolist(), random_shuffle=True
+    )
+    # ImageNet's largest image, as in NVIDIA's own ResNet-50.
+    largest: dict[str, Any] = {"preallocate_width_hint": 5980, "preallocate_height_hint": 6430}
+    images = fn.decoders.image_random_crop(
+        encoded,
+        device="mixed" if gpu else "cpu",
+        random_area=list(data.area),
+        random_aspect_ratio=list(data.aspect),
+        num_attempts=10,
+        **(largest if gpu else {}),
+    )
+    images = fn.resize(
+        images, size=[data.crop_px, data.crop_px], interp_type=types.INTERP_LINEAR, antialias=True
+    )
+    images = fn.crop_mirror_normalize(
+        images,
+        mirror=fn.random.coin_flip(),
+        mean=[255 * mean for mean in data.mean],
+        std=[255 * std for std in data.std],
+        dtype=types.FLOAT16 if gpu else types.FLOAT,
+        output_layout="HWC",
+    )
+    return images, labels.gpu() if gpu else labels

@@ -1,0 +1,207 @@
+"""The loaders that are measured side by side: each a stream of batches, from the same photos.
+
+Ours and the peers called "same windows" take their requests from data/stream.py: the same samples
+in the same order, seen through the same windows. They differ in who reads, decodes and resizes.
+"""
+
+import ctypes
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from resnet_dist.config import Config, DataConfig, TrainConfig
+from resnet_dist.data.augment import Request
+from resnet_dist.data.build import build_index
+from resnet_dist.data.dali import decoded_part
+from resnet_dist.data.index import Index
+from resnet_dist.data.source import make_loader
+from resnet_dist.data.stream import train_requests
+from resnet_dist.distributed import World
+from resnet_dist.errors import UserError
+from resnet_dist.plan import Plan
+
+Stream = Iterator[Tensor]  # images of a batch each
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a stream delivers: `batches` full batches on `device`."""
+
+    data: DataConfig
+    images: int  # in an epoch: the photos are listed again and again until there are so many
+    batch_size: int
+    batches: int
+    device: str  # "cpu" or "cuda"
+
+    @property
+    def config(self) -> Config:
+        train = TrainConfig(
+            epochs=None,
+            iterations=self.batches,
+            global_batch_size=self.batch_size,
+            max_local_batch_size=self.batch_size,
+            precision="fp16" if self.device == "cuda" else "fp32",
+        )
+        return Config(data=self.data, train=train)
+
+    @property
+    def world(self) -> World:
+        return World(0, 0, 1, 1, torch.device(self.device))
+
+
+@lru_cache(maxsize=1)
+def index_of(work: Work) -> Index:
+    index = build_index(work.data.format, Path(work.data.root), "train", None)
+    return index.take(np.arange(work.images) % len(index))
+
+
+def requests_of(work: Work) -> Iterator[Request]:
+    plan = Plan.of(work.config, 1, work.images, None)
+    return train_requests(work.config, plan, index_of(work), rank=0, first_step=0)
+
+
+def ours(work: Work) -> Stream:
+    loader = make_loader(index_of(work), work.config, work.world)
+    return (batch.images for batch in loader.batches(requests_of(work)))
+
+
+def torchvision_same_windows(work: Work) -> Stream:
+    """torchvision's ImageFolder and torch's DataLoader, our windows in place of random ones.
+
+    The rest as in torchvision's reference training: Pillow, bilinear, ToTensor, Normalize. The
+    window is Pillow's `box`: no more of the image is resampled than after a crop.
+    """
+    from torchvision.datasets import ImageFolder
+    from torchvision.transforms import v2
+
+    index, transform = index_of(work), _to_normalized(work.data)
+
+    class SameWindows(ImageFolder):
+        def __getitem__(self, seen: tuple[Any, ...]) -> tuple[Tensor, int]:
+            sample, (top, left, bottom, right), flip, (height, width) = seen
+            image = self.loader(index.paths[sample])
+            if image.size[::-1] != tuple(index.sizes[sample]):
+                ImageOps.exif_transpose(image, in_place=True)
+            box = (left, top, right, bottom)
+            image = image.resize((width, height), Image.Resampling.BILINEAR, box=box)
+            image = v2.functional.horizontal_flip(image) if flip else image
+            return transform(image), int(index.labels[sample])
+
+    seen = [
+        [
+            (sample, roi, flip, windows.size_px)
+            for sample, roi, flip in zip(
+                samples.tolist(), windows.roi.tolist(), windows.flip.tolist(), strict=True
+            )
+        ]
+        for samples, windows, _ in requests_of(work)
+    ]
+    return _loaded(work, SameWindows(_train_folder(work)), batch_sampler=seen)
+
+
+def torchvision_own_windows(work: Work) -> Stream:
+    """As in torchvision's reference training, its own shuffle and RandomResizedCrop too."""
+    from torchvision import transforms
+    from torchvision.datasets import ImageFolder
+
+    data = work.data
+    dataset = ImageFolder(
+        _train_folder(work),
+        transforms.Compose(
+            [
+                transforms.RandomResizedCrop(data.crop_px, data.area, data.aspect),
+                transforms.RandomHorizontalFlip(),
+                _to_normalized(data),
+            ]
+        ),
+    )
+    sampler = torch.utils.data.RandomSampler(dataset, num_samples=work.batches * work.batch_size)
+    return _loaded(work, dataset, batch_size=work.batch_size, sampler=sampler)
+
+
+def _to_normalized(data: DataConfig) -> Callable[[Any], Tensor]:
+    from torchvision import transforms
+
+    return transforms.Compose(
+        [transforms.ToTensor(), transforms.Normalize(data.mean, data.std, inplace=True)]
+    )
+
+
+def _train_folder(work: Work) -> str:
+    return str(Path(work.data.root) / "train")
+
+
+def _loaded(work: Work, dataset: Any, **sampling: Any) -> Stream:
+    loader = torch.utils.data.DataLoader(
+        dataset,
+        num_workers=work.data.decode_threads,
+        pin_memory=work.device == "cuda",
+        multiprocessing_context="fork",
+        **sampling,
+    )
+    return (images.to(work.device, non_blocking=True) for images, _ in loader)
+
+
+def dali_own_windows(work: Work) -> Stream:
+    from resnet_dist.bench.dali_peer import dali_reader
+
+    return dali_reader(index_of(work), work.data, work.batch_size, work.device)
+
+
+def bare_libjpeg(work: Work) -> Stream:
+    """The limit: libjpeg-turbo decodes the same windows, from bytes in memory, and that is all.
+
+    Each thread takes a batch, by itself. What is decoded of an image is what `ours` needs of it.
+    """
+    index, decode = index_of(work), compiled_libjpeg()
+    encoded = [Path(path).read_bytes() for path in dict.fromkeys(index.paths)]
+    spaces = [
+        ctypes.create_string_buffer(4 * int(index.sizes.prod(axis=1).max()))
+        for _ in range(work.data.decode_threads)
+    ]
+
+    def decode_batch(request: Request) -> Tensor:
+        samples, windows = request.samples, request.windows
+        start, end = decoded_part(windows.roi, index.sizes[samples], windows.size_px)
+        parts = np.hstack([start, end])
+        space = spaces.pop()
+        for sample, part in zip(samples, parts, strict=True):
+            data = encoded[sample % len(encoded)]
+            decode(data, len(data), part.ctypes.data, space)
+        spaces.append(space)
+        return torch.empty(len(samples), 0)
+
+    with ThreadPoolExecutor(work.data.decode_threads) as pool:
+        yield from pool.map(decode_batch, requests_of(work))
+
+
+@lru_cache(maxsize=1)
+def compiled_libjpeg() -> Any:
+    """decode_window of libjpeg_window.c.
+
+    Raises:
+        UserError: no C compiler here, or no libjpeg-turbo to compile with.
+    """
+    source = Path(__file__).with_name("libjpeg_window.c")
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder) / "libjpeg_window.so"
+        command = ["cc", "-O2", "-shared", "-fPIC", str(source), "-o", str(library), "-ljpeg"]
+        if shutil.which("cc") is None or subprocess.run(command, capture_output=True).returncode:
+            raise UserError(
+                "bare libjpeg-turbo: needs a C compiler, cc, and jpeglib.h (Debian, Ubuntu: "
+                "gcc libjpeg-turbo8-dev or libjpeg62-turbo-dev)"
+            )
+        function = ctypes.CDLL(str(library)).decode_window
+    function.argtypes = [ctypes.c_char_p, ctypes.c_ulong, ctypes.c_void_p, ctypes.c_char_p]
+    return function

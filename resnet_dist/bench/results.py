@@ -1,0 +1,74 @@
+"""What a figure is worth nothing without: the machine and the versions that made it."""
+
+import json
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from resnet_dist.errors import UserError
+
+PACKAGES = ("torch", "torchvision", "nvidia-dali-cuda130", "pillow", "numpy", "pyarrow")
+
+
+def cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def cores_per_gpu() -> int:
+    """What one rank of a node may use."""
+    import torch  # not for all: `bench index` measures processes without it
+
+    return max(1, cores() // max(1, torch.cuda.device_count()))
+
+
+def machine() -> dict[str, Any]:
+    import torch
+
+    return {
+        "cpu": _cpu_name(),
+        "cores": cores(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        **{package: version(package) for package in PACKAGES},
+    }
+
+
+def _cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+def write(path: Path | None, benchmark: str, figures: dict[str, Any]) -> None:
+    """Writes JSON where a path is given.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    if path is None:
+        return
+    text = json.dumps({"benchmark": benchmark, "machine": machine(), **figures}, indent=1)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from None
+    print(f"\nwritten: {path}")
+
+
+def columns(rows: list[list[str]]) -> str:
+    """A table: the first column to the left, the others to the right; the first row is its head."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "  ".join(
+            text.ljust(width) if i == 0 else text.rjust(width)
+            for i, (text, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])

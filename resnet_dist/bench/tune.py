@@ -1,0 +1,91 @@
+"""`bench loader --tune`: the loader's knobs, one after the other; each then keeps its fastest."""
+
+import os
+from dataclasses import asdict, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import yaml
+
+from resnet_dist.bench import results
+from resnet_dist.bench.loader import Loader, Settings, interleave, warm_page_cache
+from resnet_dist.bench.peers import Work, index_of
+from resnet_dist.bench.photos import photo_folder
+from resnet_dist.config import DataConfig
+from resnet_dist.data.cache import SHARED_MEMORY
+
+WORTH_A_CHANGE = 1.02  # less than 2 % is noise: then the value stays
+
+
+def tune(data: Path, settings: Settings, output: Path | None) -> None:
+    """Prints the figures and the best values as YAML. settings.threads: cores of one rank.
+
+    Raises:
+        UserError: no photos in `data`.
+    """
+    rows: list[dict[str, Any]] = []
+    with photo_folder(data, settings.images) as folder:
+        warm_page_cache(folder)
+        best = Work(
+            data=DataConfig(root=str(folder), decode_threads=settings.threads),
+            images=max(settings.batch_size, photo_count(folder)),
+            batch_size=settings.batch_size,
+            batches=settings.timed_batches + 2 * settings.warm_batches,
+            device="cuda" if torch.cuda.is_available() else "cpu",
+        )
+        for knob, values in knobs(best).items():
+            loaders = [
+                Loader(
+                    f"{knob}={value}",
+                    "ours",
+                    replace(best, data=replace(best.data, **{knob: value})),
+                )
+                for value in values
+            ]
+            print(f"\n{knob}: {', '.join(map(str, values))}")
+            rounds = interleave(loaders, settings)
+            speeds = [median(one[i].images_per_sec for one in rounds) for i in range(len(values))]
+            rows += [
+                {"knob": knob, "value": value, "images_per_sec": round(speed, 1)}
+                for value, speed in zip(values, speeds, strict=True)
+            ]
+            stays = values.index(getattr(best.data, knob))
+            fastest = max(range(len(values)), key=speeds.__getitem__)
+            if speeds[fastest] > WORTH_A_CHANGE * speeds[stays]:
+                best = loaders[fastest].work
+    chosen = {row["knob"]: getattr(best.data, row["knob"]) for row in rows}
+    table = [["knob", "value", "img/s", ""]]
+    for row in rows:
+        mark = "<-" if chosen[row["knob"]] == row["value"] else ""
+        table.append([row["knob"], str(row["value"]), f"{row['images_per_sec']:,.0f}", mark])
+    print("\n" + results.columns(table))
+    print(f"\n{yaml.safe_dump({'data': chosen}, sort_keys=False)}", end="")
+    results.write(output, "tune", {"settings": asdict(settings), "tried": rows, "best": chosen})
+
+
+def knobs(work: Work) -> dict[str, list[Any]]:
+    """Values to try; the one that `work` has is among them.
+
+    cache=encoded is left out: it helps where files are slow to read, and here all of them are in
+    the page cache.
+    """
+    threads = work.data.decode_threads
+    tried: dict[str, list[Any]] = {
+        "decode_threads": sorted({max(1, threads // 2), threads, threads + threads // 2 + 1}),
+        "read_threads": [2, 8, 16],
+        "prefetch_batches": [1, 2, 4],
+        "decode": ["window", "image"],
+    }
+    if work.device == "cuda":
+        tried["hw_decoder_load"] = [0.0, 0.5, 0.65, 0.8, 1.0]
+    memory = os.statvfs(SHARED_MEMORY)
+    pixels = 3 * int(index_of(work).sizes.astype(int).prod(axis=1).sum())
+    if pixels < memory.f_bavail * memory.f_frsize / 2:
+        tried["cache"] = ["none", "decoded"]
+    return tried
+
+
+def photo_count(folder: Path) -> int:
+    return sum(1 for _ in (folder / "train").glob("*/*"))
