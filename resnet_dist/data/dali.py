@@ -22,7 +22,7 @@ from resnet_dist.data.feed import BLANK_LABEL, BLANK_PX, Feed, Work
 from resnet_dist.data.headers import why_undecodable
 from resnet_dist.data.index import Index
 from resnet_dist.data.reader import Reader
-from resnet_dist.data.resample import Resampler, normalized
+from resnet_dist.data.resample import Resampler
 from resnet_dist.host_memory import give_back
 
 # ImageNet's largest image. Buffers of the GPU's JPEG decoder are made for it once, not when it
@@ -81,7 +81,7 @@ class Loader:
             "prefetch_queue_depth": data.prefetch_batches,
         }
         self._source = "decoded" if isinstance(reader, DecodedCache) else data.decode
-        self._resampler = Resampler(data.decode_threads)
+        self._resampler = Resampler(self._mean, self._std, data.decode_threads)
         self._feed: Feed | None = None
         if index.pixels is None:
             reader = reader or Reader(index, data.read_threads)
@@ -153,9 +153,7 @@ class Loader:
 
         def batch() -> Batch:
             work, wait = resizing.popleft()
-            shift = 255 * work.windows.color_shift
-            images = normalized(wait(), self._mean, self._std, shift)
-            return Batch(images.to(self._dtype), torch.from_numpy(self._labels(work)))
+            return Batch(wait().to(self._dtype), torch.from_numpy(self._labels(work)))
 
         for work, windows in cut:
             resizing.append((work, self._resampler.start(windows, work.windows)))
