@@ -4,18 +4,32 @@ import numpy as np
 import pytest
 
 from resnet_dist.config import Config, DataConfig, TrainConfig
-from resnet_dist.data.index import Index
-from resnet_dist.data.order import epoch_order, holdout, slice_of, step_samples
+from resnet_dist.data import order as order_module
+from resnet_dist.data.index import Index, Shards
+from resnet_dist.data.order import (
+    BLOCK_IMAGES,
+    block_order,
+    epoch_order,
+    holdout,
+    slice_of,
+    step_samples,
+)
 from resnet_dist.data.protocol import CENTER_CROP, PROTOCOLS, Protocol
-from resnet_dist.data.stream import eval_requests, train_requests
+from resnet_dist.data.stream import eval_requests, train_request, train_requests
 from resnet_dist.plan import Plan
 
 IMAGES = 103
+GOLDEN_BLOCKS = [
+    *(16, 35, 39, 12, 25, 34, 2, 9, 23, 31, 4, 13, 22, 27, 36, 6, 19, 30, 5, 7),
+    *(18, 33, 0, 8, 17, 26, 38, 10, 24, 29, 3, 11, 20, 28, 37, 14, 21, 32, 1, 15),
+]
 
 
-def index_of(images: int) -> Index:
+def index_of(images: int, in_shards: bool = False) -> Index:
     sizes = np.random.default_rng(0).integers(60, 900, (images, 2)).astype(np.int32)
-    return Index(("a",), np.zeros(images, np.int64), sizes, (), None, "")
+    zeros = np.zeros(images, np.int64)
+    shards = Shards(("a.tar",), zeros.astype(np.int32), zeros) if in_shards else None
+    return Index(("a",), zeros, sizes, (), None, "", shards=shards)
 
 
 def test_an_epoch_is_a_permutation_and_no_two_are_alike() -> None:
@@ -29,6 +43,52 @@ def test_an_epoch_is_a_permutation_and_no_two_are_alike() -> None:
 def test_golden_order() -> None:
     """A change here is a change of every run that is to be resumed."""
     assert epoch_order(0, 0, 10).tolist() == [0, 7, 8, 6, 9, 5, 1, 3, 2, 4]
+
+
+def test_golden_block_order() -> None:
+    assert block_order(0, 0, 40, 4).tolist() == GOLDEN_BLOCKS
+
+
+@pytest.mark.parametrize("images", [7, 16, 103, 5000])
+@pytest.mark.parametrize("batch", [1, 7, 64])
+def test_a_block_order_is_a_permutation_too(images: int, batch: int) -> None:
+    orders = [block_order(seed, epoch, images, batch) for seed in (0, 1) for epoch in (0, 1)]
+    for order in orders:
+        assert sorted(order) == list(range(images))
+    if images > 16:
+        assert len({tuple(order) for order in orders}) == 4
+
+
+def test_a_block_is_read_by_one_rank_soon_and_a_batch_is_mixed() -> None:
+    """Label-sorted shards of 50 classes, 8 ranks."""
+    images, batch, steps = 50_000, 64, 50_000 // 64
+    order = block_order(0, 0, images, batch)[: steps * batch].reshape(steps, batch)
+    block, rank = order // BLOCK_IMAGES, np.arange(batch) // 8
+    first_rank = np.full(-(-images // BLOCK_IMAGES), -1)
+    first_rank[block[::-1]] = rank  # of the earliest step
+    share = (first_rank[block] == rank).mean()
+    assert share > 0.97  # places begin in the middle of a block: 64 of 3,125 are on two ranks
+    step = np.repeat(np.arange(steps), batch)
+    seen = [step[(block == b).reshape(-1)] for b in range(100)]
+    window_steps = order_module.WINDOW_IMAGES // batch
+    within = [np.ptp(s) <= 2 * window_steps for s in seen if len(s) == BLOCK_IMAGES]
+    assert np.mean(within) > 0.97
+
+    def bits(batches: np.ndarray) -> float:
+        counts = [np.bincount(b * 50 // images, minlength=50) / batch for b in batches]
+        return float(np.mean([-(p[p > 0] * np.log2(p[p > 0])).sum() for p in counts]))
+
+    full = epoch_order(0, 0, images)[: steps * batch].reshape(steps, batch)
+    assert bits(order) > 0.99 * bits(full)
+    sorted_reads = np.arange(steps * batch).reshape(steps, batch)
+    assert bits(sorted_reads) < 0.1 * bits(full)  # what it is good for
+
+
+def test_an_epoch_of_imagenet_is_ordered_in_no_time() -> None:
+    """No clock: it is a handful of array operations. Their memory: a few arrays of 10 MB."""
+    order = block_order(0, 0, 1_281_167, 256)
+    assert order.dtype == np.int64
+    assert len(np.unique(order)) == 1_281_167
 
 
 def test_an_epochs_steps_are_disjoint_and_the_partial_batch_is_left() -> None:
@@ -51,7 +111,9 @@ def test_slices_differ_by_one_and_lose_nothing(count: int, parts: int) -> None:
     assert max(map(len, slices)) - min(map(len, slices)) <= 1
 
 
-def requests_of_a_run(crop: str, world_size: int, largest: int, first_step: int = 0):
+def requests_of_a_run(
+    crop: str, world_size: int, largest: int, first_step: int = 0, in_shards: bool = False
+):
     """Per step: the global batch as (sample, window, flip) rows, in the order of the slices."""
     config = Config(
         seed=5,
@@ -60,7 +122,7 @@ def requests_of_a_run(crop: str, world_size: int, largest: int, first_step: int 
     )
     plan = Plan.of(config, world_size, IMAGES, IMAGES)
     streams = [
-        train_requests(config, plan, index_of(IMAGES), rank, first_step)
+        train_requests(config, plan, index_of(IMAGES, in_shards), rank, first_step)
         for rank in range(world_size)
     ]
     steps = []
@@ -79,19 +141,33 @@ def requests_of_a_run(crop: str, world_size: int, largest: int, first_step: int 
     return steps
 
 
+@pytest.mark.parametrize("in_shards", [False, True])
 @pytest.mark.parametrize("crop", ["scale", "random_resized"])
-def test_samples_and_windows_do_not_depend_on_the_world(crop: str) -> None:
-    alone = requests_of_a_run(crop, world_size=1, largest=25)
+def test_samples_and_windows_do_not_depend_on_the_world(crop: str, in_shards: bool) -> None:
+    alone = requests_of_a_run(crop, world_size=1, largest=25, in_shards=in_shards)
     assert all(len(rows) == 25 for rows in alone)
     for world_size in (1, 2, 3, 4):
         for largest in (25, 4):  # without and with accumulation
-            assert requests_of_a_run(crop, world_size, largest) == alone
+            assert requests_of_a_run(crop, world_size, largest, in_shards=in_shards) == alone
 
 
-def test_a_restart_goes_on_with_the_same_requests() -> None:
-    alone = requests_of_a_run("scale", world_size=1, largest=25)
+@pytest.mark.parametrize("in_shards", [False, True])
+def test_a_restart_goes_on_with_the_same_requests(in_shards: bool) -> None:
+    alone = requests_of_a_run("scale", world_size=1, largest=25, in_shards=in_shards)
     for first_step in (1, 4, 5, 7):  # within and across epochs
-        assert requests_of_a_run("scale", 2, 25, first_step) == alone[first_step:]
+        again = requests_of_a_run("scale", 2, 25, first_step, in_shards)
+        assert again == alone[first_step:]
+
+
+def test_a_stand_in_is_a_function_of_seed_epoch_and_sample() -> None:
+    def stand_ins(seed: int, epoch: int) -> list[int]:
+        request = train_request(Config(seed=seed), index_of(IMAGES), epoch, np.arange(5))
+        assert request.stand_in is not None
+        return [request.stand_in(sample, attempt)[0] for sample in (0, 3) for attempt in (0, 1)]
+
+    assert stand_ins(0, 0) == stand_ins(0, 0)
+    assert len({tuple(stand_ins(seed, epoch)) for seed in (0, 1) for epoch in (0, 1)}) == 4
+    assert all(0 <= number < IMAGES for number in stand_ins(0, 0))
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS.values(), ids=PROTOCOLS)
