@@ -1,11 +1,13 @@
-"""The GPU proof in one command: GPU tests, the quickstart, and ResNet-50 at 224 px.
+"""The GPU proof in one command: GPU tests, the quickstart, ResNet-50 at 224 px, and the loader
+alone, side by side with DALI's own and torchvision's.
 
     python benchmarks/gpu.py [data.root=/data/imagenet] [key.sub=value ...]
 
 Writes benchmarks/results/<device>.json: img/s and data-wait % by logging step, with the versions
-that made them. Without data.root it trains on JPEGs of 500 x 375 pixels that it makes itself
-(smooth noise: to decode, about as dear as photos). Overrides go to the ResNet-50 run. Without a GPU
-everything runs on the CPU, which shows that this script works and nothing else.
+that made them; the loaders' figures go to loader-<device>.json. Without data.root it trains on
+JPEGs of 500 x 375 pixels that it makes itself (smooth noise: to decode, about as dear as photos).
+Overrides go to the ResNet-50 run. Without a GPU everything runs on the CPU, which shows that this
+script works and nothing else.
 """
 
 import json
@@ -32,8 +34,9 @@ def main(overrides: list[str]) -> None:
     gpu = torch.cuda.is_available()
     device = torch.cuda.get_device_name(0) if gpu else platform.processor() or "cpu"
     ranks = max(1, torch.cuda.device_count())
-    with tempfile.TemporaryDirectory() as name:
-        scratch = Path(name)
+    name = "-".join(device.lower().split())
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
         if not any(text.startswith("data.root=") for text in overrides):
             make_photos(scratch / "photos")
             overrides = [f"data.root={scratch}/photos", *overrides]
@@ -51,8 +54,9 @@ def main(overrides: list[str]) -> None:
                 scratch, ranks, "configs/imagenet/resnet50.yaml", [*RESNET50, *overrides]
             ),
         }
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{'-'.join(device.lower().split())}.json"
+        RESULTS.mkdir(exist_ok=True)
+        bench_loader(overrides, RESULTS / f"loader-{name}.json")
+    path = RESULTS / f"{name}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(f"written: {path}")
 
@@ -76,6 +80,14 @@ def train(scratch: Path, ranks: int, config: str, overrides: list[str]) -> dict[
         "data_wait_pct": [round(m["perf/data_wait_pct"], 1) for m in steps.values()],
         "last": steps[max(steps)],
     }
+
+
+def bench_loader(overrides: list[str], output: Path) -> None:
+    """Over the photos of data.root, at the batch of a large GPU; and its fastest settings."""
+    (root,) = (text.partition("=")[2] for text in overrides if text.startswith("data.root="))
+    bench = [sys.executable, "-m", "resnet_dist", "bench", "loader", root]
+    run([*bench, "--batch-size", "256", "--output", str(output)])
+    run([*bench, "--batch-size", "256", "--tune"])
 
 
 def run(command: list[str]) -> str:

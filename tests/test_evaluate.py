@@ -1,5 +1,6 @@
 """The paper's three ways to test a network, against slow versions; the same on any world."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -311,3 +312,23 @@ def test_bad_input_is_one_line(
     error = capsys.readouterr().err
     assert line in error
     assert error.count("\n") == 1
+
+
+def test_an_unreadable_image_counts_as_wrong_with_the_loss_of_a_guess() -> None:
+    class Sure(nn.Module):  # of class 3, always
+        def forward(self, images: Tensor) -> Tensor:
+            return torch.tensor([[0.0, 0, 0, 9, 0, 0]]).expand(len(images), 6)
+
+    def score(labels: list[int]) -> Score:
+        batch = Batch(torch.zeros(len(labels), 3, 8, 8), torch.tensor(labels))
+        return evaluate(Sure(), [batch], distributed.start(), "fp32")
+
+    whole, spoiled = score([3, 3, 0]), score([3, -1, 0])
+    assert (whole.correct1, whole.images) == (2, 3)
+    assert (spoiled.correct1, spoiled.correct5, spoiled.images) == (1, whole.correct5 - 1, 3)
+    right = score([3]).loss_sum
+    assert spoiled.loss_sum == pytest.approx(whole.loss_sum - right + math.log(6))
+    # Unreadable in one view is unreadable.
+    views = [Batch(torch.zeros(2, 3, 8, 8), torch.tensor(labels)) for labels in ([3, 3], [3, -1])]
+    twice = Protocol("two", crops=((0, 0), (1, 1)))
+    assert evaluate(Sure(), views, distributed.start(), "fp32", twice).correct1 == 1

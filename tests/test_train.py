@@ -367,7 +367,7 @@ def test_train_and_val_must_have_the_same_classes(
             (tmp_path / "data" / split).mkdir(parents=True, exist_ok=True)
             source = tiny_folder / split / f"class{label}"
             (tmp_path / "data" / split / f"class{label}").symlink_to(source)
-    with pytest.raises(UserError, match="differ in 1 class folders, such as class2"):
+    with pytest.raises(UserError, match="differ in 1 classes, such as class2"):
         train(tiny_config(f"data.root={tmp_path}/data"), "test", Interrupt())
 
 

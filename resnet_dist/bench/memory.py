@@ -48,9 +48,7 @@ def bench_memory(config: Config, world: World, epochs: int, output: Path | None)
         print(f"epoch {epoch + 1:>2}  RSS {most[0]:,.1f}{gpu}", flush=True)
     growth = growth_of([one[0] for one in held])
     verdict = "flat" if growth <= FLAT_WITHIN else "NOT FLAT"
-    print(
-        f"{verdict}: the last {COMPARED_EPOCHS} epochs against the first: {growth:+.1%}"
-    )
+    print(f"{verdict}: the last {COMPARED_EPOCHS} epochs against the first: {growth:+.1%}")
     figures = {
         "images": {"train": len(train), "val": len(val)},
         "format": config.data.format,
