@@ -328,7 +328,7 @@ def decoded_part(
 @pipeline_def
 def _decode_graph(poll: Callable[[], Any], source: str, hw_decoder_load: float) -> Any:
     """Pixels of windows, or of whole images."""
-    dtypes, ndim = _image_inputs(source)
+    dtypes, ndim = _image_types(source)
     inputs = fn.external_source(
         source=poll, num_outputs=len(ndim), dtype=dtypes, ndim=ndim, no_copy=True
     )
@@ -343,7 +343,7 @@ def _image_graph(
     mean: np.ndarray,
     normalisation: dict[str, Any],
 ) -> tuple[Any, Any]:
-    dtypes, ndim = _image_inputs(source)
+    dtypes, ndim = _image_types(source)
     *image, roi_start, roi_end, size, window_mean, flip, labels = fn.external_source(
         source=poll,
         num_outputs=len(ndim) + 6,
@@ -371,7 +371,7 @@ def _image_graph(
     return images, labels.gpu() if _on_gpu() else labels
 
 
-def _image_inputs(source: str) -> tuple[list[Any], list[int]]:
+def _image_types(source: str) -> tuple[list[Any], list[int]]:
     """Types and dimensions of what `_decoded` takes."""
     if source == "window":
         return [types.UINT8, types.INT32, types.INT32], [1, 1, 1]
