@@ -1,6 +1,7 @@
 """Exact evaluation: each image counts once, on any number of ranks. Sum, count, then divide."""
 
 import math
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from resnet_dist import distributed
+from resnet_dist.bad_samples import named
 from resnet_dist.data.dali import Batch
 from resnet_dist.data.feed import BLANK_LABEL
 from resnet_dist.data.index import Index
@@ -152,6 +154,10 @@ def evaluate_checkpoint(
     requests = eval_requests(config, index, protocol, world.rank, world.size)
     batches = loader.batches(requests)
     score = evaluate(trained.network, batches, world, config.train.precision, protocol)
+    for bad in world.gather(named(index, loader.bad, config.data.root)):
+        for name, why in bad.items():
+            if world.is_main:
+                print(f"bad sample: {name}: {why}; it counts as wrong", file=sys.stderr)
     distributed.stop()
     return score
 

@@ -94,7 +94,7 @@ def classify(
         fingerprint="",
         bad=bad,
     )
-    config = replace(config, data=replace(config.data, cache="none", max_bad_samples=count))
+    config = replace(config, data=replace(config.data, max_bad_samples=count))
     loader = make_loader(index, config, world, trained.mean_image)
     batch_size = config.train.max_local_batch_size
     parts = [np.arange(count)[start : start + batch_size] for start in range(0, count, batch_size)]

@@ -61,9 +61,10 @@ def recalibrate(trained: Trained, images: int, world: World) -> None:
         for first in range(0, count, world.size):
             # A row per rank, zero but for our own: the sum over the ranks is exact.
             rows = total.new_zeros(world.size, *total.shape)
-            if first + world.rank < count:
+            batch = world.on_all(lambda: next(batches, None))
+            if batch is not None:
                 with autocast(world.device, config.train.precision):
-                    network(next(batches).images)
+                    network(batch.images)
                 rows[world.rank] = torch.cat([seen[layer] for layer in layers], dim=1)
             for row in world.sum(rows)[: count - first]:  # in the order of the batches
                 total = _joined(total, row)

@@ -107,7 +107,11 @@ def run(
         with meter.paused():
             if plan.evals_after(state.step):
                 batches.close()  # training's and evaluation's buffers do not exist together
-                score = evaluate_now(job)
+                try:
+                    score = evaluate_now(job)
+                except UserError:  # the same on all ranks: too many images that cannot be read
+                    save(job)
+                    raise
                 bad.share(job.val_index, job.val_loader.bad)
                 batches = train_batches(job)
                 remember(job, score)

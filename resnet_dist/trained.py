@@ -1,6 +1,6 @@
 """A trained network, read from a checkpoint and ready on its device."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,8 @@ def load_trained(path: Path, overrides: list[str], world: World) -> Trained:
     """
     saved = world.on_all(lambda: checkpoint.load(path))
     config = config_from_dict(saved["config"], str(path), overrides)
+    # It would be filled for a few batches.
+    config = replace(config, data=replace(config.data, cache="none"))
     name = saved["config"]["model"]["name"]
     if config.model.name != name:
         raise config.invalid("model.name", f"{path} holds a {name}", name)

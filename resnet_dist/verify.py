@@ -6,7 +6,7 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
@@ -74,7 +74,10 @@ def verify(root: Path, data_format: str | None, threads: int, dry_run: bool) -> 
         UserError: no data, or a shard or CIFAR file that is damaged.
     """
     data_format = data_format or recognized_format(root)
-    indexes = {name: build_index(data_format, root, name, None) for name in SPLITS}
+    # With data.holdout_images a folder needs no val/.
+    there = [name for name in SPLITS if data_format != "folder" or (root / name).is_dir()]
+    names = there if "train" in there else SPLITS
+    indexes = {name: build_index(data_format, root, name, None) for name in names}
     count = sum(map(len, indexes.values()))
     if indexes["train"].pixels is not None:
         print(f"all {count:,} images of {data_format} will train: whole records, labels in range")
@@ -88,8 +91,8 @@ def verify(root: Path, data_format: str | None, threads: int, dry_run: bool) -> 
         for finding in _check_images(splits[-1], threads, progress):
             progress.say(str(finding))
             counts[finding.kind, finding.split] += 1
-    twins = sorted(_duplicates(*splits), key=lambda finding: finding.name)
-    for finding in (*twins, *_differing_classes(*splits)):
+    across = list(_differing_classes(*splits)) if len(splits) == len(SPLITS) else []
+    for finding in (*sorted(_duplicates(splits), key=lambda one: one.name), *across):
         progress.say(str(finding))
         counts[finding.kind, finding.split] += 1
     progress.finish()
@@ -187,9 +190,10 @@ def _other_synset(name: str, trained_as: str) -> str | None:
     return synsets[-1]
 
 
-def _duplicates(train: Split, val: Split) -> Iterator[Finding]:
+def _duplicates(splits: Sequence[Split]) -> Iterator[Finding]:
     """Images with the same bytes in both splits, or under two classes of one."""
-    digests = np.concatenate([train.digests, val.digests])
+    train = splits[0]
+    digests = np.concatenate([split.digests for split in splits])
     order = np.argsort(digests, kind="stable")
     order = order[digests[order] != b""]
     bounds = np.flatnonzero(np.r_[True, digests[order[1:]] != digests[order[:-1]], True])
@@ -197,7 +201,8 @@ def _duplicates(train: Split, val: Split) -> Iterator[Finding]:
     for start, end in zip(bounds[:-1][several], bounds[1:][several], strict=True):
         train_images = len(train.index)
         places = [
-            (train, i) if i < train_images else (val, i - train_images) for i in order[start:end]
+            (train, i) if i < train_images else (splits[1], i - train_images)
+            for i in order[start:end]
         ]
         first: dict[str, int] = {}  # in each split
         for split, sample in places:
@@ -206,7 +211,7 @@ def _duplicates(train: Split, val: Split) -> Iterator[Finding]:
             if split.class_of(other) != of_class:
                 same = f"the bytes of {escape(split.name_of(other))}; has both labels"
                 yield Finding(split.name, name, "two classes", same)
-            if split is val and (seen := first.get("train")) is not None:
+            if split is not train and (seen := first.get("train")) is not None:
                 as_what = "" if train.class_of(seen) == of_class else " (of another class)"
                 same = f"the bytes of {escape(train.name_of(seen))}{as_what}; training has seen it"
                 yield Finding("val", name, "in both splits", same)

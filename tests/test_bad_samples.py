@@ -135,6 +135,29 @@ def test_past_the_budget_it_stops_with_one_line_and_a_checkpoint(
     assert checkpoint.latest(config.run_dir) is not None  # nothing is lost
 
 
+def test_the_epoch_before_such_an_evaluation_is_not_lost(
+    tiny_config: Callable[..., Config], tiny_folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_folder, tmp_path / "data")
+    config = tiny_config(f"data.root={tmp_path}/data", *CONFIG, "data.max_bad_samples=2")
+    for number in range(4):
+        path = tmp_path / f"data/val/class1/{number}.jpg"
+        good = path.read_bytes()
+        path.write_bytes(good[: good.index(b"\xff\xda") + 30])  # found when it is decoded
+    with pytest.raises(UserError, match=r"max_bad_samples=2"):
+        train_on_rank(0, 1, config)
+    assert checkpoint.load(config.run_dir)["step"] == 3
+
+
+def test_what_an_earlier_try_met_counts(spoiled: Callable[..., Config]) -> None:
+    config = spoiled("name=again")
+    with StopAt(2) as interrupt:
+        train(config, "test", interrupt)
+    before = metrics(config, "data/bad_samples")[-1]
+    train_on_rank(0, 1, config)
+    assert min(metrics(config, "data/bad_samples")[2:]) >= before > 3
+
+
 def lose_data_and_train(rank: int, world_size: int, config: Config) -> str:
     """Rank 1's files go, as a mount would, after the index is made."""
     from resnet_dist import train as module

@@ -1,8 +1,11 @@
 """Bad images: found at any stage, replaced by the same stand-in, within a budget."""
 
 import io
+import os
+import resource
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,8 +20,9 @@ from resnet_dist.config import Config, DataConfig
 from resnet_dist.data.augment import Request, Windows, eval_windows
 from resnet_dist.data.cache import BLANK_GREY, EncodedCache
 from resnet_dist.data.dali import Batch, Loader, _Graph
+from resnet_dist.data.feed import Work
 from resnet_dist.data.headers import UnreadableImage, screen
-from resnet_dist.data.index import Index
+from resnet_dist.data.index import Index, Shards
 from resnet_dist.data.reader import Reader
 from resnet_dist.data.source import make_loader
 from resnet_dist.data.stream import train_request
@@ -173,6 +177,82 @@ def test_headers_that_would_crash_dali_do_not_reach_it_among_others(tmp_path: Pa
     for batch in mended.batches([request] * 5):
         assert (batch.labels == -1).sum() == 43
     assert sorted(mended.bad) == list(range(0, count, 3))
+
+
+def test_formats_whose_damage_crashes_dali_go_alone(tmp_path: Path) -> None:
+    """A PNG cut in its pixels ends the process in five of six tries, given among 64 small ones."""
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8)
+    for number in range(64):
+        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
+    whole = (tmp_path / "0.png").read_bytes()
+    (tmp_path / "0.png").write_bytes(whole[:606])
+    index = Index(
+        classes=("a",),
+        labels=np.zeros(64, np.int64),
+        sizes=np.full((64, 2), (40, 50), np.int32),
+        paths=tuple(str(tmp_path / f"{number}.png") for number in range(64)),
+        pixels=None,
+        fingerprint="",
+    )
+    mended = loader(index, max_batch_size=64)
+    list(mended.batches([train_request(CONFIG, index, epoch, np.arange(64)) for epoch in range(5)]))
+    assert list(mended.bad) == [0]
+    size, bmp = (40, 50), io.BytesIO()
+    Image.fromarray(pixels).save(bmp, "BMP")
+    assert screen(whole, size)
+    assert not screen(whole[:606], size)
+    assert not screen(whole[:300] + b"\x00" + whole[301:], size)  # the checksum tells
+    assert not screen(bmp.getvalue(), size)
+
+
+def test_a_decoder_that_fails_is_not_a_bad_image(index: Index) -> None:
+    class Broken(CountingLoader):
+        def _failures(self, singles: list[Work]) -> dict[int, str]:
+            return dict.fromkeys(range(len(singles)), "as with a GPU in an error state")
+
+    write(index.paths[3], spoiled(3)["cut in the middle"])
+    broken = Broken(index, DATA, device=torch.device("cpu"), dtype=torch.float32, max_batch_size=32)
+    request = Request(np.arange(IMAGES), eval_windows(DATA, index.sizes))
+    with pytest.raises(RuntimeError, match="decode"):
+        list(broken.batches([request]))
+    assert broken.bad == {}
+
+
+def test_a_pipe_is_not_waited_for(index: Index) -> None:
+    write(index.paths[3], None)
+    os.mkfifo(index.paths[3])
+    with ThreadPoolExecutor(1) as writer:  # lets the reader open it
+        writer.submit(lambda: open(index.paths[3], "wb").close())
+        with pytest.raises(UnreadableImage, match="not a plain file"):
+            Reader(index, 1).read(3)
+
+
+def test_too_many_open_files_is_not_a_bad_image(index: Index) -> None:
+    reader = Reader(index, 1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    held = os.open(os.devnull, os.O_RDONLY)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (held, hard))
+    try:
+        with pytest.raises(UserError, match=r"Too many open files.*not of the image"):
+            reader.read(3)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        os.close(held)
+
+
+def test_shards_are_closed_with_their_reader(index: Index, tmp_path: Path) -> None:
+    assert index.nbytes is not None
+    for number in range(IMAGES):
+        (tmp_path / f"{number}.tar").write_bytes(b"head" + jpeg(number))
+    numbers = np.arange(IMAGES, dtype=np.int32)
+    files = tuple(str(tmp_path / f"{number}.tar") for number in numbers)
+    shards = Shards(files, numbers, np.full(IMAGES, 4, np.int64))
+    reader = Reader(replace(index, shards=shards), 1)
+    before = len(os.listdir("/proc/self/fd"))
+    assert [reader.read(n).data.tobytes() for n in range(IMAGES)] == [*map(jpeg, range(IMAGES))]
+    assert len(os.listdir("/proc/self/fd")) == before + IMAGES
+    del reader
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_all_kinds_in_one_batch(index: Index) -> None:

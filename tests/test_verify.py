@@ -305,7 +305,9 @@ def test_exit_codes(tiny_folder: Path, tmp_path: Path, verify: Callable[..., Ran
     assert err.count("\n") == 1
     assert "nowhere: no such folder" in err
     shutil.copytree(tiny_folder, tmp_path / "half")
-    shutil.rmtree(tmp_path / "half" / "val")
+    shutil.rmtree(tmp_path / "half" / "val")  # with data.holdout_images there need be none
+    assert verify(tmp_path / "half")[2] == 0
+    (tmp_path / "half" / "train").rename(tmp_path / "half" / "val")
     assert verify(tmp_path / "half")[2] == 2
 
 

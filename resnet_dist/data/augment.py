@@ -121,6 +121,12 @@ def whole_windows(sizes: np.ndarray, shorter_px: int) -> Windows:
     return unchanged(np.hstack([np.zeros_like(sizes), sizes]).astype(float), (height, width))
 
 
+def whole_images(sizes: np.ndarray) -> Windows:
+    """All of each image, made one pixel: for what is not to be looked at. sizes: [B, 2]."""
+    roi = np.hstack([np.zeros_like(sizes), sizes]).astype(float)
+    return replace(unchanged(roi, (1, 1)), cut_first=True)
+
+
 def unchanged(roi: np.ndarray, size_px: tuple[int, int]) -> Windows:
     """Windows that are seen as they are: not mirrored, in their own colours."""
     return Windows(roi, np.zeros(len(roi), bool), size_px, np.zeros((len(roi), 3)))

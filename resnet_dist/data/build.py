@@ -40,6 +40,8 @@ def build_index(data_format: str, root: Path, split: str, cache_dir: Path | None
 
 def set_aside(index: Index, root: Path, quarantine: Mapping[str, str]) -> dict[int, str]:
     """The samples that `quarantine` (name relative to root -> reason) names, and why."""
+    if not quarantine:
+        return {}
     wanted = {os.path.join(root.absolute(), name): why for name, why in quarantine.items()}
     return {i: wanted[path] for i, path in enumerate(index.paths) if path in wanted}
 

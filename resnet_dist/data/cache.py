@@ -48,6 +48,12 @@ def shared_bytes(world: World, nbytes: int, what: str) -> np.ndarray:
     def make() -> None:
         if world.local_rank != 0:
             return
+        try:
+            reserve()
+        except OSError as error:
+            raise UserError(f"{what}: {path}: {error.strerror}; use data.cache=none") from None
+
+    def reserve() -> None:
         free = os.statvfs(SHARED_MEMORY)
         spare = free.f_bavail * free.f_frsize - SPARE_BYTES
         if nbytes > spare:
@@ -56,17 +62,18 @@ def shared_bytes(world: World, nbytes: int, what: str) -> np.ndarray:
                 f"{max(0, spare) / 2**30:,.1f} GiB are to spare; use data.cache=none"
             )
         with open(path, "wb") as file:
-            file.truncate(max(1, nbytes))
+            os.posix_fallocate(file.fileno(), 0, max(1, nbytes))  # a hole could be filled too late
 
     def open_() -> np.ndarray:
         with open(path, "r+b") as file:
             return np.frombuffer(mmap.mmap(file.fileno(), 0), np.uint8)[:nbytes]
 
-    world.on_all(make)
-    memory = world.on_all(open_)
-    if world.local_rank == 0:
-        path.unlink()
-    return memory
+    try:
+        world.on_all(make)
+        return world.on_all(open_)
+    finally:
+        if world.local_rank == 0:
+            path.unlink(missing_ok=True)
 
 
 class EncodedCache:

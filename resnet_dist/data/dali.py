@@ -8,6 +8,7 @@ image's border: taps beyond it repeat the edge pixel, where Pillow leaves them o
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from nvidia.dali import Pipeline, backend, fn, pipeline_def, types
 
 from resnet_dist.config import DataConfig
-from resnet_dist.data.augment import Request, Windows
+from resnet_dist.data.augment import Request, Windows, whole_images
 from resnet_dist.data.cache import DecodedCache
 from resnet_dist.data.feed import BLANK_LABEL, BLANK_PX, Feed, Work
 from resnet_dist.data.headers import why_undecodable
@@ -81,11 +82,14 @@ class Loader:
             "prefetch_queue_depth": data.prefetch_batches,
         }
         self._source = "decoded" if isinstance(reader, DecodedCache) else data.decode
-        self._resampler = Resampler(self._mean, self._std, data.decode_threads)
         self._feed: Feed | None = None
         if index.pixels is None:
             reader = reader or Reader(index, data.read_threads)
             self._feed = Feed(index, reader, data.max_bad_samples, self._why_undecodable)
+
+    @cached_property
+    def _resampler(self) -> Resampler:
+        return Resampler(self._mean, self._std, self._data.decode_threads)
 
     @property
     def bad(self) -> dict[int, str]:
@@ -123,6 +127,24 @@ class Loader:
             outputs = self._run(work, self._graph_for(first.windows))
             yield from self._resized_here((w, self._cut_out(w, *pixels)) for w, pixels in outputs)
 
+    def decoded(self, parts: Iterable[np.ndarray]) -> Iterator[tuple[int, np.ndarray]]:
+        """Each image that can be decoded, whole: sample number, uint8 [H, W, 3]. For a CPU.
+
+        parts: sample numbers, int64 [B], that are decoded together.
+        """
+        assert self._feed is not None
+        requests = (Request(part, whole_images(self._index.sizes[part])) for part in parts)
+        work = self._feed.work(requests, ahead=self._data.prefetch_batches)
+        graph = _Graph(
+            _decode_graph,
+            {"source": "image", "cut": False, "hw_decoder_load": 0.0},
+            lambda one: (one.images,),
+        )
+        for one, (images,) in self._run(work, graph):
+            for sample, pixels in zip(one.shown.tolist(), images, strict=True):
+                if sample >= 0:
+                    yield sample, np.array(pixels)
+
     def _resizes_here(self, windows: Windows) -> bool:
         on_cpu = self._device.type == "cpu"
         return self._feed is not None and windows.cut_first and on_cpu
@@ -134,7 +156,11 @@ class Loader:
         normalisation = {"mean": self._mean, "normalisation": {"std": self._std, "dtype": dtype}}
         if self._feed is None:
             return _Graph(_raw_graph, normalisation, self._raw_inputs)
-        source = {"source": self._source, "hw_decoder_load": self._data.hw_decoder_load}
+        source = {
+            "source": self._source,
+            "cut": windows.cut_first,
+            "hw_decoder_load": self._data.hw_decoder_load,
+        }
         if self._resizes_here(windows):
             return _Graph(_decode_graph, source, self._image_inputs)
         return _Graph(_image_graph, source | normalisation, self._window_inputs)
@@ -155,21 +181,22 @@ class Loader:
             work, wait = resizing.popleft()
             return Batch(wait().to(self._dtype), torch.from_numpy(self._labels(work)))
 
-        for work, windows in cut:
-            resizing.append((work, self._resampler.start(windows, work.windows)))
-            if len(resizing) > 1:
+        try:
+            for work, windows in cut:
+                resizing.append((work, self._resampler.start(windows, work.windows)))
+                if len(resizing) > 1:
+                    yield batch()
+            while resizing:
                 yield batch()
-        while resizing:
-            yield batch()
+        finally:
+            self._resampler.forget()
 
     def _cut_out(self, work: Work, decoded: Any = None) -> list[torch.Tensor]:
-        """The windows, uint8 [h, w, 3] each. decoded: DALI's, windows or whole images."""
+        """The windows, uint8 [h, w, 3] each. decoded: DALI's; None: the images are decoded."""
         if decoded is None:
             images = [torch.from_numpy(image) for image in work.images]
         else:
-            images = [torch.from_dlpack(image) for image in decoded]
-            if self._source == "window":
-                return images
+            return [torch.from_dlpack(window) for window in decoded]
         return _parts(images, *self._part(work))
 
     def _run(self, work: Iterator[Work], graph: _Graph) -> Iterator[tuple[Work, Any]]:
@@ -211,11 +238,20 @@ class Loader:
             if self._feed is None:
                 break
             failures = self._failures([work.at(place) for place in range(len(work.shown))])
+            if failures and not self._decodes_at_all(work):
+                break
             for place, why in failures.items():
                 self._feed.mend(work, place, why)
             if failures:
                 return
         raise error
+
+    def _decodes_at_all(self, work: Work) -> bool:
+        """Whether a good image can be decoded: if not, it is not the images."""
+        good = work.at(0)
+        assert self._feed is not None
+        good.put(0, BLANK_LABEL, whole_images(np.full((1, 2), BLANK_PX)), self._feed.blank)
+        return self._why_undecodable(good) is None
 
     def _failures(self, singles: list[Work]) -> dict[int, str]:
         """Which of these, with one image each, cannot be decoded, and why."""
@@ -224,9 +260,11 @@ class Loader:
         executor = self._executor | {"batch_size": 1, "prefetch_queue_depth": 1}
         done = 0
         left: Iterator[Work]
+        alive: deque[tuple[Any, ...]] = deque(maxlen=3)
 
         def poll() -> tuple[Any, ...]:
-            return graph.inputs(next(left))
+            alive.append(graph.inputs(next(left)))
+            return alive[-1]
 
         while done < len(singles):
             left = iter(singles[done:])
@@ -248,11 +286,11 @@ class Loader:
         return self._failures([single]).get(0)
 
     def _image_inputs(self, work: Work) -> tuple[Any, ...]:
-        """Images, and the part of each to decode, unless all is decoded (or was)."""
-        if self._source == "image":
+        """Images, and the part of each that plays a part, unless it is all."""
+        if self._source == "image" and not work.windows.cut_first:
             return (work.images,)
         start, end = self._part(work)
-        if self._source == "window":
+        if self._source != "decoded":
             return work.images, start, end
         return ([np.ascontiguousarray(part) for part in _parts(work.images, start, end)],)
 
@@ -269,7 +307,8 @@ class Loader:
         """Also the window relative to the decoded part, its size after the resize, and what is then
         subtracted from R, G and B."""
         windows = work.windows
-        corner = np.zeros(4) if self._source == "image" else np.tile(self._part(work)[0], (1, 2))
+        whole = self._source == "image" and not windows.cut_first
+        corner = np.zeros(4) if whole else np.tile(self._part(work)[0], (1, 2))
         # DALI takes float32: enough once the part's corner is subtracted, 1/1000 pixel at 16,000.
         roi = (windows.roi - corner).astype(np.float32)
         size = np.tile(np.array(windows.size_px, np.float32), (len(roi), 1))
@@ -326,9 +365,9 @@ def decoded_part(
 
 
 @pipeline_def
-def _decode_graph(poll: Callable[[], Any], source: str, hw_decoder_load: float) -> Any:
+def _decode_graph(poll: Callable[[], Any], source: str, cut: bool, hw_decoder_load: float) -> Any:
     """Pixels of windows, or of whole images."""
-    dtypes, ndim = _image_types(source)
+    dtypes, ndim = _image_types(source, cut)
     inputs = fn.external_source(
         source=poll, num_outputs=len(ndim), dtype=dtypes, ndim=ndim, no_copy=True
     )
@@ -339,11 +378,12 @@ def _decode_graph(poll: Callable[[], Any], source: str, hw_decoder_load: float) 
 def _image_graph(
     poll: Callable[[], Any],
     source: str,
+    cut: bool,
     hw_decoder_load: float,
     mean: np.ndarray,
     normalisation: dict[str, Any],
 ) -> tuple[Any, Any]:
-    dtypes, ndim = _image_types(source)
+    dtypes, ndim = _image_types(source, cut)
     *image, roi_start, roi_end, size, window_mean, flip, labels = fn.external_source(
         source=poll,
         num_outputs=len(ndim) + 6,
@@ -371,9 +411,9 @@ def _image_graph(
     return images, labels.gpu() if _on_gpu() else labels
 
 
-def _image_types(source: str) -> tuple[list[Any], list[int]]:
+def _image_types(source: str, cut: bool) -> tuple[list[Any], list[int]]:
     """Types and dimensions of what `_decoded` takes."""
-    if source == "window":
+    if source == "window" or (source == "image" and cut):
         return [types.UINT8, types.INT32, types.INT32], [1, 1, 1]
     return [types.UINT8], [3 if source == "decoded" else 1]
 
@@ -390,7 +430,8 @@ def _decoded(source: str, hw_decoder_load: float, images: Any, *part: Any) -> An
             "preallocate_width_hint": LARGEST_WIDTH_PX,
         }
     if source == "image":
-        return fn.decoders.image(images, **decoder)
+        images = fn.decoders.image(images, **decoder)
+        return fn.slice(images, start=part[0], end=part[1], axis_names="HW") if part else images
     # Slices are taken in the frame that EXIF turns the image to, the one `Index.sizes` speaks of.
     start, end = part
     return fn.decoders.image_slice(images, start=start, end=end, axis_names="HW", **decoder)

@@ -1,7 +1,8 @@
 """What the decoder is given: images that were read ahead, and stand-ins for those that are bad.
 
-A stand-in is a function of (seed, epoch, sample) alone, whether its image was known to be bad or
-was found so at reading or at decoding: who finds it, and when, changes no batch.
+A stand-in is a function of (seed, epoch, sample) alone, and whether one is needed depends on the
+bytes that the window takes: who finds a bad image, and when, changes no batch. Only a quarantine,
+made by hand or by `verify`, also sets aside what could be decoded in part.
 """
 
 from collections import deque
@@ -55,6 +56,7 @@ class Feed:
         self._reader = reader
         self._max_bad_samples = max_bad_samples
         self._why_undecodable = why_undecodable
+        self.blank = reader.blank
         self.bad: dict[int, str] = {}  # samples that were asked for in vain so far, and why
 
     def work(self, requests: Iterable[Request], ahead: int) -> Iterator[Work]:
@@ -73,8 +75,8 @@ class Feed:
 
     def _collect(self, request: Request, wait: Callable[[], list[Result]]) -> Work:
         results = wait()
-        blank = self._reader.blank  # for now, where there is none
-        images = [blank if isinstance(one, UnreadableImage) else one.data for one in results]
+
+        images = [self.blank if isinstance(one, UnreadableImage) else one.data for one in results]
         work = Work(request, request.samples, request.windows, images)
         for place, result in enumerate(results):
             if isinstance(result, UnreadableImage):
@@ -93,7 +95,7 @@ class Feed:
             raise UserError(too_many_bad(self.bad, self._index, self._max_bad_samples))
         if work.request.stand_in is None:
             whole = np.array([[0, 0, BLANK_PX, BLANK_PX]], np.float64)
-            work.put(place, BLANK_LABEL, unchanged(whole, work.windows.size_px), self._reader.blank)
+            work.put(place, BLANK_LABEL, unchanged(whole, work.windows.size_px), self.blank)
             return
         for attempt in range(MAX_STAND_INS):
             other, window = work.request.stand_in(sample, attempt)

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import stat
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -130,7 +131,10 @@ def _header(path: str) -> tuple[int, int, int, str]:
     """Height, width, bytes, and why the image cannot be read."""
     nbytes = 0
     try:
-        nbytes = os.stat(path).st_size
+        facts = os.stat(path)
+        nbytes = facts.st_size
+        if not stat.S_ISREG(facts.st_mode):  # a pipe would be waited for
+            return 0, 0, 0, "not a plain file"
         return *displayed_size(path), nbytes, ""
     except OSError as error:
         return 0, 0, nbytes, error.strerror or type(error).__name__

@@ -1,7 +1,7 @@
 """What an image's header says: its size, and whether its bytes can be trusted to the decoder.
 
-DALI 2.4 parses the headers of a large batch in several threads; where one of them is bad, the
-process may crash. So a header is looked at here before its bytes go there.
+DALI 2.4 parses the headers of a large batch in several threads, and decodes in several; where an
+image of some formats is bad, the process may crash. So they are looked at before they go there.
 """
 
 import io
@@ -9,6 +9,7 @@ import os
 import re
 import struct
 import warnings
+import zlib
 from typing import BinaryIO
 
 from PIL import Image
@@ -19,8 +20,8 @@ EXIF_ORIENTATION = 0x0112
 MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # from here Pillow takes an image for an attack
 # Between a half and all of it Pillow only warns, once per place in the code, and names no file.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-NOT_AN_IMAGE = (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError)
 JPEG_SIGNATURE = b"\xff\xd8"
+HARMLESS_SIGNATURES = (b"RIFF", b"P2", b"P3", b"P5", b"P6")
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
@@ -40,7 +41,9 @@ def displayed_size(file: str | os.PathLike[str] | BinaryIO) -> tuple[int, int]:
             # Only the EXIF block itself: Pillow's getexif() also looks in XMP, which DALI does not,
             # and in a TIFF's own tags, by which Pillow has turned `size` already.
             turned = exif_orientation(image.info.get("exif", b"")) in (5, 6, 7, 8)
-    except NOT_AN_IMAGE as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's plugins raise whatever they meet
         raise UnreadableImage(f"not a readable image ({said_by_pillow(error)})") from None
     return (width, height) if turned else (height, width)
 
@@ -51,7 +54,7 @@ def why_undecodable(data: bytes) -> str:
         with warnings.catch_warnings(), Image.open(io.BytesIO(data)) as image:
             warnings.simplefilter("ignore")
             image.load()
-    except NOT_AN_IMAGE as error:
+    except Exception as error:  # Pillow's plugins raise whatever they meet
         return f"not a readable image ({said_by_pillow(error)})"
     return "not a readable image (of a kind that DALI does not decode)"
 
@@ -67,8 +70,8 @@ def screen(data: bytes, size: tuple[int, int]) -> bool:
     if not data:
         raise UnreadableImage("an empty file")
     found = _plain_size(data)
-    # Formats that DALI parses otherwise than JPEG and PNG are few, and their headers simple.
-    trusted = found is not None or not data.startswith((JPEG_SIGNATURE, PNG_SIGNATURE))
+    # Of other formats, damaged BMP and TIFF files crash it; damaged WebP and PNM files do not.
+    trusted = found is not None or data.startswith(HARMLESS_SIGNATURES)
     found = found or displayed_size(io.BytesIO(data))
     if sorted(found) != sorted(size):  # EXIF may have turned it
         raise UnreadableImage(
@@ -78,8 +81,8 @@ def screen(data: bytes, size: tuple[int, int]) -> bool:
 
 
 def _plain_size(data: bytes) -> tuple[int, int] | None:
-    """(height, width) before EXIF of a JPEG or PNG whose header is complete and without oddities;
-    None for all else."""
+    """(height, width) before EXIF of a JPEG whose header is complete and without oddities, or of a
+    PNG that is whole; None for all else."""
     size = None
     try:
         if data.startswith(JPEG_SIGNATURE):
@@ -109,17 +112,20 @@ def _plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
 
 
 def _plain_png_size(data: bytes) -> tuple[int, int] | None:
-    """Walks the chunks to the first of pixels (W3C PNG, section 5)."""
-    at, end = len(PNG_SIGNATURE), len(data)
-    length, kind, width, height = struct.unpack_from(">I4sII", data, at)
-    if (length, kind) != (13, b"IHDR") or not width or not height:
-        return None
-    while at + 12 < end:
+    """Walks all chunks and their checksums (W3C PNG, section 5)."""
+    at, size = len(PNG_SIGNATURE), None
+    while True:
         length, kind = struct.unpack_from(">I4s", data, at)
-        if kind == b"IDAT":
-            return height, width
-        at += 12 + length
-    return None
+        content_end = at + 8 + length
+        (crc,) = struct.unpack_from(">I", data, content_end)
+        if zlib.crc32(memoryview(data)[at + 4 : content_end]) != crc:
+            return None
+        if kind == b"IHDR":
+            width, height = struct.unpack_from(">II", data, at + 8)
+            size = (height, width)
+        if kind == b"IEND":
+            return size if size is not None and 0 not in size else None
+        at = content_end + 4
 
 
 def said_by_pillow(error: Exception) -> str:

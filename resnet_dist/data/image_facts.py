@@ -6,7 +6,7 @@ import warnings
 
 from PIL import Image
 
-from resnet_dist.data.headers import JPEG_SIGNATURE, NOT_AN_IMAGE, PNG_SIGNATURE, exif_orientation
+from resnet_dist.data.headers import JPEG_SIGNATURE, PNG_SIGNATURE, exif_orientation
 
 FORMATS = {
     ".jpg": "JPEG",
@@ -34,7 +34,7 @@ def particulars(data: bytes, name: str) -> dict[str, str]:
         with warnings.catch_warnings(), Image.open(io.BytesIO(data)) as image:
             warnings.simplefilter("ignore")
             return _particulars(image, data, os.path.splitext(name)[1].lower())
-    except NOT_AN_IMAGE:
+    except Exception:  # Pillow's plugins raise whatever they meet
         return {}  # the decoder has the last word
 
 

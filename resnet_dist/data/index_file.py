@@ -150,7 +150,7 @@ def read_extra(path: Path) -> Any:
 def check_shards(path: Path, top: Path) -> None:
     """Raises UserError where a shard of an index is missing or of another size, or no index is."""
     try:
-        shards = _open(path)[1]["shards"]
+        shards = [(str(name), int(size)) for name, size in _open(path)[1]["shards"]]
     except _DAMAGE as error:
         raise _unusable(path, error) from None
     for name, expected in shards:

@@ -70,8 +70,11 @@ def list_folder(root: Path, split: str) -> Listing:
         raise UserError(
             f"data.root={root}: no folder {split}/ in it; expected {split}/<class>/<image files>"
         )
-    folders = {"": os.stat(top).st_mtime_ns}
-    classes = class_folders(top)
+    try:
+        folders = {"": os.stat(top).st_mtime_ns}
+        classes = class_folders(top)
+    except OSError as error:
+        raise UserError(f"{top}: {error.strerror}; make the folder readable") from None
     if not classes:
         raise UserError(
             f"data.root={root}: {split}/ holds no class folders; expected one per class"

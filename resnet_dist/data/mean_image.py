@@ -44,10 +44,14 @@ def mean_image(index: Index, config: Config, world: World) -> np.ndarray | None:
     )
     total = torch.zeros(3, px, px, dtype=torch.int64, device=world.device)
     readable = torch.zeros((), dtype=torch.int64, device=world.device)
-    for loaded in loader.batches(requests):
-        is_real = loaded.labels >= 0
-        images = loaded.images * FIXED_POINT * is_real[:, None, None, None]
-        total += images.round().to(torch.int64).sum(dim=0)
-        readable += is_real.sum()
+
+    def add_up() -> None:
+        for loaded in loader.batches(requests):
+            is_real = loaded.labels >= 0
+            images = loaded.images * FIXED_POINT * is_real[:, None, None, None]
+            total.add_(images.round().to(torch.int64).sum(dim=0))
+            readable.add_(is_real.sum())
+
+    world.on_all(add_up)
     mean = world.sum(total).double() / (FIXED_POINT * world.sum(readable))
     return mean.permute(1, 2, 0).float().cpu().numpy()  # CPU-GPU sync point

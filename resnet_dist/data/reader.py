@@ -4,7 +4,9 @@ import errno
 import io
 import os
 import resource
+import stat
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -15,11 +17,13 @@ from resnet_dist.data.cache import BLANK_GREY, BLANK_PX, EncodedCache, Image, Re
 from resnet_dist.data.headers import UnreadableImage, screen
 from resnet_dist.data.index import Index
 from resnet_dist.data.order import BLOCK_IMAGES
+from resnet_dist.errors import UserError
 
 IMAGES_PER_TASK = 16  # a thread's errand: long against what it costs to send the thread
 RETRY_AFTER_SECONDS = (0.1, 1.0)  # a network file system may stumble
 GONE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP)
-OTHER_OPEN_FILES = 256
+OURS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+OPEN_FILES = 1 << 16
 BLOCKS_REMEMBERED = 4096
 
 
@@ -39,8 +43,8 @@ class Reader:
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="reader")
         self._shard_files: dict[int, int] = {}  # open file descriptors
         self._asked_for: set[int] = set()  # blocks
-        if index.shards is not None:
-            _allow_open_files(len(index.shards.files) + OTHER_OPEN_FILES)
+        _allow_open_files()
+        weakref.finalize(self, _close_all, self._shard_files)
 
     def read(self, sample: int) -> Image:
         """
@@ -85,6 +89,11 @@ class Reader:
                 return read(sample)
             except OSError as error:
                 failure = error
+                if error.errno in OURS:
+                    raise UserError(
+                        f"{self._index.paths[sample]}: {error.strerror}: the fault of this process "
+                        "or machine, not of the image; raise `ulimit -n`, or give it more memory"
+                    ) from None
                 if error.errno in GONE:
                     break
                 time.sleep(pause_seconds)
@@ -92,6 +101,8 @@ class Reader:
 
     def _read_file(self, sample: int) -> bytes:
         with open(self._index.paths[sample], "rb", buffering=0) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise UnreadableImage("not a plain file")
             return file.read()
 
     def _read_from_shard(self, sample: int) -> bytes:
@@ -131,7 +142,14 @@ class Reader:
         os.posix_fadvise(file, int(start), int(end - start), os.POSIX_FADV_WILLNEED)
 
 
-def _allow_open_files(count: int) -> None:
+def _allow_open_files() -> None:
+    """ImageNet has more shards than a process may open by default."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < count:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (min(count, hard), hard))
+    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _close_all(files: dict[int, int]) -> None:
+    for file in files.values():
+        os.close(file)

@@ -28,16 +28,24 @@ class Buffers:
 
     def __init__(self) -> None:
         self._kept: list[np.ndarray] = []
+        (self._free_count,) = _reference_counts([np.empty(1)])
 
     def take(self, shape: tuple[int, ...], dtype: type) -> Tensor:
         """Of any content."""
-        for array in self._kept:
-            # A tensor made of an array holds on to it, as do all views of the tensor. Here it is
-            # held by the list, by `array`, and by the call itself.
-            if array.shape == shape and array.dtype == dtype and sys.getrefcount(array) == 3:
+        # A tensor made of an array holds on to it, as do all views of the tensor.
+        for array, count in zip(self._kept, _reference_counts(self._kept), strict=True):
+            if array.shape == shape and array.dtype == dtype and count == self._free_count:
                 return torch.from_numpy(array)
         self._kept = [*self._kept[1 - MAX_KEPT :], np.empty(shape, dtype)]
         return torch.from_numpy(self._kept[-1])
+
+    def forget(self) -> None:
+        """Those that nobody has are freed, the others when they are no longer held."""
+        self._kept = []
+
+
+def _reference_counts(arrays: list[np.ndarray]) -> list[int]:
+    return [sys.getrefcount(array) for array in arrays]
 
 
 class Resampler:
@@ -47,6 +55,10 @@ class Resampler:
         self._std = np.array(std)
         self._threads = _serial_threads(threads)
         self._buffers = Buffers()
+
+    def forget(self) -> None:
+        """Frees what it keeps for the next batch."""
+        self._buffers.forget()
 
     def start(self, images: Sequence[Tensor], windows: Windows) -> Callable[[], Tensor]:
         """Starts to resize images to windows.size_px, mirror and normalise them.

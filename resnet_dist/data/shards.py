@@ -12,6 +12,8 @@ import re
 import sys
 import tarfile
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,10 +68,19 @@ def shard_index(root: Path, split: str, kept: Path | None) -> Index:
     """
     if kept == own_index_file(root, split):
         check_shards(kept, root)
-        return load_index_file(kept, root)
+        index = load_index_file(kept, root)
+        if index.shards is None:
+            raise UserError(f"{kept}: an index of no shards; make it again")
+        return index
     files = _shard_files(root, split)
     names = _class_list(root / "classes.txt")
-    facts = [[os.path.relpath(f, root), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+    facts = []
+    for file in files:
+        try:
+            found = file.stat()
+        except OSError as error:
+            raise UserError(f"{file}: {error.strerror}; copy this shard again") from None
+        facts.append([os.path.relpath(file, root), found.st_size, found.st_mtime_ns])
     extra = {"shards": facts, "classes": names}
     if kept is not None and read_extra(kept) == extra:
         try:
@@ -124,7 +135,14 @@ def _scan_all(files: list[Path]) -> Iterator[_Scan]:
     if workers == 1:
         yield from map(_scan, files)
         return
-    with worker_pool(workers) as pool:
+    try:
+        yield from _scan_by(worker_pool(workers), files)
+    except BrokenProcessPool:
+        raise UserError(f"{files[0].parent}: a process that read shards was killed") from None
+
+
+def _scan_by(workers: ProcessPoolExecutor, files: list[Path]) -> Iterator[_Scan]:
+    with workers as pool:
         for number, scan in enumerate(pool.map(_scan, files), start=1):
             if sys.stderr.isatty():
                 end = "\n" if number == len(files) else ""

@@ -1,13 +1,11 @@
 """A config's data set, opened: the index of a split, its mean image, and the loader over it."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from resnet_dist.config import Config, DataConfig
-from resnet_dist.data.augment import Request, whole_windows
 from resnet_dist.data.build import set_aside, without
 from resnet_dist.data.cache import DecodedCache, EncodedCache
 from resnet_dist.data.dali import Loader
@@ -18,6 +16,8 @@ from resnet_dist.data.quarantine import read_quarantine
 from resnet_dist.data.reader import Reader
 from resnet_dist.distributed import World
 from resnet_dist.precision import DTYPES
+
+DECODED_TOGETHER = 32
 
 
 def load_index(config: Config, split: str, world: World) -> Index:
@@ -71,24 +71,18 @@ def _decoded_cache(index: Index, data: DataConfig, world: World) -> DecodedCache
     cache = DecodedCache(index, world)
     mine = slice_of(np.arange(len(index)), world.local_rank, world.local_size)
     samples = mine[(index.sizes[mine] > 0).all(axis=1)]
+    parts = [samples[i : i + DECODED_TOGETHER] for i in range(0, len(samples), DECODED_TOGETHER)]
     loader = Loader(
         index,
-        # No resize and no normalisation: what comes are the decoder's whole grey levels.
-        replace(data, mean=(0.0, 0.0, 0.0), std=(1 / 255, 1 / 255, 1 / 255), decode="image"),
+        data,
         device=torch.device("cpu"),
         dtype=torch.float32,
-        max_batch_size=1,
-    )
-    requests = (
-        Request(one, whole_windows(index.sizes[one], int(index.sizes[one].min())))
-        for one in np.split(samples, len(samples))
+        max_batch_size=DECODED_TOGETHER,
     )
 
     def fill() -> None:
-        for sample, batch in zip(samples.tolist(), loader.batches(requests), strict=True):
-            if batch.labels[0] >= 0:
-                pixels = batch.images[0].permute(1, 2, 0).round()
-                cache.put(sample, pixels.to(torch.uint8).numpy())
+        for sample, pixels in loader.decoded(parts):
+            cache.put(sample, pixels)
 
     world.on_all(fill)
     return cache

@@ -1,13 +1,12 @@
 """Large images made smaller: decoded by Pillow, turned upright, resized, written as JPEG."""
 
 import io
-import zlib
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 
-from resnet_dist.data.headers import NOT_AN_IMAGE, UnreadableImage, exif_orientation, said_by_pillow
+from resnet_dist.data.headers import UnreadableImage, exif_orientation, said_by_pillow
 
 # EXIF 2.32, table "Orientation": how the stored rows and columns come to stand upright.
 UPRIGHT = {
@@ -22,7 +21,6 @@ UPRIGHT = {
 # A JPEG is decoded at the smallest of 8/8, 4/8, 2/8, 1/8 of its size that is at least this many
 # times too large; Pillow calls the result of 3 nearly the same as that of a full decode.
 REDUCING_GAP = 3.0
-DAMAGED = (*NOT_AN_IMAGE, EOFError, zlib.error)
 
 
 @dataclass(frozen=True)
@@ -62,7 +60,9 @@ def reencode(data: bytes, limit: Limit) -> bytes:
             file = io.BytesIO()
             smaller.save(file, "JPEG", quality=limit.quality)
             return file.getvalue()
-    except DAMAGED as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's plugins raise whatever they meet
         raise UnreadableImage(f"cannot be decoded ({said_by_pillow(error)})") from None
 
 
