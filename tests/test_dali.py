@@ -468,7 +468,7 @@ def test_gpu_windows_that_are_cut_first(folder: Index, decode: str) -> None:
     roi = [[3, 5, 80, 90], [0, 0, 60, 50], [10, 2, 96, 96]]
     seen = replace(windows(roi, [False, True, False]), cut_first=True)
     gpu, cpu = (
-        grey_levels(one_batch(folder, [0, 1, 2], seen, device=device, decode=decode))
+        grey_levels(one_batch(folder, [0, 2, 4], seen, device=device, decode=decode))
         for device in ("cuda", "cpu")
     )
     assert np.abs(gpu - cpu)[:, 4:-4, 4:-4].max() <= 2
