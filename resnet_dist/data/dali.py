@@ -125,7 +125,9 @@ class Loader:
             yield from self._resized_here((w, self._cut_out(w)) for w in work)
         else:
             outputs = self._run(work, self._graph_for(first.windows))
-            yield from self._resized_here((w, self._cut_out(w, *pixels)) for w, pixels in outputs)
+            yield from self._resized_here(
+                (w, [torch.from_dlpack(window) for window in windows]) for w, (windows,) in outputs
+            )
 
     def decoded(self, parts: Iterable[np.ndarray]) -> Iterator[tuple[int, np.ndarray]]:
         """Each image that can be decoded, whole: sample number, uint8 [H, W, 3]. For a CPU.
@@ -191,13 +193,9 @@ class Loader:
         finally:
             self._resampler.forget()
 
-    def _cut_out(self, work: Work, decoded: Any = None) -> list[torch.Tensor]:
-        """The windows, uint8 [h, w, 3] each. decoded: DALI's; None: the images are decoded."""
-        if decoded is None:
-            images = [torch.from_numpy(image) for image in work.images]
-        else:
-            return [torch.from_dlpack(window) for window in decoded]
-        return _parts(images, *self._part(work))
+    def _cut_out(self, work: Work) -> list[torch.Tensor]:
+        """The windows of decoded images, uint8 [h, w, 3] each."""
+        return _parts([torch.from_numpy(image) for image in work.images], *self._part(work))
 
     def _run(self, work: Iterator[Work], graph: _Graph) -> Iterator[tuple[Work, Any]]:
         """Each Work, and what the graph makes of it."""
