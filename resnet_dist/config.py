@@ -55,7 +55,8 @@ class DataConfig:
     # Images that cannot be read are replaced (in val: counted wrong); past so many, the run stops.
     max_bad_samples: int = 100
     # How, not what: `resnet-dist bench loader --tune` measures the best on a machine.
-    decode_threads: int = 4
+    # null: the node's cores, shared out over its ranks, at most 16.
+    decode_threads: int | None = None
     read_threads: int = 8
     prefetch_batches: int = 2
     # What is decoded: the crop window and its margin, or the image (some GPU decoders want that).

@@ -380,3 +380,12 @@ def test_what_the_walk_through_a_header_trusts(index: Index) -> None:
     huge = huge[:frame] + b"\xff\xff" * 2 + huge[frame + 4 :]  # 65,535 x 65,535
     with pytest.raises(UnreadableImage, match="exceeds limit"):
         screen(huge, (65535, 65535))
+
+
+def test_the_cores_of_a_node_are_shared_out_over_its_ranks(index: Index) -> None:
+    cores = len(os.sched_getaffinity(0))
+    config = replace(CONFIG, data=replace(DATA, decode_threads=None))
+    for ranks in (1, 2, 1000):
+        world = replace(distributed.start(), local_size=ranks)
+        threads = make_loader(index, config, world)._executor["num_threads"]
+        assert threads == min(16, max(1, cores // ranks))

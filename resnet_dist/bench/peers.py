@@ -45,6 +45,11 @@ class Work:
     device: str  # "cpu" or "cuda"
 
     @property
+    def threads(self) -> int:
+        assert self.data.decode_threads is not None
+        return self.data.decode_threads
+
+    @property
     def config(self) -> Config:
         train = TrainConfig(
             epochs=None,
@@ -145,7 +150,7 @@ def _train_folder(work: Work) -> str:
 def _loaded(work: Work, dataset: Any, **sampling: Any) -> Stream:
     loader = torch.utils.data.DataLoader(
         dataset,
-        num_workers=work.data.decode_threads,
+        num_workers=work.threads,
         pin_memory=work.device == "cuda",
         multiprocessing_context="fork",
         **sampling,
@@ -168,7 +173,7 @@ def bare_libjpeg(work: Work) -> Stream:
     encoded = [Path(path).read_bytes() for path in dict.fromkeys(index.paths)]
     spaces = [
         ctypes.create_string_buffer(4 * int(index.sizes.prod(axis=1).max()))
-        for _ in range(work.data.decode_threads)
+        for _ in range(work.threads)
     ]
 
     def decode_batch(request: Request) -> Tensor:
@@ -182,7 +187,7 @@ def bare_libjpeg(work: Work) -> Stream:
         spaces.append(space)
         return torch.empty(len(samples), 0)
 
-    with ThreadPoolExecutor(work.data.decode_threads) as pool:
+    with ThreadPoolExecutor(work.threads) as pool:
         yield from pool.map(decode_batch, requests_of(work))
 
 

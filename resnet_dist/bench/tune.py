@@ -71,7 +71,7 @@ def knobs(work: Work) -> dict[str, list[Any]]:
     cache=encoded is left out: it helps where files are slow to read, and here all of them are in
     the page cache.
     """
-    threads = work.data.decode_threads
+    threads = work.threads
     tried: dict[str, list[Any]] = {
         "decode_threads": sorted({max(1, threads // 2), threads, threads + threads // 2 + 1}),
         "read_threads": [2, 8, 16],

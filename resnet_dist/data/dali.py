@@ -75,9 +75,10 @@ class Loader:
         self._dtype = dtype
         self._mean = 255 * np.asarray(data.mean if mean_image is None else mean_image, np.float32)
         self._std = [255 * s for s in data.std]
+        self._threads = data.decode_threads or 1
         self._executor = {
             "batch_size": max_batch_size,
-            "num_threads": data.decode_threads,
+            "num_threads": self._threads,
             "device_id": _device_id(device),
             "prefetch_queue_depth": data.prefetch_batches,
         }
@@ -89,7 +90,7 @@ class Loader:
 
     @cached_property
     def _resampler(self) -> Resampler:
-        return Resampler(self._mean, self._std, self._data.decode_threads)
+        return Resampler(self._mean, self._std, self._threads)
 
     @property
     def bad(self) -> dict[int, str]:

@@ -8,9 +8,9 @@ import torch
 
 from resnet_dist.config import Config
 from resnet_dist.data.augment import Request, center_windows
-from resnet_dist.data.dali import Loader
 from resnet_dist.data.index import Index
 from resnet_dist.data.order import slice_of
+from resnet_dist.data.source import make_loader
 from resnet_dist.distributed import World
 
 MAX_IMAGES = 50_000  # evenly spaced: a standard error of about 64 / sqrt(50,000) = 0.3 grey levels
@@ -31,13 +31,9 @@ def mean_image(index: Index, config: Config, world: World) -> np.ndarray | None:
     count = min(len(index), MAX_IMAGES)
     samples = np.arange(count) * len(index) // count
     mine = slice_of(samples, world.rank, world.size)
-    loader = Loader(
-        index,
-        replace(data, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)),
-        device=world.device,
-        dtype=torch.float32,
-        max_batch_size=batch,
-    )
+    plain = replace(data, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), cache="none")
+    exact = replace(config.train, precision="fp32")
+    loader = make_loader(index, replace(config, data=plain, train=exact), world)
     parts = (mine[start : start + batch] for start in range(0, len(mine), batch))
     requests = (
         Request(part, center_windows(index.sizes[part], data.eval_resize_px, px)) for part in parts

@@ -1,5 +1,7 @@
 """A config's data set, opened: the index of a split, its mean image, and the loader over it."""
 
+import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,7 @@ from resnet_dist.distributed import World
 from resnet_dist.precision import DTYPES
 
 DECODED_TOGETHER = 32
+MAX_DECODE_THREADS = 16
 
 
 def load_index(config: Config, split: str, world: World) -> Index:
@@ -49,6 +52,9 @@ def make_loader(
         UserError: data.cache does not fit in memory.
     """
     data = config.data
+    if data.decode_threads is None:
+        cores = len(os.sched_getaffinity(0)) // world.local_size
+        data = replace(data, decode_threads=min(max(1, cores), MAX_DECODE_THREADS))
     reader: Reader | DecodedCache | None = None
     if data.cache == "decoded":
         reader = _decoded_cache(index, data, world)
