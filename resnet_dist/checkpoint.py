@@ -111,6 +111,48 @@ def latest(run_dir: Path) -> Path | None:
     return max((run_dir / "checkpoints").glob(STEP_NAMES), default=None)
 
 
+def set_damaged_aside(run_dir: Path) -> list[str]:
+    """Renames checkpoints that are newer than the newest whole one. For one rank only.
+
+    Returns a line of warning for each.
+    """
+    folder = run_dir / "checkpoints"
+    warnings: list[str] = []
+    for path in sorted(folder.glob(STEP_NAMES), reverse=True):
+        why = damage(path)
+        if why is None:
+            if warnings:
+                _point(folder / "latest", path)
+            break
+        aside = path.with_name(f"damaged-{path.name}")
+        if aside.exists():
+            shutil.rmtree(aside)
+        os.rename(path, aside)  # its name is free for the step to be saved anew
+        warnings.append(
+            f"warning: {path}: damaged ({why}); it is {aside.name} now, and passed over"
+        )
+    return warnings
+
+
+def damage(path: Path) -> str | None:
+    """Why the checkpoint folder cannot be what was written; None if it is.
+
+    Raises:
+        UserError: it cannot be read, which says nothing of what is in it.
+    """
+    try:
+        expected = json.loads((path / "meta.json").read_bytes())["sha256"]
+        if _sha256(path / "state.pt") == expected:
+            return None
+    except FileNotFoundError as error:
+        return f"no {Path(error.filename).name}"
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError):
+        return "meta.json is not what it should be"
+    return "the SHA-256 of state.pt differs from meta.json"
+
+
 def load(path: Path) -> dict[str, Any]:
     """Reads a checkpoint folder (or a run folder, whose `best` or `latest` it takes) to the CPU.
 
@@ -123,11 +165,8 @@ def load(path: Path) -> dict[str, Any]:
             break
     if not (path / "state.pt").is_file() or not (path / "meta.json").is_file():
         raise UserError(f"{path}: no checkpoint; give a folder such as RUN/checkpoints/best")
-    expected = json.loads((path / "meta.json").read_text())["sha256"]
-    if _sha256(path / "state.pt") != expected:
-        raise UserError(
-            f"{path}/state.pt: damaged (SHA-256 differs from meta.json); use another checkpoint"
-        )
+    if (why := damage(path)) is not None:
+        raise UserError(f"{path}: damaged ({why}); use another checkpoint")
     content: dict[str, Any] = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
     if content.get("format") != FORMAT:
         raise UserError(f"{path}: format {content.get('format')}, this version reads {FORMAT}")

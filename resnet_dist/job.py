@@ -49,6 +49,7 @@ class Job:
     mean_image: np.ndarray | None  # float32 [crop_px, crop_px, 3], if the config asks for it
     dropouts: tuple[KeyedDropout, ...] = ()  # of state.model
     initialized: str | None = None  # what there is to say about model.init_from
+    warnings: tuple[str, ...] = ()  # about checkpoints that are passed over
 
 
 def build(config: Config, world: World) -> Job:
@@ -64,6 +65,7 @@ def build(config: Config, world: World) -> Job:
         )
     plan = Plan.of(config, world.size, len(train_index), len(val_index))
     network = build_network(config, world, len(train_index.classes))
+    warnings = world.on_main(lambda: checkpoint.set_damaged_aside(config.run_dir))
     newest, initialized = _newest_checkpoint(config, world), None
     if config.model.init_from is not None and newest is None:
         initialized = load_initial_weights(network, config, train_index.classes, world)
@@ -86,6 +88,7 @@ def build(config: Config, world: World) -> Job:
         mean_image=mean,
         dropouts=tuple(m for m in network.modules() if isinstance(m, KeyedDropout)),
         initialized=initialized,
+        warnings=tuple(warnings),
     )
 
 
@@ -130,7 +133,7 @@ def restore(job: Job) -> str | None:
     """
     path = _newest_checkpoint(job.config, job.world)
     if path is None:
-        return job.initialized
+        return "\n".join([*job.warnings, *filter(None, [job.initialized])]) or None
     saved = job.world.on_all(lambda: checkpoint.load(path))
     if saved["data_fingerprint"] != job.train_index.fingerprint:
         raise UserError(
@@ -138,7 +141,7 @@ def restore(job: Job) -> str | None:
             "give the same images, or another name="
         )
     job.state.load_state_dict(saved)
-    said = f"resumed from {path}"
+    said = "\n".join([*job.warnings, f"resumed from {path}"])
     before, now = saved["bn_batch_size"], bn_batch_size(job)
     if before != now:
         said += (

@@ -138,5 +138,45 @@ def test_damage_is_named(tiny_config: Callable[..., Config], tmp_path: Path) -> 
     content = bytearray((path / "state.pt").read_bytes())
     content[len(content) // 2] ^= 1
     (path / "state.pt").write_bytes(content)
-    with pytest.raises(UserError, match=r"state\.pt: damaged"):
+    with pytest.raises(UserError, match=r"damaged \(the SHA-256 of state\.pt differs"):
         checkpoint.load(path)
+
+
+def flip_a_bit(path: Path) -> None:
+    data = bytearray((path / "state.pt").read_bytes())
+    data[len(data) // 2] ^= 1
+    (path / "state.pt").write_bytes(data)
+
+
+def cut_short(path: Path) -> None:
+    os.truncate(path / "state.pt", (path / "state.pt").stat().st_size // 2)
+
+
+def lose_the_state(path: Path) -> None:
+    (path / "state.pt").unlink()
+
+
+def tear_the_note(path: Path) -> None:
+    (path / "meta.json").write_text('{"step": 3, "sh')
+
+
+@pytest.mark.parametrize("spoil", [flip_a_bit, cut_short, lose_the_state, tear_the_note])
+def test_a_damaged_checkpoint_is_passed_over(
+    tiny_config: Callable[..., Config], spoil: Callable[[Path], None]
+) -> None:
+    config = tiny_config("train.keep_checkpoints=3")
+    paths = [save(make_state(0, step), config) for step in (1, 2, 3)]
+    assert checkpoint.set_damaged_aside(config.run_dir) == []
+    for path in paths[1:]:
+        spoil(path)
+    warnings = checkpoint.set_damaged_aside(config.run_dir)
+    assert [str(path) in line for path, line in zip(paths[:0:-1], warnings, strict=True)] == [
+        True
+    ] * 2
+    assert checkpoint.latest(config.run_dir) == paths[0]
+    assert checkpoint.load(config.run_dir)["step"] == 1
+    assert checkpoint.set_damaged_aside(config.run_dir) == []
+    again = save(make_state(0, 3), config)  # its name is free
+    assert checkpoint.load(again)["step"] == 3
+    spoil(paths[0])  # older than a whole one: left alone
+    assert checkpoint.set_damaged_aside(config.run_dir) == []

@@ -149,6 +149,24 @@ def run_and_interrupt(rank: int, world_size: int, config: Config) -> str:
     return run(rank, world_size, config)
 
 
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(
+    tiny_config: Callable[..., Config], capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = ("train.save_every_iterations=2", "train.epochs=2")
+    whole, torn = tiny_config("name=whole", *settings), tiny_config("name=torn", *settings)
+    for config in (whole, torn):
+        run(0, 1, config)
+    newest = checkpoint.latest(torn.run_dir)
+    assert newest is not None
+    os.truncate(newest / "state.pt", 1000)
+    capsys.readouterr()
+    assert run(0, 1, torn) == "FINISHED"
+    said = capsys.readouterr().out
+    assert said.count(f"warning: {newest}: damaged") == 1
+    assert "resumed from" in said
+    assert largest_difference(weights(torn), weights(whole)) == 0
+
+
 def test_dropout_resumes_exactly(
     tiny_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
