@@ -12,7 +12,7 @@ import torch
 from multirank import run_ranks
 from PIL import Image
 
-from resnet_dist import checkpoint
+from resnet_dist import checkpoint, cli
 from resnet_dist.config import Config
 from resnet_dist.errors import UserError
 from resnet_dist.interrupt import Interrupt
@@ -54,6 +54,21 @@ BAD_TRAIN = ("class0/0", "class0/1", "class0/2", "class1/3", "class1/4", "class2
 @pytest.fixture
 def spoiled(tiny_config: Callable[..., Config], spoiled_folder: Path) -> Callable[..., Config]:
     return lambda *overrides: tiny_config(f"data.root={spoiled_folder}", *CONFIG, *overrides)
+
+
+def test_evaluate_names_what_it_counts_as_wrong(
+    spoiled: Callable[..., Config], capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = spoiled("name=one")
+    train_on_rank(0, 1, config)
+    capfd.readouterr()
+    cli.main(["evaluate", str(config.run_dir)])
+    out, err = capfd.readouterr()
+    assert "of 17 right" in out
+    told = [line for line in err.splitlines() if line.startswith("bad sample")]
+    assert len(told) == 1
+    assert told[0].startswith("bad sample: val/class0/0.jpg: ")
+    assert told[0].endswith("; it counts as wrong")
 
 
 def train_on_rank(rank: int, world_size: int, config: Config) -> str:

@@ -14,9 +14,32 @@ from resnet_dist import distributed
 from resnet_dist.config import Config
 from resnet_dist.data.mean_image import mean_image
 from resnet_dist.data.source import load_index
+from resnet_dist.errors import UserError
 from resnet_dist.interrupt import Interrupt
 from resnet_dist.job import build
 from resnet_dist.train import train
+
+
+def mean_or_error(rank: int, world_size: int, config: Config) -> str:
+    world = distributed.start()
+    try:
+        mean_image(load_index(config, "train", world), config, world)
+    except UserError as error:
+        return str(error)
+    return "made"
+
+
+def test_a_rank_with_too_many_bad_images_tells_the_others(
+    tiny_config: Callable[..., Config], tiny_folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_folder, tmp_path / "data")
+    (tmp_path / "data/train/class2/7.jpg").write_bytes(b"")  # of the last rank's part
+    config = tiny_config(
+        f"data.root={tmp_path}/data", "data.per_pixel_mean=true", "data.max_bad_samples=0"
+    )
+    said = run_ranks(mean_or_error, 2, config, init_process_group=False)
+    assert said[0] == said[1]
+    assert said[0].startswith("rank 1: more than data.max_bad_samples=0 images cannot be read")
 
 
 def mean_of(rank: int, world_size: int, config: Config) -> np.ndarray | None:
