@@ -1,7 +1,7 @@
 """The parts of a training run, built the same on every rank, and the verbs that use them."""
 
 import inspect
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from resnet_dist.models.sync_batchnorm import average_running_stats, convert_syn
 from resnet_dist.optim import build_optimizer
 from resnet_dist.plan import Plan
 from resnet_dist.precision import grad_scaler
+from resnet_dist.tracking import git_commit
 
 
 @dataclass(frozen=True)
@@ -182,6 +183,14 @@ def train_batches(job: Job) -> Generator[Batch]:
     return job.train_loader.batches(requests)
 
 
+def take(batches: Iterator[Batch], count: int) -> tuple[list[Batch], str | None]:
+    """The next `count` batches, or why there are none: not to be raised on one rank alone."""
+    try:
+        return [next(batches) for _ in range(count)], None
+    except UserError as error:
+        return [], str(error)
+
+
 def evaluate_now(job: Job) -> Score:
     """The network's score on the validation images. Every rank calls it.
 
@@ -201,3 +210,16 @@ def _agree_on_running_stats(job: Job) -> None:
         bns = (m for m in job.state.model.modules() if isinstance(m, nn.BatchNorm2d))
         live = nn.ModuleList(bn for bn in bns if not isinstance(bn, FrozenBatchNorm2d))
         average_running_stats(live, job.world.group)
+
+
+def tags(job: Job, recipe: str) -> dict[str, str]:
+    """What MLflow's table can be filtered by, besides the config."""
+    return {
+        "git.commit": git_commit(),
+        "world_size": str(job.world.size),
+        "precision": job.config.train.precision,
+        "recipe": recipe,
+        "model": job.config.model.name,
+        "device": job.world.device.type,
+        "global_batch_size": str(job.plan.global_batch_size),
+    }

@@ -7,7 +7,7 @@ ranks, goes on where the last one stopped.
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from enum import Enum
 
 import torch
@@ -21,14 +21,14 @@ from resnet_dist.data.dali import Batch
 from resnet_dist.errors import UserError
 from resnet_dist.evaluate import Score
 from resnet_dist.interrupt import Interrupt
-from resnet_dist.job import Job, build, evaluate_now, restore, save, train_batches
+from resnet_dist.job import Job, build, evaluate_now, restore, save, tags, take, train_batches
 from resnet_dist.meter import Meter
 from resnet_dist.models.dropout import set_dropout_keys
 from resnet_dist.optim import set_lr
 from resnet_dist.precision import autocast
 from resnet_dist.progress import Progress, duration, table
 from resnet_dist.run_folder import open_run_folder
-from resnet_dist.tracking import RunRecord, Tracker, git_commit
+from resnet_dist.tracking import RunRecord, Tracker
 
 
 class Outcome(Enum):
@@ -125,14 +125,6 @@ def run(
     return Outcome.FINISHED, score
 
 
-def take(batches: Iterator[Batch], count: int) -> tuple[list[Batch], str | None]:
-    """The next `count` batches, or why there are none: not to be raised on one rank alone."""
-    try:
-        return [next(batches) for _ in range(count)], None
-    except UserError as error:
-        return [], str(error)
-
-
 def train_step(job: Job, passes: Iterable[Batch], meter: Meter) -> Tensor:
     """One optimizer step over the global batch, in `plan.accumulation` passes.
 
@@ -176,19 +168,6 @@ def remember(job: Job, score: Score) -> None:
     if is_best:
         state.best_acc1, state.best_step = score.acc1, state.step
     job.plan.remember_score(state.lr_memory, state.step, is_best)
-
-
-def tags(job: Job, recipe: str) -> dict[str, str]:
-    """What MLflow's table can be filtered by, besides the config."""
-    return {
-        "git.commit": git_commit(),
-        "world_size": str(job.world.size),
-        "precision": job.config.train.precision,
-        "recipe": recipe,
-        "model": job.config.model.name,
-        "device": job.world.device.type,
-        "global_batch_size": str(job.plan.global_batch_size),
-    }
 
 
 def summary(
