@@ -1,11 +1,12 @@
-"""The GPU proof in one command: GPU tests, the quickstart, ResNet-50 at 224 px, and the loader
-alone, side by side with DALI's own and torchvision's.
+"""The GPU proof in one command: GPU tests, the quickstart, ResNet-50 at 224 px, the loader alone,
+side by side with DALI's own and torchvision's, and what saving and deterministic mode cost.
 
     python benchmarks/gpu.py [data.root=/data/imagenet] [key.sub=value ...]
 
 Writes benchmarks/results/<device>.json: img/s and data-wait % by logging step, with the versions
-that made them; the loaders' figures go to loader-<device>.json. Without data.root it trains on
-JPEGs of 500 x 375 pixels that it makes itself (smooth noise: to decode, about as dear as photos).
+that made them; the other figures go to loader-, checkpoint- and deterministic-<device>.json.
+Without data.root it trains on JPEGs of 500 x 375 pixels that it makes itself (smooth noise: to
+decode, about as dear as photos).
 Overrides go to the ResNet-50 run. Without a GPU everything runs on the CPU, which shows that this
 script works and nothing else.
 """
@@ -56,6 +57,7 @@ def main(overrides: list[str]) -> None:
         }
         RESULTS.mkdir(exist_ok=True)
         bench_loader(overrides, RESULTS / f"loader-{name}.json")
+        bench_exactness(scratch, ranks, name)
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(f"written: {path}")
@@ -88,6 +90,16 @@ def bench_loader(overrides: list[str], output: Path) -> None:
     bench = [sys.executable, "-m", "resnet_dist", "bench", "loader", root]
     run([*bench, "--batch-size", "256", "--output", str(output)])
     run([*bench, "--batch-size", "256", "--tune"])
+
+
+def bench_exactness(scratch: Path, ranks: int, name: str) -> None:
+    """What saving costs, and deterministic mode."""
+    bench = ["-m", "resnet_dist", "bench"]
+    output = ["--output", f"{RESULTS}/checkpoint-{name}.json"]
+    run([sys.executable, *bench, "checkpoint", str(scratch), *output])
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    output = ["--output", f"{RESULTS}/deterministic-{name}.json"]
+    run([sys.executable, *torchrun, *bench, "deterministic", *output])
 
 
 def run(command: list[str]) -> str:

@@ -31,6 +31,7 @@ from resnet_dist.config import Config  # noqa: E402
 from resnet_dist.config_file import load_config  # noqa: E402
 from resnet_dist.errors import UserError  # noqa: E402
 from resnet_dist.interrupt import Interrupt  # noqa: E402
+from resnet_dist.run_folder import check_run_folder  # noqa: E402
 
 SIGNAL_BEFORE_LIMIT_S = 120
 KILLED_WITHIN_S = 300  # Slurm's KillWait is 30 s where nobody changed it
@@ -43,6 +44,7 @@ class Training:
 
     config: Config
     recipe: str
+    resume_anyway: bool = False
 
     def __call__(self) -> str:
         """Returns the outcome; of a requeued job, it does not return."""
@@ -54,10 +56,11 @@ class Training:
         # Interrupt only remembers, and all ranks stop at the same step. It listens to the end: a
         # signal that comes twice must not find submitit's handler again.
         with Interrupt() as interrupt:
-            from resnet_dist.train import Outcome, train
+            from resnet_dist.outcome import Outcome
+            from resnet_dist.train import train
 
             try:
-                outcome = train(self.config, self.recipe, interrupt)
+                outcome = train(self.config, self.recipe, interrupt, self.resume_anyway)
             except UserError as error:
                 if job.rank == 0:
                     print(f"resnet-dist: {error}", file=sys.stderr, flush=True)
@@ -121,13 +124,16 @@ def main(argv: list[str] | None = None) -> None:
 def run(arguments: argparse.Namespace) -> None:
     config = load_config(arguments.config, arguments.overrides)
     # Before anything is queued: an impossible plan is refused here, not in the job's log.
-    plan = dry_run(config, arguments.nodes * arguments.ranks_per_node, arguments.train_images)
+    ranks_per_node = arguments.ranks_per_node
+    ranks = arguments.nodes * ranks_per_node
+    plan = dry_run(config, ranks, ranks_per_node, arguments.train_images)
     if arguments.dry_run:
         print(plan)
         if not arguments.local:
             print("\n" + slurm_executor(arguments, config).script())
         return
-    training = Training(config, recipe_name(arguments.config))
+    check_run_folder(config, arguments.resume_anyway)
+    training = Training(config, recipe_name(arguments.config), arguments.resume_anyway)
     make_private(arguments.log_dir)
     if arguments.local:
         run_here(arguments, training)
@@ -227,6 +233,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("config", metavar="CONFIG.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="on top of the file")
+    parser.add_argument("--resume-anyway", action="store_true", help="as `train` has it")
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--gpus-per-node", type=int, default=8, help="(8) 0: train on CPUs")
     parser.add_argument("--ranks-per-node", type=int, help="one per GPU, if not given")

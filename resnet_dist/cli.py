@@ -61,14 +61,15 @@ def _train(arguments: argparse.Namespace) -> None:
     config = load_config(arguments.config, arguments.overrides)
     if arguments.dry_run:
         world_size = arguments.world_size or int(os.environ.get("WORLD_SIZE", "1"))
-        print(dry_run(config, world_size, arguments.train_images))
+        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+        print(dry_run(config, world_size, min(local_size, world_size), arguments.train_images))
         return
     if arguments.world_size or arguments.train_images:
         raise UserError("command line: --world-size and --train-images go with --dry-run")
     with Interrupt() as interrupt:  # before torch: its import takes seconds
         from resnet_dist.train import train
 
-        train(config, recipe_name(arguments.config), interrupt)
+        train(config, recipe_name(arguments.config), interrupt, arguments.resume_anyway)
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
@@ -205,14 +206,35 @@ def _bench_order(arguments: argparse.Namespace) -> None:
     bench_order(arguments.images, arguments.output)
 
 
+def _bench_checkpoint(arguments: argparse.Namespace) -> None:
+    from resnet_dist.bench.checkpoint import bench_checkpoint
+    from resnet_dist.distributed import start_alone
+
+    start_alone("bench checkpoint")
+    bench_checkpoint(arguments.folder, arguments.runs, arguments.output)
+
+
+def _bench_deterministic(arguments: argparse.Namespace) -> None:
+    from resnet_dist import distributed
+    from resnet_dist.bench.deterministic import bench_deterministic
+
+    bench_deterministic(distributed.start(), arguments.runs, arguments.steps, arguments.output)
+    distributed.stop()
+
+
 def _export(arguments: argparse.Namespace) -> None:
     from resnet_dist.export import export
 
     print(export(arguments.checkpoint, arguments.to, arguments.output))
 
 
-def dry_run(config: Config, world_size: int, train_images: int | None) -> str:
-    """The merged config and the plan, as text. Counts the images unless `train_images` is given."""
+def dry_run(
+    config: Config, world_size: int, local_world_size: int, train_images: int | None
+) -> str:
+    """The merged config and the plan, as text. Counts the images unless `train_images` is given.
+
+    local_world_size: ranks per node.
+    """
     data = config.data
     val_images = data.holdout_images or None
     if train_images is None:
@@ -222,12 +244,12 @@ def dry_run(config: Config, world_size: int, train_images: int | None) -> str:
         except UserError as error:
             raise UserError(f"{error} (--train-images N plans without the data)") from None
     train_images -= config.held_out_of(train_images)
-    plan = Plan.of(config, world_size, train_images, val_images)
+    plan = Plan.of(config, world_size, train_images, val_images, local_world_size)
     text = to_yaml(config) + "\n" + plan.describe()
-    try:
-        check_run_folder(config)
-    except UserError as error:  # the plan is worth reading all the same
-        text += f"\n\nnot to be trained under this name: {error}"
+    differing = check_run_folder(config, anyway=True)  # the plan is worth reading all the same
+    if differing:
+        text += "\n\nto be trained under another name=, or with --resume-anyway: not as "
+        text += f"{config.run_dir}/config.yaml has it: {'; '.join(differing)}"
     return text
 
 
@@ -250,6 +272,11 @@ def _parser() -> argparse.ArgumentParser:
         "--init-from",
         metavar="WEIGHTS",
         help="fine-tune: a checkpoint, a run folder, or torchvision:FILE.pth (model.init_from)",
+    )
+    train.add_argument(
+        "--resume-anyway",
+        action="store_true",
+        help="go on where settings, data or decoder have changed: from there it is another run",
     )
     train.add_argument(
         "--dry-run", action="store_true", help="print the merged config and the plan"
@@ -419,7 +446,17 @@ def _add_bench(bench: argparse.ArgumentParser) -> None:
             metavar="N",
             help=f"default: ImageNet's {IMAGENET_IMAGES:,}",
         )
-    for one in (loader, memory, index, order):
+    deterministic = benches.add_parser("deterministic", help="what train.deterministic costs")
+    deterministic.set_defaults(verb=_bench_deterministic)
+    deterministic.add_argument("--runs", type=_positive, default=7, metavar="N", help="default: 7")
+    deterministic.add_argument(
+        "--steps", type=_positive, default=20, metavar="N", help="in a run; default: 20"
+    )
+    saving = benches.add_parser("checkpoint", help="what saving costs training, and its parts")
+    saving.set_defaults(verb=_bench_checkpoint)
+    saving.add_argument("folder", type=Path, metavar="FOLDER", help="where checkpoints would go")
+    saving.add_argument("--runs", type=_positive, default=7, metavar="N", help="default: 7")
+    for one in (loader, memory, index, order, deterministic, saving):
         one.add_argument("--output", type=Path, metavar="FILE.json", help="keep the figures")
 
 

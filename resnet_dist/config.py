@@ -108,13 +108,19 @@ class TrainConfig:
     # The most images one rank takes through the network at once: what fits in its memory.
     max_local_batch_size: int = 128
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    # The same command gives the same bits: kernels, autotuning and the order of sums are fixed.
+    deterministic: bool = False
+    # Weights averaged over the steps, w = d * w + (1 - d) * weights, are what is evaluated (so the
+    # best), exported, predicted with and fine-tuned from; null: the weights themselves.
+    ema_decay: float | None = None
     log_every_steps: int = 50
     eval_every_epochs: float | None = 1.0
     eval_every_iterations: int | None = None
     save_every_epochs: float | None = 1.0
     save_every_iterations: int | None = None
-    # Newest checkpoints that stay on disk; the best one stays besides.
+    # Newest checkpoints that stay on disk; the best stays besides, and one every so many epochs.
     keep_checkpoints: int = 2
+    keep_every_epochs: float | None = None
 
 
 @dataclass(frozen=True)
@@ -232,6 +238,7 @@ _AT_MOST: dict[str, float] = {
     "seed": 2**63 - 1,
     "data.hw_decoder_load": 1,
     "optim.momentum": 1,
+    "train.ema_decay": 1,
     "optim.label_smoothing": 1,
     "optim.gamma": 1,
     "optim.warmup_until_train_error_pct": 100,
@@ -240,6 +247,8 @@ _ABOVE_ZERO: dict[str, float] = {  # key -> a sane small value to name
     "train.epochs": 1,
     "train.eval_every_epochs": 1,
     "train.save_every_epochs": 1,
+    "train.keep_every_epochs": 1,
+    "train.ema_decay": 0.9999,
     "optim.clip_grad_norm": 1,
     "optim.warmup_until_train_error_pct": 80,
 }

@@ -35,9 +35,7 @@ class World:
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Sums a tensor on `device` over the ranks, in place, and returns it."""
-        if self.size > 1:
-            dist.all_reduce(tensor, group=self.group)
-        return tensor
+        return sum_over_ranks(tensor, self.group) if self.size > 1 else tensor
 
     def any(self, flag: bool) -> bool:
         """True on every rank if it is true on one. Over gloo: the GPU is not waited for."""
@@ -108,6 +106,39 @@ class World:
         backend = None if self.group is None else "nccl"
         group, _ = dist.new_subgroups(self.local_size, backend=backend)
         return group
+
+
+def sum_over_ranks(tensor: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Sums a tensor over the ranks of the group, in place, and returns it.
+
+    In deterministic mode strictly in the order of the ranks.
+    """
+    if torch.are_deterministic_algorithms_enabled():
+        return sum_in_rank_order(tensor, group)
+    dist.all_reduce(tensor, group=group)
+    return tensor
+
+
+def sum_in_rank_order(tensor: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """((rank 0 + rank 1) + rank 2) + ... of each element, in place; returns the tensor.
+
+    An all-reduce adds in an order that depends on an element's place in the buffer, on the
+    algorithm (ring, tree, in the switch) and on the network between the ranks. This depends on
+    nothing but the values, and sends as much: each rank gets one part of all ranks' tensors, adds
+    it up, and gives it to all. Any dtype that can be added; shape and dtype are the same on every
+    rank of the group, None being the world.
+    """
+    size = dist.get_world_size(group)
+    flat = tensor.detach().flatten()
+    parts = flat.new_zeros(size, -(-len(flat) // size))  # of equal size: padded with zeros
+    parts.view(-1)[: len(flat)] = flat
+    rows = torch.empty_like(parts)  # row r: rank r's values of this rank's part
+    dist.all_to_all_single(rows, parts, group=group)
+    total = rows[0]
+    for row in rows[1:]:  # no rows.sum(0), which may add in any order
+        total += row
+    dist.all_gather(list(parts), total, group=group)
+    return tensor.copy_(parts.view(-1)[: len(flat)].view_as(tensor))
 
 
 def start() -> World:

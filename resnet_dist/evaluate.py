@@ -18,6 +18,7 @@ from resnet_dist.data.index import Index
 from resnet_dist.data.protocol import CENTER_CROP, Protocol
 from resnet_dist.data.source import load_index, make_loader
 from resnet_dist.data.stream import eval_requests
+from resnet_dist.determinism import fix_algorithms
 from resnet_dist.distributed import World
 from resnet_dist.errors import UserError
 from resnet_dist.models.vgg import MAP_PX, Vgg
@@ -142,6 +143,8 @@ def evaluate_checkpoint(
         raise UserError(f"--save-to {save_to}: is there already; give a new folder")
     trained = load_trained(path, overrides, world)
     config, index = trained.config, val_index(trained, path, world)
+    if config.train.deterministic:  # no autotuning otherwise: the shapes of multi-scale vary
+        fix_algorithms(True)
     check_protocol(protocol, trained, index)
     if bn_images is not None:
         recalibrate(trained, bn_images, world)

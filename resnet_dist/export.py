@@ -1,6 +1,7 @@
 """A trained network in other programs' forms: torchvision, timm, ONNX, torch.export.
 
-The weights are the checkpoint's, in float32; the network is in eval mode and on the CPU.
+The weights are the checkpoint's, with train.ema_decay the averaged ones, in float32; the network is
+in eval mode and on the CPU.
 """
 
 import importlib
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from resnet_dist import __version__, checkpoint
 from resnet_dist.config import Config
 from resnet_dist.config_file import config_from_dict
+from resnet_dist.ema import weights_for_use
 from resnet_dist.errors import UserError
 from resnet_dist.models.build import build_model
 from resnet_dist.models.depths import DEPTHS, Net, no_counterpart
@@ -61,7 +63,7 @@ def export(path: Path, target: str, output: Path | None = None) -> str:
                 f"{path}: {LIBRARIES[target]} has no {name}: {why_not}; use --to onnx or --to pt2"
             )
     model = build_model(name, len(saved["classes"])).eval()
-    model.load_state_dict(saved["model"])
+    model.load_state_dict(weights_for_use(saved))
     suffix, to_bytes = TARGETS[target]
     try:
         if output is None:

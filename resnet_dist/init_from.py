@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from resnet_dist import checkpoint
 from resnet_dist.config import Config
 from resnet_dist.distributed import World
+from resnet_dist.ema import weights_for_use
 from resnet_dist.errors import UserError
 from resnet_dist.models.depths import DEPTHS, no_counterpart
 from resnet_dist.models.parts import head_name
@@ -52,7 +53,7 @@ def _read(network: nn.Module, config: Config, classes: tuple[str, ...]) -> dict[
         if saved_name != name:  # resnet50's and resnet50_v1's keys and shapes are the same
             why = f"holds a {saved_name}, this run trains a {name}"
             raise _refusal(config, why, f"give model.name={saved_name}, or another checkpoint")
-        found, same_classes = saved["model"], saved["classes"] == list(classes)
+        found, same_classes = weights_for_use(saved), saved["classes"] == list(classes)
 
     # BN's counters, the only whole numbers, are not in old files, and nothing reads them.
     found = {key: tensor for key, tensor in found.items() if tensor.is_floating_point()}

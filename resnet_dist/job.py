@@ -1,9 +1,9 @@
 """The parts of a training run, built the same on every rank, and the verbs that use them."""
 
 import inspect
+import time
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,20 +18,35 @@ from resnet_dist.data.dali import Batch, Loader
 from resnet_dist.data.index import Index
 from resnet_dist.data.mean_image import mean_image
 from resnet_dist.data.protocol import CENTER_CROP
-from resnet_dist.data.source import load_index, make_loader
+from resnet_dist.data.source import load_index, make_loader, who_decodes
 from resnet_dist.data.stream import eval_requests, train_requests
+from resnet_dist.determinism import reduce_gradients_in_rank_order
 from resnet_dist.distributed import World
+from resnet_dist.ema import AveragedNetwork
 from resnet_dist.errors import UserError
 from resnet_dist.evaluate import Score, evaluate
 from resnet_dist.init_from import load_initial_weights
+from resnet_dist.meter import Meter
 from resnet_dist.models.build import build_model
 from resnet_dist.models.dropout import KeyedDropout
-from resnet_dist.models.parts import FrozenBatchNorm2d, freeze, parts
+from resnet_dist.models.parts import freeze, parts
 from resnet_dist.models.sync_batchnorm import average_running_stats, convert_sync_batchnorm
 from resnet_dist.optim import build_optimizer
 from resnet_dist.plan import Plan
 from resnet_dist.precision import grad_scaler
-from resnet_dist.tracking import git_commit
+from resnet_dist.resume import (
+    Previous,
+    describe,
+    look_back,
+    made_with,
+    not_bit_for_bit,
+    take_over,
+)
+from resnet_dist.retention import Retention
+from resnet_dist.run_folder import changes_so_far
+from resnet_dist.saver import Saver
+from resnet_dist.startup import startup
+from resnet_dist.tracking import TAG_CHARACTERS, git_commit
 
 
 @dataclass(frozen=True)
@@ -47,14 +62,20 @@ class Job:
     train_loader: Loader
     val_index: Index
     val_loader: Loader
+    saver: Saver
+    facts: dict[str, Any]  # about data and machine, for a checkpoint
+    previous: Previous
     mean_image: np.ndarray | None  # float32 [crop_px, crop_px, 3], if the config asks for it
     dropouts: tuple[KeyedDropout, ...] = ()  # of state.model
     initialized: str | None = None  # what there is to say about model.init_from
-    warnings: tuple[str, ...] = ()  # about checkpoints that are passed over
 
 
-def build(config: Config, world: World) -> Job:
-    """Raises UserError where the config does not fit the data, the world or model.init_from."""
+def build(config: Config, world: World, resume_anyway: bool = False) -> Job:
+    """resume_anyway: goes on where another config or other data have been, too.
+
+    Raises:
+        UserError: the config does not fit the data, the world, the run folder or model.init_from.
+    """
     train_index = load_index(config, "train", world)
     val_index = load_index(config, "val", world)
     differing = set(train_index.classes) ^ set(val_index.classes)
@@ -64,18 +85,32 @@ def build(config: Config, world: World) -> Job:
             f"as {min(differing)}; they must have the same (shards from elsewhere may need a "
             "classes.txt that names them, a line each)"
         )
-    plan = Plan.of(config, world.size, len(train_index), len(val_index))
+    startup.mark("data index")
+    facts = {
+        "classes": list(train_index.classes),
+        "data_fingerprint": train_index.fingerprint,
+        "decoder": who_decodes(config, world.device),
+        "made_with": made_with(world),
+    }
+    # Before all that takes long: networks, a mean image, caches.
+    previous = look_back(config, facts, world, resume_anyway)
+    startup.mark("checkpoint")
+    images = len(train_index), len(val_index)
+    plan = Plan.of(config, world.size, *images, world.local_size)
     network = build_network(config, world, len(train_index.classes))
-    warnings = world.on_main(lambda: checkpoint.set_damaged_aside(config.run_dir))
-    newest, initialized = _newest_checkpoint(config, world), None
-    if config.model.init_from is not None and newest is None:
+    initialized = None
+    if config.model.init_from is not None and previous.path is None:
         initialized = load_initial_weights(network, config, train_index.classes, world)
     optimizer = build_optimizer(network, config.optim)
-    if config.data.per_pixel_mean and newest is not None:
-        mean = world.on_all(lambda: checkpoint.load(newest))["mean_image"].numpy()
+    startup.mark("network and optimizer")
+    # One that the network has been trained with stays, whatever the images.
+    kept = previous.content.get("mean_image") if config.data.per_pixel_mean else None
+    if kept is not None and len(kept) == config.data.crop_px:
+        mean = kept.numpy()
     else:
         mean = mean_image(train_index, config, world)
     state = TrainState(network, optimizer, grad_scaler(world.device, config.train.precision))
+    state.ema = _averaged(network, config, len(train_index.classes))
     return Job(
         config=config,
         plan=plan,
@@ -86,21 +121,19 @@ def build(config: Config, world: World) -> Job:
         train_loader=make_loader(train_index, config, world, mean),
         val_index=val_index,
         val_loader=make_loader(val_index, config, world, mean),
+        saver=Saver(config.run_dir, Retention(plan.keep_checkpoints, plan.keep_every_steps)),
+        facts=facts,
+        previous=previous,
         mean_image=mean,
         dropouts=tuple(m for m in network.modules() if isinstance(m, KeyedDropout)),
         initialized=initialized,
-        warnings=tuple(warnings),
     )
 
 
 def build_network(config: Config, world: World, num_classes: int) -> nn.Module:
     """The network of the config, on the device, parts frozen and BN synchronized as asked."""
     torch.manual_seed(config.seed)  # the same weights on every rank
-    model = build_model(config.model.name, num_classes, config.model.zero_init_last_gamma)
-    for name, modules in parts(model).items():
-        if config.optim.lr_scales.get(name) == 0:
-            for module in modules:  # before other BN is synchronized, and before DDP looks at it
-                freeze(module)
+    model = _build_frozen(config, num_classes)
     if world.size > 1 and config.model.sync_batchnorm == "world":
         model = convert_sync_batchnorm(model, world.group)
     elif world.size > 1 and config.model.sync_batchnorm == "node":
@@ -108,6 +141,24 @@ def build_network(config: Config, world: World, num_classes: int) -> nn.Module:
         model = model if group is None else convert_sync_batchnorm(model, group)
     # Tensor cores want channels last; the loader delivers images so.
     return model.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def _build_frozen(config: Config, num_classes: int) -> nn.Module:
+    """Freshly initialized, parts frozen: before other BN is synchronized, and before DDP looks."""
+    model = build_model(config.model.name, num_classes, config.model.zero_init_last_gamma)
+    for name, modules in parts(model).items():
+        if config.optim.lr_scales.get(name) == 0:
+            for module in modules:
+                freeze(module)
+    return model
+
+
+def _averaged(network: nn.Module, config: Config, num_classes: int) -> AveragedNetwork | None:
+    if config.train.ema_decay is None:
+        return None
+    with torch.device("meta"):  # nothing to initialize: it gets the network's tensors
+        same = _build_frozen(config, num_classes)
+    return AveragedNetwork(network, same, config.train.ema_decay)
 
 
 def distribute(network: nn.Module, world: World) -> nn.Module:
@@ -118,61 +169,58 @@ def distribute(network: nn.Module, world: World) -> nn.Module:
     switches = ("forward_sync_buffers", "broadcast_buffers")
     known = inspect.signature(DistributedDataParallel).parameters
     off: dict[str, Any] = {next(name for name in switches if name in known): False}
-    return DistributedDataParallel(
+    model = DistributedDataParallel(
         network,
         process_group=world.group,
         device_ids=[world.device.index] if world.device.type == "cuda" else None,
         gradient_as_bucket_view=True,
         **off,
     )
+    if torch.are_deterministic_algorithms_enabled():
+        reduce_gradients_in_rank_order(model)
+    return model
 
 
 def restore(job: Job) -> str | None:
-    """Goes on from the run folder's newest checkpoint, if it has one. Every rank reads it.
+    """Goes on from the run folder's newest checkpoint, if it has one. On every rank, and once.
 
     Returns what there is to say about it, or about the weights that a new run starts from.
     """
-    path = _newest_checkpoint(job.config, job.world)
-    if path is None:
-        return "\n".join([*job.warnings, *filter(None, [job.initialized])]) or None
-    saved = job.world.on_all(lambda: checkpoint.load(path))
-    if saved["data_fingerprint"] != job.train_index.fingerprint:
-        raise UserError(
-            f"data.root={job.config.data.root}: not the training images that {path} was made with; "
-            "give the same images, or another name="
-        )
-    job.state.load_state_dict(saved)
-    said = "\n".join([*job.warnings, f"resumed from {path}"])
-    before, now = saved["bn_batch_size"], bn_batch_size(job)
+    startup.mark("loaders")
+    previous, said = job.previous, list(job.previous.warnings)
+    if previous.path is None:
+        return "\n".join([*said, *filter(None, [job.initialized])]) or None
+    saved = previous.content
+    said += [describe(previous.path, saved, job.plan)]
+    if previous.changes:
+        said += [f"warning: not the same run from here on: {'; '.join(previous.changes)}"]
+        said += take_over(saved, job.config, job.state)
+    if torch.are_deterministic_algorithms_enabled():
+        said += not_bit_for_bit(saved["made_with"], job.facts["made_with"])
+    before, now = saved["bn_batch_size"], job.plan.bn_batch_size
     if before != now:
-        said += (
-            f"\nwarning: BN normalizes {now} images together, {before} before: the world or "
+        said += [
+            f"warning: BN normalizes {now} images together, {before} before: the world or "
             "train.max_local_batch_size has changed"
-        )
-    return said
+        ]
+    job.state.load_state_dict(saved)
+    saved.clear()  # as large as the state itself
+    startup.mark("checkpoint")
+    return "\n".join(said)
 
 
-def _newest_checkpoint(config: Config, world: World) -> Path | None:
-    return world.on_main(lambda: checkpoint.latest(config.run_dir))
-
-
-def bn_batch_size(job: Job) -> int:
-    """The most images that are normalized together: local batch x the ranks that share BN."""
-    sharing = {"world": job.world.size, "node": job.world.local_size, "none": 1}
-    local = job.plan.local_batch_size * sharing[job.config.model.sync_batchnorm]
-    return min(local, job.plan.global_batch_size)
-
-
-def save(job: Job) -> None:
-    """Writes a checkpoint. Every rank calls it; rank 0 writes, the others wait."""
+def save(job: Job, meter: Meter) -> None:
+    """Saves the state as it is now. Every rank calls it; rank 0 copies it, and writes it behind."""
     _agree_on_running_stats(job)
-    facts = {
-        "classes": list(job.train_index.classes),
-        "data_fingerprint": job.train_index.fingerprint,
-        "bn_batch_size": bn_batch_size(job),
+    job.state.meter, job.state.train_loss = meter.gather(), meter.last_loss
+    facts = job.facts | {
+        "bn_batch_size": job.plan.bn_batch_size,
         "mean_image": None if job.mean_image is None else torch.from_numpy(job.mean_image),
+        "saved_at": time.strftime("%Y-%m-%d %H:%M %Z"),
     }
-    job.world.on_main(lambda: checkpoint.save(job.state, job.config, facts))
+    if job.world.is_main:
+        # CPU-GPU sync point in fp16, for the scaler's scale; each step of fp16 has one, too.
+        job.saver.save(checkpoint.content_of(job.state, job.config, facts))
 
 
 def train_batches(job: Job) -> Generator[Batch]:
@@ -192,7 +240,8 @@ def take(batches: Iterator[Batch], count: int) -> tuple[list[Batch], str | None]
 
 
 def evaluate_now(job: Job) -> Score:
-    """The network's score on the validation images. Every rank calls it.
+    """The score of the network, averaged if train.ema_decay is set, on the validation images.
+    Every rank calls it.
 
     Raises:
         UserError: more of them than data.max_bad_samples cannot be read.
@@ -201,20 +250,24 @@ def evaluate_now(job: Job) -> Score:
     config, world = job.config, job.world
     requests = eval_requests(config, job.val_index, CENTER_CROP, world.rank, world.size)
     batches = job.val_loader.batches(requests)
-    return evaluate(job.state.model, batches, world, config.train.precision)
+    network = job.state.model if job.state.ema is None else job.state.ema.network
+    return evaluate(network, batches, world, config.train.precision)
 
 
 def _agree_on_running_stats(job: Job) -> None:
-    if job.config.model.sync_batchnorm != "world":
-        # Frozen statistics are equal already, and an average of them would be rounded.
-        bns = (m for m in job.state.model.modules() if isinstance(m, nn.BatchNorm2d))
-        live = nn.ModuleList(bn for bn in bns if not isinstance(bn, FrozenBatchNorm2d))
-        average_running_stats(live, job.world.group)
+    if job.config.train.deterministic:  # there they agree after each step
+        return
+    average_running_stats(job.state.model, job.world.group)
+    # The averaged network has no synchronized layers, but in "world" equal statistics.
+    if job.state.ema is not None and job.config.model.sync_batchnorm != "world":
+        average_running_stats(job.state.ema.network, job.world.group)
 
 
 def tags(job: Job, recipe: str) -> dict[str, str]:
     """What MLflow's table can be filtered by, besides the config."""
-    return {
+    # MLflow's params cannot change: the tag says what did, and from which step on.
+    changes = changes_so_far(job.config.run_dir)[:TAG_CHARACTERS]
+    return ({"changes": changes} if changes else {}) | {
         "git.commit": git_commit(),
         "world_size": str(job.world.size),
         "precision": job.config.train.precision,

@@ -9,14 +9,26 @@ from torch import Tensor
 
 from resnet_dist.distributed import World
 
+NO_SUMS = torch.zeros(1, 3, dtype=torch.float64)
+
 
 class Meter:
-    def __init__(self, world: World):
+    """Sums of loss, right answers and images; `gather` and `saved` carry them over a stop."""
+
+    def __init__(self, world: World, saved: Tensor = NO_SUMS, last_loss: float | None = None):
+        """saved: what `gather` returned before a stop, on this world or another one."""
         self.world = world
+        self.last_loss = last_loss  # of the last log line; None before there is one
         self._restart()
+        if len(saved) == world.size:  # each rank goes on with its own: the same sums, bit for bit
+            self.sums += saved[world.rank].to(world.device)
+        elif world.rank == 0:
+            self.sums += saved.sum(0).to(world.device)
+        self.images_before_start = saved[:, 2].sum().item()  # on the host: no sync
 
     def _restart(self) -> None:
         self.sums = torch.zeros(3, dtype=torch.float64, device=self.world.device)
+        self.images_before_start = 0.0
         self.wait_seconds = 0.0
         self.started = time.monotonic()
 
@@ -39,16 +51,32 @@ class Meter:
         yield
         self.started += time.monotonic() - began
 
+    def gather(self) -> Tensor:
+        """Every rank's sums (of loss, right answers, images): float64 [world size, 3], on the
+        device. A collective; no sync."""
+        # A row per rank, zero but for our own: the sum over the ranks is exact.
+        rows = self.sums.new_zeros(self.world.size, 3)
+        rows[self.world.rank] = self.sums
+        return self.world.sum(rows)
+
     def drain(self) -> dict[str, float]:
         """Figures over all ranks, and a new start. A collective, and a CPU-GPU sync point."""
         waited = torch.tensor([self.wait_seconds], dtype=torch.float64, device=self.world.device)
         sums = self.world.sum(torch.cat([self.sums, waited]))
         loss_sum, correct, images, wait_seconds = sums.tolist()  # CPU-GPU sync point
         seconds = time.monotonic() - self.started
+        measured = images - self.images_before_start
         self._restart()
+        self.last_loss = loss_sum / images
         return {
-            "train/loss": loss_sum / images,
+            "train/loss": self.last_loss,
             "train/acc1": 100 * correct / images,
-            "perf/images_per_sec": images / seconds,
+            "perf/images_per_sec": measured / seconds,
             "perf/data_wait_pct": 100 * wait_seconds / (seconds * self.world.size),
         }
+
+
+def mean_loss(rows: Tensor, last_loss: float | None) -> float | None:
+    """Of the images in `rows` (see `Meter.gather`; on the CPU); if there are none, last_loss."""
+    loss_sum, _, images = rows.sum(0).tolist()
+    return loss_sum / images if images else last_loss

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from resnet_dist.config import UNITS, Config, OptimConfig, leaves
+from resnet_dist.models.depths import DEPTHS
 
 TRAIN_ERROR_WARMUP_FACTOR = 0.1  # lr 0.01 before 0.1: He et al. 2015, section 4.2
 TRAIN_ERROR_WINDOW_STEPS = 20
@@ -37,6 +38,8 @@ class Plan:
     val_images: int | None  # None: unknown here (a plan made without the data)
     global_batch_size: int
     accumulation: int  # forward and backward passes per optimizer step
+    sync_batchnorm: str  # of the config
+    bn_ranks: int  # ranks that share BN statistics; 0: the network has no BN
     steps_per_epoch: int
     total_steps: int
     warmup_steps: int
@@ -45,12 +48,23 @@ class Plan:
     log_every_steps: int
     eval_every_steps: int
     save_every_steps: int
+    keep_checkpoints: int
+    keep_every_steps: int | None  # one checkpoint in so many steps stays for good; None: none
 
     @classmethod
     def of(
-        cls, config: Config, world_size: int, train_images: int, val_images: int | None
+        cls,
+        config: Config,
+        world_size: int,
+        train_images: int,
+        val_images: int | None,
+        local_world_size: int | None = None,
     ) -> "Plan":
-        """Raises UserError where the batch fits neither the world nor the data."""
+        """local_world_size: ranks per node; None stands for all of them on one.
+
+        Raises:
+            UserError: the batch fits neither the world nor the data.
+        """
         train, optim = config.train, config.optim
         global_batch_size = train.global_batch_size
         if global_batch_size < world_size:
@@ -92,6 +106,8 @@ class Plan:
         milestones: Sequence[float] = optim.milestones_iterations or ()
         if optim.milestones_epochs is not None:
             milestones = [m * steps_per_epoch for m in optim.milestones_epochs]
+        sharing = {"world": world_size, "node": local_world_size or world_size, "none": 1}
+        has_bn = DEPTHS[config.model.name].block != "conv"
         return cls(
             optim=optim,
             world_size=world_size,
@@ -99,6 +115,8 @@ class Plan:
             val_images=val_images,
             global_batch_size=global_batch_size,
             accumulation=accumulation,
+            sync_batchnorm=config.model.sync_batchnorm,
+            bn_ranks=sharing[config.model.sync_batchnorm] if has_bn else 0,
             steps_per_epoch=steps_per_epoch,
             total_steps=total_steps,
             warmup_steps=warmup_steps,
@@ -107,12 +125,28 @@ class Plan:
             log_every_steps=train.log_every_steps,
             eval_every_steps=max(1, steps("train.eval_every_epochs")),
             save_every_steps=max(1, steps("train.save_every_epochs")),
+            keep_checkpoints=train.keep_checkpoints,
+            keep_every_steps=(
+                None
+                if train.keep_every_epochs is None
+                else max(1, round(train.keep_every_epochs * steps_per_epoch))
+            ),
         )
 
     @property
     def local_batch_size(self) -> int:
         """The most images one rank takes through the network at once."""
         return math.ceil(self.global_batch_size / (self.world_size * self.accumulation))
+
+    @property
+    def bn_batch_size(self) -> int:
+        """The most images that are normalized together; 0: the network has no BN.
+
+        The slices of the ranks that share statistics stand side by side in the global batch.
+        """
+        return math.ceil(
+            self.global_batch_size * self.bn_ranks / (self.world_size * self.accumulation)
+        )
 
     def places(self, rank: int, accumulated: int) -> range:
         """Where the images of pass `accumulated` of a rank stand in the step's global batch."""
@@ -178,7 +212,8 @@ class Plan:
         return step % self.eval_every_steps == 0 or step == self.total_steps
 
     def saves_after(self, step: int) -> bool:
-        return step % self.save_every_steps == 0 or step == self.total_steps
+        due = step % self.save_every_steps == 0 or step == self.total_steps
+        return due or (self.keep_every_steps is not None and step % self.keep_every_steps == 0)
 
     def describe(self) -> str:
         """The plan as a table, with the arithmetic that made each number."""
@@ -195,6 +230,7 @@ class Plan:
             ("global batch", f"{batch} = {per_rank} on each of {self.world_size} ranks"),
             ("per-rank batch", f"{per_pass} images per pass"),
             ("accumulation", f"{self.accumulation} x forward and backward per step"),
+            ("BN batch", self._describe_bn(per_pass)),
             (
                 "steps per epoch",
                 f"{self.steps_per_epoch:,} = {self.train_images:,} // {batch} "
@@ -213,8 +249,23 @@ class Plan:
                 f"({self.epoch_at(self.eval_every_steps):g} epochs) and at the end",
             ),
             ("checkpoints", f"every {self.save_every_steps:,} steps and at the end"),
+            ("kept", self._describe_kept()),
         ]
         return "\n".join(f"{name:<16} {text}" for name, text in rows)
+
+    def _describe_bn(self, per_pass: str) -> str:
+        if self.bn_ranks == 0:
+            return "none: the network has no BN"
+        return (
+            f"{self.bn_batch_size} images = {per_pass} per pass x {self.bn_ranks} ranks "
+            f"(model.sync_batchnorm={self.sync_batchnorm})"
+        )
+
+    def _describe_kept(self) -> str:
+        kept = f"the last {self.keep_checkpoints}, the best"
+        if self.keep_every_steps is None:
+            return kept
+        return f"{kept}, and every {self.keep_every_steps:,} steps for good"
 
     def _describe_warmup(self) -> str:
         limit_pct = self.optim.warmup_until_train_error_pct

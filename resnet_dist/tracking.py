@@ -30,6 +30,7 @@ DRAIN_SECONDS = 60.0  # at the end of a run, the most that is spent on MLflow
 METRICS_PER_CALL = 1000  # the server's limits
 PARAMS_PER_CALL = 100
 PARAM_CHARACTERS = 6000
+TAG_CHARACTERS = 5000
 
 
 def tracking_uri(run_root: Path) -> str:

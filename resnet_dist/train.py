@@ -5,10 +5,7 @@ mean over the global batch, whoever computed which part. So the same command, on
 ranks, goes on where the last one stopped.
 """
 
-import sys
-import time
 from collections.abc import Iterable
-from enum import Enum
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +15,7 @@ from resnet_dist import distributed
 from resnet_dist.bad_samples import BadSamples
 from resnet_dist.config import Config
 from resnet_dist.data.dali import Batch
+from resnet_dist.determinism import agree_after_step, fix_algorithms
 from resnet_dist.errors import UserError
 from resnet_dist.evaluate import Score
 from resnet_dist.interrupt import Interrupt
@@ -25,31 +23,32 @@ from resnet_dist.job import Job, build, evaluate_now, restore, save, tags, take,
 from resnet_dist.meter import Meter
 from resnet_dist.models.dropout import set_dropout_keys
 from resnet_dist.optim import set_lr
+from resnet_dist.outcome import Outcome, summary
 from resnet_dist.precision import autocast
-from resnet_dist.progress import Progress, duration, table
+from resnet_dist.progress import Progress
 from resnet_dist.run_folder import open_run_folder
-from resnet_dist.tracking import RunRecord, Tracker
+from resnet_dist.startup import startup
+from resnet_dist.tracking import Tracker
 
 
-class Outcome(Enum):
-    """In MLflow's words."""
-
-    FINISHED = "FINISHED"
-    PREEMPTED = "KILLED"
-
-
-def train(config: Config, recipe: str, interrupt: Interrupt) -> Outcome:
+def train(
+    config: Config, recipe: str, interrupt: Interrupt, resume_anyway: bool = False
+) -> Outcome:
     """Trains until the plan's last step or a request to stop; every rank calls it.
 
     recipe: the config file's name, for the record. interrupt: listens for requests to stop.
+    resume_anyway: also where the run folder was made with another config or other data.
 
     Raises:
         UserError: the config does not fit the data, the world or the run folder.
     """
+    fix_algorithms(config.train.deterministic)
+    startup.mark("imports")
     world = distributed.start()
-    job = build(config, world)
-    world.on_main(lambda: open_run_folder(config))
+    startup.mark("process group")
+    job = build(config, world, resume_anyway)
     resumed = restore(job)
+    world.on_main(lambda: open_run_folder(config, job.state.step, job.previous.changes))
     progress = Progress(job.plan, job.state.step, speaks=world.is_main)
     progress.say(f"{config.name}: {config.model.name} on {world.size} x {world.device.type}\n")
     progress.say(job.plan.describe() + "\n")
@@ -57,9 +56,12 @@ def train(config: Config, recipe: str, interrupt: Interrupt) -> Outcome:
         progress.say(resumed + "\n")
     notes = tags(job, recipe) if world.is_main else {}
     tracker = Tracker(config, notes, records=world.is_main, warn=progress.say)
+    job.saver.warn = progress.say
     try:
         outcome, score = run(job, interrupt, tracker, progress)
+        world.on_main(job.saver.finish)
     except BaseException:
+        job.saver.wait()
         tracker.close("FAILED", {})
         raise
     best = {"best": config.run_dir / "checkpoints" / "best"}
@@ -74,19 +76,21 @@ def run(
 ) -> tuple[Outcome, Score | None]:
     """The loop. Returns the last score, None if nothing was evaluated."""
     plan, state, world = job.plan, job.state, job.world
-    meter = Meter(world)
+    meter = Meter(world, state.meter, state.train_loss)
     score: Score | None = None
     bad = BadSamples(job.config, world, progress.say)
     bad.share(job.train_index, job.train_index.bad)
     bad.share(job.val_index, job.val_index.bad)
     bad.check_budget()
     batches = train_batches(job)
+    startup.mark("rest")
     for step in range(state.step, plan.total_steps):
         with meter.waiting():
             passes, failure = take(batches, plan.accumulation)
+        startup.mark("first batch")
         # Hosts meet here; the GPUs are not waited for.
         if world.any(interrupt.requested or failure is not None):
-            save(job)
+            save(job, meter)
             world.raise_any(failure)
             return Outcome.PREEMPTED, score
         lr = plan.lr_at(step, state.lr_memory)
@@ -97,6 +101,7 @@ def run(
             total = int(world.sum(correct))  # CPU-GPU sync point, in the first few hundred steps
             plan.remember_train_error(state.lr_memory, state.step, total)
         progress.tick(state.step)
+        startup.end(world.device, progress.say)
 
         if plan.logs_after(state.step):
             epoch = plan.epoch_at(state.step)
@@ -110,7 +115,7 @@ def run(
                 try:
                     score = evaluate_now(job)
                 except UserError:  # the same on all ranks: too many images that cannot be read
-                    save(job)
+                    save(job, meter)
                     raise
                 bad.share(job.val_index, job.val_loader.bad)
                 batches = train_batches(job)
@@ -120,7 +125,7 @@ def run(
             if plan.logs_after(state.step) or plan.evals_after(state.step):
                 tracker.log(state.step, {"data/bad_samples": bad.count})
             if plan.saves_after(state.step) or state.best_step == state.step or bad.too_many:
-                save(job)
+                save(job, meter)
             bad.check_budget()
     return Outcome.FINISHED, score
 
@@ -158,6 +163,9 @@ def train_step(job: Job, passes: Iterable[Batch], meter: Meter) -> Tensor:
     # fp16: a step whose gradients overflow is skipped, on all ranks alike, and the scale halved.
     state.scaler.step(state.optimizer)
     state.scaler.update()
+    agree_after_step(state.model, job.world)
+    if state.ema is not None:
+        state.ema.update(state.step + 1)
     return correct
 
 
@@ -168,31 +176,3 @@ def remember(job: Job, score: Score) -> None:
     if is_best:
         state.best_acc1, state.best_step = score.acc1, state.step
     job.plan.remember_score(state.lr_memory, state.step, is_best)
-
-
-def summary(
-    job: Job, outcome: Outcome, score: Score | None, record: RunRecord | None, progress: Progress
-) -> str:
-    """The table at the end: the scores, where everything is, and how to open it."""
-    plan, state, run_dir = job.plan, job.state, job.config.run_dir
-    rows = [("run", f"{job.config.name}, {outcome.name.lower()} at step {state.step}")]
-    if score is not None:
-        rows += [("last val", str(score))]
-    if state.best_step >= 0:
-        epoch = plan.epoch_at(state.best_step)
-        rows += [("best val", f"acc1 {state.best_acc1:.2f} % after epoch {epoch:.2f}")]
-        rows += [("checkpoint", f"{run_dir}/checkpoints/best")]
-    seconds = time.monotonic() - progress.started
-    epochs = plan.epoch_at(state.step - progress.first_step)
-    rows += [("time", f"{duration(seconds)} for {epochs:.2f} epochs")]
-    if record is not None:
-        rows += [("MLflow run", f"{record.run_id} in {record.tracking_uri}")]
-        page = f"#/experiments/{record.experiment_id}/runs/{record.run_id}/model-metrics"
-        if record.tracking_uri.startswith("http"):
-            rows += [("curves", f"{record.tracking_uri}/{page}")]
-        else:
-            serve = f"{sys.executable} -m mlflow ui --backend-store-uri {record.tracking_uri}"
-            rows += [("curves", f"http://127.0.0.1:5000/{page}, after:"), ("", serve)]
-    if outcome is Outcome.PREEMPTED:
-        rows += [("to go on", "the same command again")]
-    return table(rows)

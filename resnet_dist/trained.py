@@ -12,13 +12,14 @@ from resnet_dist import checkpoint
 from resnet_dist.config import Config
 from resnet_dist.config_file import config_from_dict
 from resnet_dist.distributed import World
+from resnet_dist.ema import key_for_use, weights_for_use
 from resnet_dist.errors import UserError
 from resnet_dist.models.build import build_model
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What it takes to use a network, and to write it again."""
+    """What it takes to use a network (of train.ema_decay: the averaged one), and to write it."""
 
     config: Config  # of its training, with the overrides on top
     network: nn.Module  # in evaluation mode, on the world's device, channels_last, float32
@@ -33,7 +34,8 @@ class Trained:
             UserError: the folder cannot be written.
         """
         try:
-            checkpoint.write(folder, self.saved | {"model": self.network.state_dict()})
+            now = {key_for_use(self.saved): self.network.state_dict()}
+            checkpoint.write(folder, self.saved | now)
         except OSError as error:
             raise UserError(f"{folder}: not written: {error.strerror or error}") from None
 
@@ -60,6 +62,6 @@ def load_trained(path: Path, overrides: list[str], world: World) -> Trained:
         why = f"the mean image of {path} has another size"
         raise config.invalid("data.eval_crop_px", why, len(mean_image))
     network = build_model(name, len(saved["classes"]))
-    network.load_state_dict(saved["model"])
+    network.load_state_dict(weights_for_use(saved))
     network.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return Trained(config, network.eval(), tuple(saved["classes"]), mean_image, saved)

@@ -1,4 +1,4 @@
-"""A tiny image folder, and configs over it."""
+"""A tiny image folder, configs over it, and the table of equalities at the end of a test run."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -54,3 +54,20 @@ def tiny_yaml(tiny_folder: Path, tmp_path: Path) -> Path:
 def tiny_config(tiny_yaml: Path) -> Callable[..., Config]:
     """tiny_config("optim.base_lr=0.2", ...)"""
     return lambda *overrides: load_config(tiny_yaml, overrides)
+
+
+LARGEST_DIFFERENCE = "largest_difference: "
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What tests recorded with record_property("largest_difference: WHAT", value)."""
+    largest: dict[str, float] = {}
+    for report in terminalreporter.getreports("passed"):
+        for name, value in report.user_properties if report.when == "call" else ():
+            if name.startswith(LARGEST_DIFFERENCE):
+                what = name.removeprefix(LARGEST_DIFFERENCE)
+                largest[what] = max(value, largest.get(what, 0.0))
+    if largest:
+        terminalreporter.section("equalities: the largest difference seen")
+    for what, value in sorted(largest.items()):
+        terminalreporter.line(f"{'bit for bit' if value == 0 else f'{value:.1e}':>11}  {what}")

@@ -27,6 +27,7 @@ from resnet_dist.errors import UserError
 from resnet_dist.export import export, timm_state_dict
 from resnet_dist.models.build import build_model
 from resnet_dist.models.depths import DEPTHS, no_counterpart
+from resnet_dist.retention import Retention
 
 CLASSES = ["ant", "bée", "cow"]
 STEP = 7
@@ -55,7 +56,8 @@ def save_run(root: Path, name: str, model: nn.Module, **facts: Any) -> Path:
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     state = checkpoint.TrainState(model, optimizer, scaler, step=STEP, best_step=STEP)
     facts = {"classes": CLASSES, "data_fingerprint": "", "mean_image": None, **facts}
-    checkpoint.save(state, config, facts)
+    content = checkpoint.content_of(state, config, facts)
+    checkpoint.save(config.run_dir, content, Retention())
     return config.run_dir
 
 

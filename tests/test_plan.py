@@ -2,11 +2,13 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from resnet_dist.config import Config, OptimConfig, TrainConfig
+from resnet_dist import cli
+from resnet_dist.config import Config, ModelConfig, OptimConfig, TrainConfig
 from resnet_dist.errors import UserError
 from resnet_dist.plan import LrMemory, Plan
 
@@ -95,6 +97,78 @@ def test_cadence() -> None:
     assert half.total_steps == 5
     assert half.evals_after(5)
     assert half.saves_after(5)
+
+
+def test_checkpoints_that_stay_are_saved() -> None:
+    p = plan(global_batch_size=100, epochs=4, save_every_epochs=1.5, keep_every_epochs=1.0)
+    assert p.keep_every_steps == 10
+    assert [s for s in range(1, 41) if p.saves_after(s)] == [10, 15, 20, 30, 40]
+    assert "kept             the last 2, the best, and every 10 steps for good" in p.describe()
+    assert plan(images=1000, keep_every_epochs=0.01, global_batch_size=100).keep_every_steps == 1
+    p = plan(global_batch_size=100, keep_checkpoints=5)
+    assert p.keep_every_steps is None
+    assert "kept             the last 5, the best\n" in p.describe() + "\n"
+
+
+@pytest.mark.parametrize(
+    ("shared_by", "world_size", "per_node", "batch", "largest", "expected", "said"),
+    [
+        ("world", 1, None, 256, 256, 256, "256 images = 256 per pass x 1 ranks"),
+        ("world", 4, None, 32, 8, 32, "32 images = 8 per pass x 4 ranks"),
+        ("world", 3, None, 256, 128, 256, "256 images = 85 or 86 per pass x 3 ranks"),
+        ("world", 3, None, 256, 64, 128, "128 images = 42 or 43 per pass x 3 ranks"),
+        ("node", 4, 2, 10, 8, 5, "5 images = 2 or 3 per pass x 2 ranks"),
+        ("node", 8, 4, 256, 16, 64, "64 images = 16 per pass x 4 ranks"),
+        ("node", 4, None, 32, 8, 32, "32 images = 8 per pass x 4 ranks"),
+        ("node", 4, 1, 32, 8, 8, "8 images = 8 per pass x 1 ranks"),
+        ("none", 3, None, 256, 128, 86, "86 images = 85 or 86 per pass x 1 ranks"),
+        ("none", 8, 4, 256, 16, 16, "16 images = 16 per pass x 1 ranks"),
+    ],
+)
+def test_what_bn_normalizes_together(
+    shared_by: Any,
+    world_size: int,
+    per_node: int | None,
+    batch: int,
+    largest: int,
+    expected: int,
+    said: str,
+) -> None:
+    train = TrainConfig(global_batch_size=batch, max_local_batch_size=largest)
+    config = Config(model=ModelConfig(sync_batchnorm=shared_by), train=train)
+    p = Plan.of(config, world_size, 1000, 100, per_node)
+    assert p.bn_batch_size == expected
+    assert f"BN batch         {said} (model.sync_batchnorm={shared_by})" in p.describe()
+    # Counted, place by place: the ranks that share statistics, in each pass.
+    ranks = {"world": world_size, "node": per_node or world_size, "none": 1}[shared_by]
+    together = [
+        sum(len(p.places(rank, accumulated)) for rank in range(first, first + ranks))
+        for accumulated in range(p.accumulation)
+        for first in range(0, world_size, ranks)
+    ]
+    assert max(together) == expected
+    assert sum(together) == batch
+
+
+def test_a_network_without_bn_says_so() -> None:
+    config = Config(model=ModelConfig(name="vgg19"))
+    p = Plan.of(config, 4, 1000, 100)
+    assert p.bn_batch_size == 0
+    assert "BN batch         none: the network has no BN" in p.describe()
+    with_bn = Config(model=ModelConfig(name="vgg19_bn"))
+    assert Plan.of(with_bn, 4, 1000, 100).bn_batch_size == 256
+
+
+def test_a_dry_run_knows_the_ranks_of_a_node(
+    tiny_yaml: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["train", str(tiny_yaml), "--dry-run", "--world-size", "4"]
+    arguments += ["model.sync_batchnorm=node", "train.global_batch_size=8"]
+    for ranks_per_node, said in ((None, "8 images = 2 per pass x 4"), ("2", "4 images = 2 per")):
+        if ranks_per_node is not None:
+            monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks_per_node)
+        cli.main(arguments)
+        assert said in capsys.readouterr().out
 
 
 def test_impossible_batches() -> None:

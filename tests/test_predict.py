@@ -19,6 +19,7 @@ from resnet_dist.config import Config
 from resnet_dist.data.augment import Request, center_windows
 from resnet_dist.data.dali import Batch
 from resnet_dist.job import Job, build, save
+from resnet_dist.meter import Meter
 from resnet_dist.models.build import build_model
 from resnet_dist.predict import classify, find_images
 from resnet_dist.trained import load_trained
@@ -43,7 +44,8 @@ def run(config: Config) -> Path:
     with torch.no_grad():
         torch.nn.init.normal_(model.fc.weight)  # type: ignore[union-attr, arg-type]
         model.fc.bias -= model(images).mean(dim=0)  # type: ignore[union-attr, operator]
-    save(job)
+    save(job, Meter(job.world))
+    job.saver.finish()
     return config.run_dir
 
 

@@ -19,6 +19,7 @@ from resnet_dist.errors import UserError
 from resnet_dist.models.build import build_model
 from resnet_dist.models.residual import BasicBlock, Bottleneck
 from resnet_dist.responses import analyze_responses, layer_stds, main_path_norms
+from resnet_dist.retention import Retention
 
 
 def checkpoint_of(config: Config) -> Path:
@@ -40,7 +41,9 @@ def save(model: nn.Module, config: Config) -> Path:
     optimizer = torch.optim.SGD(model.parameters())
     state = TrainState(model, optimizer, torch.amp.GradScaler("cpu", enabled=False), step=1)
     classes = ["class0", "class1", "class2"]
-    return checkpoint.save(state, config, {"classes": classes, "mean_image": None})
+    facts = {"classes": classes, "mean_image": None}
+    content = checkpoint.content_of(state, config, facts)
+    return checkpoint.save(config.run_dir, content, Retention())
 
 
 def val_batches(config: Config, samples: list[list[int]]) -> Iterator[Batch]:

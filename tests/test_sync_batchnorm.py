@@ -14,6 +14,7 @@ import torch.distributed as dist
 from multirank import run_ranks
 from torch import Tensor, nn
 
+from resnet_dist.models.parts import freeze
 from resnet_dist.models.sync_batchnorm import (
     SyncBatchNorm2d,
     average_running_stats,
@@ -24,7 +25,7 @@ CHANNELS = 5
 EQUAL_2 = ((2, 4, 4),) * 2
 UNEQUAL_3 = ((3, 4, 4), (2, 4, 4), (1, 4, 4))
 UNEQUAL_4 = ((3, 4, 4), (1, 2, 5), (2, 3, 3), (1, 1, 1))
-COLLECTIVES = ("all_reduce", "all_gather", "all_gather_into_tensor", "broadcast", "reduce")
+COLLECTIVES = ("all_reduce", "all_gather", "all_to_all_single", "broadcast", "reduce")
 
 
 @dataclass(frozen=True)
@@ -241,6 +242,10 @@ def count_collectives(rank: int, world_size: int) -> dict[str, list[tuple[str, i
         y.square().sum().backward()
     with recorded_collectives() as counts["eval"]:
         layer.eval()(x).sum().backward()
+    layer.train()
+    torch.use_deterministic_algorithms(True)
+    with recorded_collectives() as counts["deterministic"]:
+        layer(x).square().sum().backward()
     return counts
 
 
@@ -251,6 +256,12 @@ def test_one_packed_all_reduce_per_direction() -> None:
             "backward": [("all_reduce", 2 * CHANNELS)],
             "backward without dx": [],
             "eval": [],
+            # Forward adds zeros to each rank's own row, which has one result in any order.
+            "deterministic": [
+                ("all_reduce", 2 * (2 * CHANNELS + 1)),
+                ("all_to_all_single", 2 * CHANNELS),
+                ("all_gather", -1),
+            ],
         }
 
 
@@ -404,6 +415,24 @@ def test_average_running_stats() -> None:
             # When and how often it happens does not change the final average.
             torch.testing.assert_close(rank["often"][index], found, rtol=0, atol=1e-12)
     assert not torch.allclose(ranks[0]["local"][0], ranks[1]["local"][0])
+
+
+def average_equal_ones(rank: int, world_size: int) -> list[bool]:
+    """Which of a synchronized, a frozen and a local layer keep their statistics to the bit."""
+    frozen, layers = nn.BatchNorm2d(1000), nn.ModuleList()
+    freeze(frozen)
+    for layer in (convert_sync_batchnorm(nn.BatchNorm2d(1000)), frozen, nn.BatchNorm2d(1000)):
+        assert isinstance(layer, nn.BatchNorm2d)
+        assert layer.running_mean is not None
+        layer.running_mean.copy_(torch.rand(1000, generator=torch.Generator().manual_seed(1)))
+        layers.append(layer)
+    before = [layer.running_mean.clone() for layer in layers]
+    average_running_stats(layers)
+    return [torch.equal(layer.running_mean, b) for layer, b in zip(layers, before, strict=True)]
+
+
+def test_statistics_that_are_equal_already_are_not_rounded() -> None:
+    assert run_ranks(average_equal_ones, 3) == [[True, True, False]] * 3
 
 
 def test_without_a_process_group_it_is_batchnorm() -> None:

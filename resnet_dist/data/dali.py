@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from nvidia.dali import Pipeline, backend, fn, pipeline_def, types
+from nvidia.dali import Pipeline, __version__, backend, fn, pipeline_def, types
 
 from resnet_dist.config import DataConfig
 from resnet_dist.data.augment import Request, Windows, whole_images
@@ -25,6 +25,8 @@ from resnet_dist.data.index import Index
 from resnet_dist.data.reader import Reader
 from resnet_dist.data.resample import Resampler
 from resnet_dist.host_memory import give_back
+
+DALI_VERSION: str = __version__
 
 # ImageNet's largest image. Buffers of the GPU's JPEG decoder are made for it once, not when it
 # comes: that would stop the GPU in the middle of an epoch.

@@ -72,6 +72,12 @@ def make_loader(
     )
 
 
+def who_decodes(config: Config, device: torch.device) -> str:
+    """ "cpu", or "mixed": the GPU with the CPU's help. Their pixels differ in the last bits."""
+    is_pixels = config.data.format in ("cifar10", "cifar100") or config.data.cache == "decoded"
+    return "cpu" if is_pixels or device.type == "cpu" else "mixed"
+
+
 def _decoded_cache(index: Index, data: DataConfig, world: World) -> DecodedCache:
     """All images, decoded once by the CPUs of each node, a share by each of its ranks."""
     cache = DecodedCache(index, world)

@@ -2,7 +2,7 @@
 
 `torch.nn.SyncBatchNorm` refuses CPU tensors; this layer has one code path for CPU and GPU, so
 what the tests prove with gloo on a CPU is what trains with NCCL on GPUs. It costs one packed
-all-reduce per layer and direction.
+all-reduce per layer and direction; in deterministic mode the backward one is a sum in rank order.
 
 Sources:
     Ioffe & Szegedy 2015, "Batch Normalization: Accelerating Deep Network Training by Reducing
@@ -20,6 +20,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from resnet_dist.distributed import sum_over_ranks
+from resnet_dist.models.parts import FrozenBatchNorm2d
 
 _REDUCED = (0, 2, 3)  # batch, height, width: every dimension but the channels
 
@@ -109,7 +112,7 @@ class _Normalise(torch.autograd.Function):
         grad_x = None
         if ctx.needs_input_grad[0]:
             sums = torch.cat([sum_dy, sum_dy_centred])
-            dist.all_reduce(sums, group=ctx.group)
+            sum_over_ranks(sums, ctx.group)
             mean_dy, mean_dy_centred = (sums / count).chunk(2)
             scale = invstd if weight is None else invstd * weight
             # In place: this buffer is the layer's largest temporary.
@@ -176,12 +179,14 @@ def convert_sync_batchnorm(
 def average_running_stats(
     module: nn.Module, process_group: dist.ProcessGroup | None = None
 ) -> None:
-    """Replace the running statistics of all BatchNorm layers by their average over the ranks.
+    """Replace the running statistics of the BatchNorm layers by their average over the ranks.
 
-    For layers not synchronised over the whole world: every rank calls this before an evaluation
-    or a save, so that all ranks hold, and the saved state has, the same statistics. It is exact:
-    running statistics do not enter the training forward, and both the average and the running
-    update are linear, so when and how often it happens does not change the final average.
+    Of layers whose statistics differ: not of those synchronised over this very group, nor of
+    frozen ones, which are equal already, and whose average would be rounded. Every rank calls
+    this before an evaluation or a save, so that all ranks hold, and the saved state has, the same
+    statistics. Running statistics do not enter the training forward, and both the average and the
+    running update are linear: when and how often it happens changes the final average by its
+    rounding alone.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return
@@ -190,13 +195,15 @@ def average_running_stats(
         buffer
         for layer in module.modules()
         if isinstance(layer, nn.modules.batchnorm._BatchNorm)
+        and not isinstance(layer, FrozenBatchNorm2d)
+        and not (isinstance(layer, SyncBatchNorm2d) and layer.process_group is process_group)
         for buffer in (layer.running_mean, layer.running_var)
         if buffer is not None
     ]
     if world_size <= 1 or not stats:
         return
     packed = torch.cat(stats)
-    dist.all_reduce(packed, group=process_group)
+    sum_over_ranks(packed, process_group)
     packed /= world_size
     averages = torch.split_with_sizes(packed, [len(buffer) for buffer in stats])
     for buffer, average in zip(stats, averages, strict=True):

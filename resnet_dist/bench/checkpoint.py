@@ -1,0 +1,216 @@
+"""`bench checkpoint`: what saving costs training, at ResNet-50's sizes, and what a save is made of.
+
+100 steps without a save, with one by the Saver (copy, and write behind), and with one written
+while training waits, in turn (A B C A B C ...), so that whatever else the machine does meets all
+of them. A save's time is counted to its end: the next steps do not start before.
+"""
+
+import hashlib
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from resnet_dist import checkpoint
+from resnet_dist.bench import results
+from resnet_dist.checkpoint import TrainState
+from resnet_dist.config import Config, ModelConfig, OptimConfig
+from resnet_dist.models.build import build_model
+from resnet_dist.optim import build_optimizer, set_lr
+from resnet_dist.precision import autocast, grad_scaler
+from resnet_dist.retention import Retention
+from resnet_dist.saver import Saver
+
+STEPS_PER_SAVE = 100
+SAVES_AT = 10  # of these steps
+CROP_PX = 224
+GPU_BATCH_SIZE = 128
+CLASSES = [f"class{label}" for label in range(1000)]
+HOST_STEP_MS = 50
+HOST_SIDE = (
+    f"{HOST_STEP_MS} ms of Python that calls torch on one element, without a pause: a step as long "
+    f"as a GPU's at {1000 * GPU_BATCH_SIZE // HOST_STEP_MS:,} images/s, and bound by its host, "
+    "which so loses all that saving takes from it"
+)
+GPU_STEP = f"a ResNet-50 step in bf16, batch {GPU_BATCH_SIZE}, images that stand ready"
+
+
+def bench_checkpoint(folder: Path, runs: int, output: Path | None) -> None:
+    """Prints both tables, and writes the figures to `output`.
+
+    folder: where checkpoints would go; what is written there is removed again.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="bench-checkpoint-", dir=folder) as name:
+        state, config = trained_state(device), Config(model=ModelConfig("resnet50"))
+        content = checkpoint.content_of(state, config, {"classes": CLASSES})
+        step = gpu_step(state) if device.type == "cuda" else host_side_step()
+        figures = {
+            "step": GPU_STEP if device.type == "cuda" else HOST_SIDE,
+            "steps_per_save": STEPS_PER_SAVE,
+            **overhead(step, content, Path(name), runs),
+            "parts": parts(content, Path(name), runs),
+        }
+    print(describe(figures))
+    results.write(output, "checkpoint", figures)
+
+
+def trained_state(device: torch.device) -> TrainState:
+    """ResNet-50 with its momentum, after a step."""
+    network = build_model("resnet50", len(CLASSES)).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    state = TrainState(
+        network, build_optimizer(network, OptimConfig()), grad_scaler(device, "bf16")
+    )
+    set_lr(state.optimizer, 0.1)
+    for parameter in network.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    state.optimizer.step()
+    return state
+
+
+def gpu_step(state: TrainState) -> Callable[[], None]:
+    device = torch.device("cuda")
+    images = torch.randn(GPU_BATCH_SIZE, 3, CROP_PX, CROP_PX, device=device)
+    images = images.contiguous(memory_format=torch.channels_last)
+    labels = torch.arange(GPU_BATCH_SIZE, device=device)
+
+    def step() -> None:
+        state.optimizer.zero_grad(set_to_none=True)
+        with autocast(device, "bf16"):
+            loss = F.cross_entropy(state.model(images), labels)
+        loss.backward()
+        state.optimizer.step()
+
+    return step
+
+
+def host_side_step() -> Callable[[], None]:
+    one = torch.zeros(())
+
+    def seconds(operations: int) -> float:
+        began = time.perf_counter()
+        for _ in range(operations):
+            one.add_(1)
+        return time.perf_counter() - began
+
+    each = min(seconds(10_000) for _ in range(20)) / 10_000  # a quiet moment's
+    operations = round(HOST_STEP_MS / 1000 / each)
+
+    def step() -> None:
+        seconds(operations)
+
+    return step
+
+
+def overhead(
+    step: Callable[[], None], content: dict[str, Any], folder: Path, runs: int
+) -> dict[str, Any]:
+    """Seconds of the steps of each kind in each run, and the medians of the ratios within a run."""
+    saver = Saver(folder / "behind", Retention(1))
+    number = 0
+
+    def saved_behind() -> None:
+        saver.save(content | {"step": number})
+
+    def saved_here() -> None:
+        checkpoint.save(folder / "here", content | {"step": number}, Retention(1))
+
+    kinds: dict[str, Callable[[], None]] = {
+        "none": lambda: None,
+        "behind": saved_behind,
+        "waited for": saved_here,
+    }
+    for kind in kinds.values():  # buffers, imports, the allocator
+        step()
+        kind()
+    saver.finish()
+    seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
+    for number in range(1, runs + 1):
+        for name, kind in kinds.items():
+            synchronize()
+            began = time.perf_counter()
+            for at in range(STEPS_PER_SAVE):
+                if at == SAVES_AT:
+                    kind()
+                step()
+            synchronize()
+            saver.finish()
+            seconds[name].append(time.perf_counter() - began)
+        line = ", ".join(f"{1000 * s[-1] / STEPS_PER_SAVE:.2f}" for s in seconds.values())
+        print(f"run {number} of {runs}: ms per step {line}", flush=True)
+    rows = []
+    for name, all_runs in seconds.items():
+        ratios = [s / none for s, none in zip(all_runs, seconds["none"], strict=True)]
+        rows.append(
+            {
+                "save": name,
+                "ms_per_step": round(1000 * median(all_runs) / STEPS_PER_SAVE, 3),
+                "overhead_pct": round(100 * (median(ratios) - 1), 2),
+                "overhead_pct_of_each_run": [round(100 * (r - 1), 2) for r in ratios],
+            }
+        )
+    return {"kinds": rows}
+
+
+def parts(content: dict[str, Any], folder: Path, runs: int) -> dict[str, float]:
+    """Medians of milliseconds, each measured alone; and the size."""
+    file, saver = folder / "state.pt", Saver(folder / "parts", Retention(1))
+    times: dict[str, list[float]] = {}
+
+    def timed(name: str, function: Callable[..., Any], *args: Any) -> Any:
+        synchronize()
+        began = time.perf_counter()
+        result = function(*args)
+        synchronize()
+        times.setdefault(name, []).append(1000 * (time.perf_counter() - began))
+        return result
+
+    def flush() -> None:
+        with open(file, "rb") as written:
+            os.fsync(written.fileno())
+
+    def digest() -> None:
+        with open(file, "rb") as written:
+            hashlib.file_digest(written, "sha256")
+
+    for number in range(runs):
+        copy = timed("copy_to_host" if number else "first_copy_to_host", saver._copy, content, ())
+        file.unlink(missing_ok=True)
+        timed("torch_save", torch.save, copy, file)
+        timed("fsync", flush)
+        timed("sha256", digest)
+        path = folder / "written"
+        timed("whole_write", checkpoint.write, path, copy)
+        timed("check", checkpoint.damage, path)
+        timed("load", checkpoint.load, path)
+        shutil.rmtree(path)
+    megabytes = file.stat().st_size / 1e6
+    medians = {f"{name}_ms": round(median(all_runs), 1) for name, all_runs in times.items()}
+    return {"state_mb": round(megabytes, 1), **medians}
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def describe(figures: dict[str, Any]) -> str:
+    table = [[f"one save in {STEPS_PER_SAVE} steps", "ms/step", "overhead", "lowest", "highest"]]
+    for row in figures["kinds"]:
+        each = row["overhead_pct_of_each_run"]
+        percents = [f"{value:.2f} %" for value in (row["overhead_pct"], min(each), max(each))]
+        table.append([row["save"], f"{row['ms_per_step']:.2f}", *percents])
+    names = {"state_mb": "state.pt, MB", "whole_write_ms": "all of a write, ms"}
+    alone = [["alone", "median"]]
+    for name, value in figures["parts"].items():
+        text = names.get(name, name.replace("_", " ").removesuffix(" ms") + ", ms")
+        alone.append([text, f"{value:,.1f}"])
+    return f"\nA step: {figures['step']}\n\n{results.columns(table)}\n\n{results.columns(alone)}"

@@ -1,0 +1,130 @@
+"""`bench deterministic`: what train.deterministic costs, on the ranks that it is started with.
+
+Two things are timed with and without it, in turn, so that a busy machine is busy for both: a whole
+optimizer step (ResNet-50 on a GPU; on a CPU ResNet-20, as small as the machine), and the exchange
+of ResNet-50's gradients alone. Images are noise that is in memory: no loader.
+
+cuBLAS reads its setting once in a process, so both have the deterministic one: it concerns the last
+layer alone.
+"""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from resnet_dist.bench import results
+from resnet_dist.config import Config, ModelConfig
+from resnet_dist.determinism import agree_after_step, fix_algorithms
+from resnet_dist.distributed import World, sum_over_ranks
+from resnet_dist.job import build_network, distribute
+from resnet_dist.models.build import build_model
+from resnet_dist.optim import build_optimizer
+from resnet_dist.precision import autocast
+
+BUCKET_BYTES = 25 * 2**20  # DDP's default
+MODES = {"fastest": False, "deterministic": True}
+# name, crop_px, images per rank, precision
+WORK = {"cuda": ("resnet50", 224, 128, "bf16"), "cpu": ("resnet20", 32, 32, "fp32")}
+
+
+def bench_deterministic(world: World, runs: int, steps: int, output: Path | None) -> None:
+    """Prints the milliseconds of both in either mode, and the cost in percent. A collective.
+
+    runs: per mode, of `steps` optimizer steps or exchanges each.
+    """
+    name, px, images, precision = WORK[world.device.type]
+    what = f"step, {name} at {px} px, {images} images per rank, {precision}"
+    parts = [measure(what, training_step(world), world, (runs, steps))]
+    if world.size > 1:
+        parameters = resnet50_parameters()
+        what = f"exchange of {parameters:,} gradients (ResNet-50)"
+        parts.append(measure(what, exchange(world, parameters), world, (runs, steps)))
+    if not world.is_main:
+        return
+    rows = [["", *(f"{mode} ms" for mode in MODES), "cost", "of each pair"]]
+    for part in parts:
+        medians = [median(part["ms"][mode]) for mode in MODES]
+        low, *_, high = sorted(part["cost_pct"])
+        cost = [f"{median(part['cost_pct']):+.1f} %", f"{low:+.1f}..{high:+.1f}"]
+        rows.append([part["what"], *(f"{ms:.1f}" for ms in medians), *cost])
+    print(f"{world.size} x {world.device.type}, {runs} runs of {steps} in each mode; medians\n")
+    print(results.columns(rows))
+    figures = {"ranks": world.size, "threads_per_rank": torch.get_num_threads(), "parts": parts}
+    results.write(output, "deterministic", figures)
+
+
+def measure(
+    what: str, once: Callable[[bool], None], world: World, repeats: tuple[int, int]
+) -> dict[str, Any]:
+    """once: given whether the mode is deterministic. repeats: runs, and calls in each."""
+    runs, calls = repeats
+    ms: dict[str, list[float]] = {mode: [] for mode in MODES}
+    for run in range(runs + 1):
+        for mode, deterministic in MODES.items():
+            fix_algorithms(deterministic)
+            synchronize(world)
+            began = time.perf_counter()
+            for _ in range(calls):
+                once(deterministic)
+            synchronize(world)
+            if run:  # the first one is for autotuning, and for DDP's buckets
+                ms[mode].append(1000 * (time.perf_counter() - began) / calls)
+    fix_algorithms(False)
+    pairs = zip(ms["deterministic"], ms["fastest"], strict=True)
+    return {"what": what, "ms": ms, "cost_pct": [100 * (slow / fast - 1) for slow, fast in pairs]}
+
+
+def training_step(world: World) -> Callable[[bool], None]:
+    """A step as training takes it, on images that are in memory."""
+    name, px, images, precision = WORK[world.device.type]
+    config = Config(model=ModelConfig(name=name))
+    models, optimizers = {}, {}
+    for deterministic in MODES.values():  # each has a network: DDP is told once
+        fix_algorithms(deterministic)
+        network = build_network(config, world, num_classes=1000)
+        optimizers[deterministic] = build_optimizer(network, config.optim)
+        models[deterministic] = network, distribute(network, world)
+    batch = torch.randn(images, 3, px, px, device=world.device)
+    batch = batch.to(memory_format=torch.channels_last)
+    labels = torch.randint(1000, (images,), device=world.device)
+
+    def once(deterministic: bool) -> None:
+        network, model = models[deterministic]
+        optimizers[deterministic].zero_grad()
+        with autocast(world.device, precision):
+            loss = F.cross_entropy(model(batch), labels)
+        loss.backward()
+        optimizers[deterministic].step()
+        agree_after_step(network, world)
+
+    return once
+
+
+def resnet50_parameters() -> int:
+    with torch.device("meta"):
+        model = build_model("resnet50", 1000, zero_init_last_gamma=False)
+    return sum(p.numel() for p in model.parameters())
+
+
+def exchange(world: World, parameters: int) -> Callable[[bool], None]:
+    """The sum over the ranks of as many float32, in DDP's buckets."""
+    gradients = torch.zeros(parameters, device=world.device)
+    buckets = gradients.split(BUCKET_BYTES // gradients.element_size())
+
+    def once(deterministic: bool) -> None:  # the mode is set
+        for bucket in buckets:
+            sum_over_ranks(bucket, world.group)
+
+    return once
+
+
+def synchronize(world: World) -> None:
+    """Until all ranks and their GPUs have done what they were told."""
+    if world.device.type == "cuda":
+        torch.cuda.synchronize()
+    world.any(False)

@@ -1,0 +1,113 @@
+"""The promise that a run which goes on is the same run: what is compared, and what is said."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from resnet_dist import checkpoint
+from resnet_dist.checkpoint import TrainState
+from resnet_dist.config import Config
+from resnet_dist.config_file import config_from_dict
+from resnet_dist.data.dali import DALI_VERSION
+from resnet_dist.distributed import World
+from resnet_dist.plan import Plan
+from resnet_dist.run_folder import check_run_folder, differing_settings, refusal
+
+
+@dataclass(frozen=True)
+class Previous:
+    """What a run goes on from."""
+
+    path: Path | None  # the newest checkpoint; None: the run is new
+    content: dict[str, Any]  # of the checkpoint, until it is restored
+    changes: tuple[str, ...]  # what differs from when it was made, as the user wishes
+    warnings: tuple[str, ...]  # about checkpoints that are passed over, or hold infinities
+
+
+def look_back(config: Config, facts: Mapping[str, Any], world: World, anyway: bool) -> Previous:
+    """A collective: every rank reads the newest checkpoint. See changes_since for the rest."""
+    warnings = world.on_main(lambda: checkpoint.look_over(config.run_dir))
+    path = world.on_main(lambda: checkpoint.latest(config.run_dir))
+    content = {} if path is None else world.on_all(lambda: checkpoint.load(path))
+    changes = world.on_main(lambda: changes_since(config, content, facts, anyway))
+    return Previous(path, content, tuple(changes), tuple(warnings))
+
+
+def changes_since(
+    config: Config, saved: Mapping[str, Any], facts: Mapping[str, Any], anyway: bool
+) -> list[str]:
+    """What differs now from what made the newest checkpoint, or RUN/config.yaml if there is none.
+
+    saved: the checkpoint's content; empty if there is none. facts: of now, under a checkpoint's
+    keys: classes, data_fingerprint, decoder. anyway: to go on all the same.
+
+    Raises:
+        UserError: something differs, and not `anyway`; or the weights do not fit the network.
+    """
+    if not saved:
+        return check_run_folder(config, anyway)
+    before = config_from_dict(saved["config"], f"{config.run_dir}/checkpoints")
+    differing = differing_settings(before, config)
+    old, new = saved["data_fingerprint"], facts["data_fingerprint"]
+    if old != new:
+        there = f"{before.data.root} {old[:12]} -> {config.data.root} {new[:12]}"
+        differing.append(f"data: other training images ({there})")
+    classes_before, classes = len(saved["classes"]), len(facts["classes"])
+    if classes_before != classes:
+        differing.append(f"classes {classes_before} -> {classes}")
+    if saved["decoder"] not in (None, facts["decoder"]):  # None: an older version wrote it
+        differing.append(f"decoder {saved['decoder']} -> {facts['decoder']}")
+    fits = before.model.name == config.model.name and classes_before == classes
+    if differing and not (anyway and fits):
+        raise refusal(config, saved["step"], differing, can_be_told_to=fits)
+    return differing
+
+
+def take_over(saved: dict[str, Any], config: Config, state: TrainState) -> list[str]:
+    """Makes `saved`, a checkpoint's content, fit `state`, of a config that has changed. In place.
+
+    Returns a line of warning if momentum is lost.
+    """
+    warnings = []
+    if saved["config"]["optim"].get("lr_scales", {}) != config.optim.lr_scales:
+        # Momentum is saved by number, in the order of the groups, which these make.
+        saved["optimizer"]["state"] = {}
+        warnings = ["warning: optim.lr_scales has changed: momentum starts from zero"]
+    # Momentum's factor and weight decay are the config's: torch would take the saved ones.
+    saved["optimizer"]["param_groups"] = state.optimizer.state_dict()["param_groups"]
+    saved["scaler"] = saved["scaler"] or state.scaler.state_dict()  # was not fp16
+    return warnings
+
+
+def made_with(world: World) -> dict[str, str]:
+    """What the bits of a run depend on besides its config and its data."""
+    if world.device.type == "cuda":
+        device = torch.cuda.get_device_name(world.device)
+    else:
+        device = f"cpu with {torch.backends.cpu.get_cpu_capability()}"  # which kernels are taken
+    return {
+        "torch": str(torch.__version__),  # a subclass of str, which a checkpoint refuses
+        "dali": DALI_VERSION,
+        "device": device,
+        "world_size": str(world.size),
+        "threads": str(torch.get_num_threads()),  # sums on a CPU are shared out over them
+    }
+
+
+def not_bit_for_bit(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """A line of warning if two `made_with` differ; before={}: an older version did not say."""
+    differing = [f"{key} {before[key]} -> {now[key]}" for key in before if before[key] != now[key]]
+    return [f"warning: not bit for bit from here on: {', '.join(differing)}"] if differing else []
+
+
+def describe(path: Path, saved: Mapping[str, Any], plan: Plan) -> str:
+    """The line that says from where a run goes on."""
+    step, made_with = saved["step"], saved["made_with"]
+    text = f"resumes at step {step} (epoch {plan.epoch_at(step):.2f}) from {path}"
+    if made_with:  # else an older version wrote it
+        ranks = made_with["world_size"]
+        text += f", saved {saved['saved_at']} by {ranks} rank{'s' if ranks != '1' else ''}"
+    return text
