@@ -153,6 +153,7 @@ def relative_difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> f
     assert list(ours) == list(theirs)
     largest = 0.0
     for key, value in theirs.items():
+        assert ours[key].isfinite().all()  # a comparison with NaN would pass
         difference = (ours[key].double() - value.double()).abs().max().item()
         if difference:
             largest = max(largest, difference / value.double().abs().max().item())

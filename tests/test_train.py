@@ -151,6 +151,7 @@ def test_dropout_resumes_exactly(
     assert largest_difference(weights(config), whole) == 0
 
 
+@pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_evaluation_is_exact_on_any_world(
     tiny_config: Callable[..., Config], world_size: int
 ) -> None:
