@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from resnet_dist import checkpoint
+from resnet_dist import checkpoint, checkpoint_history
 from resnet_dist.checkpoint import TrainState
 from resnet_dist.config import Config
 from resnet_dist.config_file import config_from_dict
@@ -29,8 +29,8 @@ class Previous:
 
 def look_back(config: Config, facts: Mapping[str, Any], world: World, anyway: bool) -> Previous:
     """A collective: every rank reads the newest checkpoint. See changes_since for the rest."""
-    warnings = world.on_main(lambda: checkpoint.look_over(config.run_dir))
-    path = world.on_main(lambda: checkpoint.latest(config.run_dir))
+    warnings = world.on_main(lambda: checkpoint_history.look_over(config.run_dir))
+    path = world.on_main(lambda: checkpoint_history.latest(config.run_dir))
     content = {} if path is None else world.on_all(lambda: checkpoint.load(path))
     changes = world.on_main(lambda: changes_since(config, content, facts, anyway))
     return Previous(path, content, tuple(changes), tuple(warnings))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resnet_dist import checkpoint
+from resnet_dist import checkpoint_history
 from resnet_dist.errors import UserError
 from resnet_dist.retention import Retention
 
@@ -54,7 +54,7 @@ class Saver:
         """
         self.wait()
         if self._failure is not None:
-            newest = checkpoint.latest(self.run_dir)
+            newest = checkpoint_history.latest(self.run_dir)
             there = "none is there" if newest is None else f"the newest is {newest}"
             raise UserError(
                 f"{self._failure}; of the checkpoints before, {there}: mend that, and the same "
@@ -80,7 +80,7 @@ class Saver:
         try:
             if copied is not None:
                 copied.synchronize()  # CPU-GPU sync point, of this thread alone
-            checkpoint.save(self.run_dir, content, self.retention)
+            checkpoint_history.save(self.run_dir, content, self.retention)
             self._failure = None
         except Exception as error:  # whatever a disk, a file system or a user's hand does to it
             reason = " ".join(str(error).split())[:300] or type(error).__name__

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from resnet_dist import checkpoint
+from resnet_dist import checkpoint, checkpoint_folder
 from resnet_dist.config import Config
 from resnet_dist.config_file import config_from_dict
 from resnet_dist.distributed import World
@@ -35,7 +35,7 @@ class Trained:
         """
         try:
             now = {key_for_use(self.saved): self.network.state_dict()}
-            checkpoint.write(folder, self.saved | now)
+            checkpoint_folder.write(folder, self.saved | now)
         except OSError as error:
             raise UserError(f"{folder}: not written: {error.strerror or error}") from None
 

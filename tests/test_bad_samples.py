@@ -12,7 +12,7 @@ import torch
 from multirank import run_ranks
 from PIL import Image
 
-from resnet_dist import checkpoint, cli
+from resnet_dist import checkpoint, checkpoint_history, cli
 from resnet_dist.config import Config
 from resnet_dist.errors import UserError
 from resnet_dist.interrupt import Interrupt
@@ -147,7 +147,7 @@ def test_past_the_budget_it_stops_with_one_line_and_a_checkpoint(
     with pytest.raises(UserError, match=r"data\.max_bad_samples=5") as error:
         train_on_rank(0, 1, config)
     assert "\n" not in str(error.value)
-    assert checkpoint.latest(config.run_dir) is not None  # nothing is lost
+    assert checkpoint_history.latest(config.run_dir) is not None  # nothing is lost
 
 
 def test_the_epoch_before_such_an_evaluation_is_not_lost(
@@ -179,8 +179,8 @@ def lose_data_and_train(rank: int, world_size: int, config: Config) -> str:
 
     build = module.build
 
-    def build_then_lose(config: Config, world: Any) -> Any:
-        job = build(config, world)
+    def build_then_lose(config: Config, world: Any, resume_anyway: bool) -> Any:
+        job = build(config, world, resume_anyway)
         if rank == 1:
             index = job.train_index
             gone = replace(index, paths=tuple(path + ".gone" for path in index.paths))
@@ -201,4 +201,4 @@ def test_one_rank_without_data_ends_all_with_its_reason(tiny_config: Callable[..
     assert said[0] == said[1]
     assert said[0].startswith("rank 1: ")
     assert "cannot be read (No such file or directory)" in said[0]
-    assert checkpoint.latest(config.run_dir) is not None  # nothing is lost
+    assert checkpoint_history.latest(config.run_dir) is not None  # nothing is lost

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from resnet_dist import checkpoint
+from resnet_dist import checkpoint, checkpoint_folder, checkpoint_history
 from resnet_dist.checkpoint import TrainState
 from resnet_dist.config import Config, OptimConfig, to_dict
 from resnet_dist.errors import UserError
@@ -58,7 +58,7 @@ def content_of(state: TrainState, config: Config) -> dict[str, Any]:
 
 
 def save(state: TrainState, config: Config, retention: Retention = ALL) -> Path:
-    return checkpoint.save(config.run_dir, content_of(state, config), retention)
+    return checkpoint_history.save(config.run_dir, content_of(state, config), retention)
 
 
 def note(path: Path) -> Any:
@@ -99,14 +99,14 @@ def test_all_of_the_state_comes_back(
 
 def test_latest_best_and_retention(tiny_config: Callable[..., Config]) -> None:
     config = tiny_config()
-    assert checkpoint.latest(config.run_dir) is None
+    assert checkpoint_history.latest(config.run_dir) is None
     state = make_state(0)
     for step, acc1 in [(1, 10.0), (2, 50.0), (3, 20.0), (4, 30.0), (5, 40.0)]:
         state.step = step
         if acc1 > state.best_acc1:
             state.best_acc1, state.best_step = acc1, step
         path = save(state, config, Retention(2))
-        assert checkpoint.latest(config.run_dir) == path.resolve()
+        assert checkpoint_history.latest(config.run_dir) == path.resolve()
     folder = config.run_dir / "checkpoints"
     assert sorted(p.name for p in folder.iterdir()) == [
         "best", "latest", "step-00000002", "step-00000004", "step-00000005"
@@ -154,13 +154,13 @@ def test_an_exploding_run_does_not_push_out_the_good_checkpoints(
     names = sorted(p.name for p in (config.run_dir / "checkpoints").glob("step-*"))
     assert names == [f"step-0000000{step}" for step in (2, 3, 6, 7)]
     # The next try is told, and how to go back.
-    (line,) = checkpoint.look_over(config.run_dir)
+    (line,) = checkpoint_history.look_over(config.run_dir)
     assert "step-00000007: not all values are finite" in line
     assert "the newest sound one is step-00000003" in line
     way_back = line.partition("to go back to it: ")[2].partition(", and the same")[0]
     subprocess.run(way_back, shell=True, check=True)
-    assert checkpoint.look_over(config.run_dir) == []
-    newest = checkpoint.latest(config.run_dir)
+    assert checkpoint_history.look_over(config.run_dir) == []
+    newest = checkpoint_history.latest(config.run_dir)
     assert newest is not None
     assert checkpoint.load(newest)["step"] == 3
 
@@ -213,7 +213,7 @@ def test_soundness_is_noted(
 def test_averaged_weights_that_are_not_finite_are_noted(tiny_config: Callable[..., Config]) -> None:
     config = tiny_config()
     content = content_of(small_state(1), config) | {"ema": {"weight": torch.tensor([math.nan])}}
-    assert not note(checkpoint.save(config.run_dir, content, Retention()))["finite"]
+    assert not note(checkpoint_history.save(config.run_dir, content, Retention()))["finite"]
 
 
 def test_copied_without_links_and_with_leftovers(tiny_config: Callable[..., Config]) -> None:
@@ -226,7 +226,7 @@ def test_copied_without_links_and_with_leftovers(tiny_config: Callable[..., Conf
     (path.parent / ".partial-step-00000003-0123abcd").mkdir()
     (path.parent / ".removed-step-00000002").mkdir()
     (path.parent / ".partial-latest").symlink_to("step-00000002")
-    assert checkpoint.latest(config.run_dir) == path
+    assert checkpoint_history.latest(config.run_dir) == path
     state.step = 3
     save(state, config, Retention(1))
     assert {p.name for p in path.parent.iterdir()} == {"latest", "step-00000003"}
@@ -250,9 +250,9 @@ def test_a_bit_flipped_anywhere_is_found(tiny_config: Callable[..., Config], nam
             flipped = bytearray(whole)
             flipped[place] ^= 1 << bit
             (path / name).write_bytes(flipped)
-            assert checkpoint.damage(path) is not None, (place, bit)
+            assert checkpoint_folder.damage(path) is not None, (place, bit)
     (path / name).write_bytes(whole)
-    assert checkpoint.damage(path) is None
+    assert checkpoint_folder.damage(path) is None
 
 
 @pytest.mark.parametrize("name", ["state.pt", "meta.json", "SHA256SUMS"])
@@ -261,7 +261,7 @@ def test_a_file_cut_anywhere_is_found(tiny_config: Callable[..., Config], name: 
     whole = (path / name).read_bytes()
     for length in range(0, len(whole), 17 if name == "state.pt" else 1):
         (path / name).write_bytes(whole[:length])
-        assert checkpoint.damage(path) is not None, length
+        assert checkpoint_folder.damage(path) is not None, length
 
 
 def test_damage_is_named(tiny_config: Callable[..., Config], tmp_path: Path) -> None:
@@ -314,20 +314,20 @@ def test_a_damaged_checkpoint_is_passed_over(
 ) -> None:
     config = tiny_config()
     paths = [save(small_state(step), config) for step in (1, 2, 3)]
-    assert checkpoint.look_over(config.run_dir) == []
+    assert checkpoint_history.look_over(config.run_dir) == []
     for path in paths[1:]:
         spoil(path)
-    warnings = checkpoint.look_over(config.run_dir)
+    warnings = checkpoint_history.look_over(config.run_dir)
     assert [str(path) in line for path, line in zip(paths[:0:-1], warnings, strict=True)] == [
         True
     ] * 2
-    assert checkpoint.latest(config.run_dir) == paths[0]
+    assert checkpoint_history.latest(config.run_dir) == paths[0]
     assert checkpoint.load(config.run_dir)["step"] == 1
-    assert checkpoint.look_over(config.run_dir) == []
+    assert checkpoint_history.look_over(config.run_dir) == []
     again = save(small_state(3), config)  # its name is free
     assert checkpoint.load(again)["step"] == 3
     spoil(paths[0])  # older than a whole one: left alone
-    assert checkpoint.look_over(config.run_dir) == []
+    assert checkpoint_history.look_over(config.run_dir) == []
 
 
 def test_the_same_step_again_is_written_once(tiny_config: Callable[..., Config]) -> None:
@@ -410,7 +410,9 @@ def test_a_program_in_a_checkpoint_does_not_run(
     assert not (tmp_path / "canary-flew").exists()
     # Nor is one written.
     with pytest.raises(TypeError, match="only tensors and plain data can be saved"):
-        checkpoint.write(tmp_path / "new", content_of(small_state(1), config) | {"x": Canary()})
+        checkpoint_folder.write(
+            tmp_path / "new", content_of(small_state(1), config) | {"x": Canary()}
+        )
     assert not (tmp_path / "new").exists()
 
 
@@ -426,7 +428,7 @@ def test_another_format_is_refused_by_name(tiny_config: Callable[..., Config], n
     (path / "more.pt").write_bytes(b"more")
     with open(path / "SHA256SUMS", "a") as sums:
         sums.write(f"{extra}  more.pt\n")
-    assert checkpoint.look_over(config.run_dir) == []
+    assert checkpoint_history.look_over(config.run_dir) == []
     with pytest.raises(UserError, match=f"format {number}; this version reads 2 to 3: use the ver"):
         checkpoint.load(path)
 
@@ -448,18 +450,18 @@ def test_format_2_is_read(tmp_path: Path) -> None:
     expected = start - 0.1 * (1 + 1e-4 * start)  # one step: lr, gradient, weight decay
     assert torch.allclose(model.weight, expected, rtol=0, atol=1e-7)
     # Written again, it is of today's format.
-    checkpoint.write(tmp_path / "new", content)
+    checkpoint_folder.write(tmp_path / "new", content)
     assert note(tmp_path / "new")["format"] == 3
-    assert checkpoint.damage(tmp_path / "new") is None
+    assert checkpoint_folder.damage(tmp_path / "new") is None
 
 
 @pytest.mark.parametrize("name", ["state.pt", "meta.json"])
 def test_damage_in_format_2_is_found(tmp_path: Path, name: str) -> None:
     path = tmp_path / "step-00000007"
     shutil.copytree(FORMAT_2, path)
-    assert checkpoint.damage(path) is None
+    assert checkpoint_folder.damage(path) is None
     os.truncate(path / name, (path / name).stat().st_size - 5)
-    assert checkpoint.damage(path) is not None
+    assert checkpoint_folder.damage(path) is not None
 
 
 def as_format_2(path: Path) -> None:

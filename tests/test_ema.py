@@ -12,7 +12,7 @@ from multirank import run_ranks
 from recorded import record
 from torch import Tensor, nn
 
-from resnet_dist import checkpoint, distributed
+from resnet_dist import checkpoint, checkpoint_folder, distributed
 from resnet_dist.config import Config
 from resnet_dist.determinism import fix_algorithms
 from resnet_dist.ema import AveragedNetwork
@@ -148,7 +148,7 @@ def test_the_averaged_weights_are_what_is_used(averaged: Config, tiny_folder: Pa
     trained.write(averaged.run_dir / "weights")
     loose = checkpoint.load(averaged.run_dir / "weights")
     assert difference(loose["ema"], content["ema"]) == 0
-    checkpoint.write(averaged.run_dir / "trained", content | {"ema": None})
+    checkpoint_folder.write(averaged.run_dir / "trained", content | {"ema": None})
     assert evaluate_checkpoint(averaged.run_dir / "trained", []).loss != scored["val/loss"]
 
     found = classify(trained, find_images([str(tiny_folder / "val")]), world)

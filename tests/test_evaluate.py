@@ -12,7 +12,7 @@ from multirank import run_ranks
 from PIL import Image
 from torch import Tensor, nn
 
-from resnet_dist import checkpoint, cli, distributed
+from resnet_dist import checkpoint, checkpoint_history, cli, distributed
 from resnet_dist.checkpoint import TrainState
 from resnet_dist.config import Config, DataConfig, TrainConfig
 from resnet_dist.config_file import load_config
@@ -84,7 +84,7 @@ def saved(root: Path) -> Callable[..., Path]:
         state = TrainState(network, optimizer, torch.amp.GradScaler("cpu", enabled=False))
         facts = {"classes": ["class0", "class1", "class2"], "mean_image": mean_image}
         content = checkpoint.content_of(state, config, facts)
-        return checkpoint.save(config.run_dir, content, Retention())
+        return checkpoint_history.save(config.run_dir, content, Retention())
 
     return save
 

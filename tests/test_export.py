@@ -21,7 +21,7 @@ from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
 import resnet_dist
-from resnet_dist import checkpoint, cli
+from resnet_dist import checkpoint, checkpoint_history, cli
 from resnet_dist.config import Config, DataConfig, ModelConfig, TrackingConfig
 from resnet_dist.errors import UserError
 from resnet_dist.export import export, timm_state_dict
@@ -57,7 +57,7 @@ def save_run(root: Path, name: str, model: nn.Module, **facts: Any) -> Path:
     state = checkpoint.TrainState(model, optimizer, scaler, step=STEP, best_step=STEP)
     facts = {"classes": CLASSES, "data_fingerprint": "", "mean_image": None, **facts}
     content = checkpoint.content_of(state, config, facts)
-    checkpoint.save(config.run_dir, content, Retention())
+    checkpoint_history.save(config.run_dir, content, Retention())
     return config.run_dir
 
 

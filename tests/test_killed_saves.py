@@ -24,7 +24,7 @@ import pytest
 import torch
 from test_checkpoint import content_of, small_state
 
-from resnet_dist import checkpoint
+from resnet_dist import checkpoint, checkpoint_folder, checkpoint_history
 from resnet_dist.config import Config
 from resnet_dist.errors import UserError
 from resnet_dist.interrupt import Interrupt
@@ -137,8 +137,8 @@ def save_until(run_dir: Path, config: Config, step: int, survives: int | None) -
 def assert_whole_and_alive(run_dir: Path, config: Config, steps: tuple[int, ...]) -> int | None:
     """What a killed save leaves. Returns the step that is gone on from, one of `steps`."""
     folder = run_dir / "checkpoints"
-    assert checkpoint.look_over(run_dir) == []  # whatever has a name is whole
-    newest = checkpoint.latest(run_dir)
+    assert checkpoint_history.look_over(run_dir) == []  # whatever has a name is whole
+    newest = checkpoint_history.latest(run_dir)
     found = None
     if newest is not None:
         found = checkpoint.load(newest)["step"]
@@ -148,7 +148,7 @@ def assert_whole_and_alive(run_dir: Path, config: Config, steps: tuple[int, ...]
     assert found in steps or (found is None and steps[0] == 0)
     for link in ("latest", "best"):
         if os.path.lexists(folder / link):
-            assert checkpoint.damage(folder / link) is None
+            assert checkpoint_folder.damage(folder / link) is None
         else:  # a run's first save
             assert steps[0] == 0
     save_step(run_dir, config, 3)  # the next incarnation

@@ -10,7 +10,7 @@ import torch
 from multirank import run_ranks
 from torch import Tensor, nn
 
-from resnet_dist import checkpoint, cli, distributed
+from resnet_dist import checkpoint, checkpoint_history, cli, distributed
 from resnet_dist.checkpoint import TrainState
 from resnet_dist.config import Config
 from resnet_dist.data.augment import Request, train_windows
@@ -42,7 +42,7 @@ def path(tiny_config: Callable[..., Config]) -> Path:
     state = TrainState(network, optimizer, torch.amp.GradScaler("cpu", enabled=False), step=5)
     facts = {"classes": ["class0", "class1", "class2"], "mean_image": None}
     content = checkpoint.content_of(state, config, facts)
-    return checkpoint.save(config.run_dir, content, Retention())
+    return checkpoint_history.save(config.run_dir, content, Retention())
 
 
 def norms(network: nn.Module) -> dict[str, nn.BatchNorm2d]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from resnet_dist import checkpoint, cli, distributed, plots
+from resnet_dist import checkpoint, checkpoint_history, cli, distributed, plots
 from resnet_dist.checkpoint import TrainState
 from resnet_dist.config import Config
 from resnet_dist.data.augment import Request, eval_windows
@@ -43,7 +43,7 @@ def save(model: nn.Module, config: Config) -> Path:
     classes = ["class0", "class1", "class2"]
     facts = {"classes": classes, "mean_image": None}
     content = checkpoint.content_of(state, config, facts)
-    return checkpoint.save(config.run_dir, content, Retention())
+    return checkpoint_history.save(config.run_dir, content, Retention())
 
 
 def val_batches(config: Config, samples: list[list[int]]) -> Iterator[Batch]:

@@ -17,7 +17,7 @@ import torch
 from multirank import run_ranks
 from PIL import Image
 
-from resnet_dist import checkpoint, cli, distributed
+from resnet_dist import checkpoint, checkpoint_folder, checkpoint_history, cli, distributed
 from resnet_dist.config import Config, leaves
 from resnet_dist.config_file import load_config
 from resnet_dist.data.source import who_decodes
@@ -70,7 +70,7 @@ def resumed(config: Config, resume_anyway: bool = False) -> tuple[Job, str]:
 
 
 def newest(config: Config) -> Path:
-    path = checkpoint.latest(config.run_dir)
+    path = checkpoint_history.latest(config.run_dir)
     assert path is not None
     return path
 
@@ -81,7 +81,7 @@ def rewrite(config: Config, **changed: Any) -> None:
     content = checkpoint.load(path) | changed
     content = {key: value for key, value in content.items() if value is not ...}
     shutil.rmtree(path)
-    checkpoint.write(path, content)
+    checkpoint_folder.write(path, content)
 
 
 def files_of(folder: Path) -> dict[Path, str]:
@@ -174,7 +174,7 @@ def test_a_run_folder_without_a_checkpoint_is_guarded_too(
     with pytest.raises(UserError, match=re.escape(differ)):
         check_run_folder(now, anyway=False)
     assert len(check_run_folder(now, anyway=True)) == 2
-    assert build(now, distributed.start(), resume_anyway=True).changes
+    assert build(now, distributed.start(), resume_anyway=True).previous.changes
 
 
 def test_what_changes_no_result_may_change(

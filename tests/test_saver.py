@@ -14,7 +14,7 @@ import torch
 from multirank import run_ranks
 from test_checkpoint import content_of, make_state, small_state
 
-from resnet_dist import checkpoint
+from resnet_dist import checkpoint, checkpoint_folder, checkpoint_history
 from resnet_dist.bench import checkpoint as bench
 from resnet_dist.config import Config
 from resnet_dist.errors import UserError
@@ -54,7 +54,9 @@ def saver(tiny_config: Callable[..., Config]) -> Saver:
 
 def flat(content: Any) -> torch.Tensor:
     """All numbers of the model and the optimizer."""
-    tensors = [leaf for leaf in checkpoint._leaves(content) if isinstance(leaf, torch.Tensor)]
+    tensors = [
+        leaf for leaf in checkpoint_folder._leaves(content) if isinstance(leaf, torch.Tensor)
+    ]
     return torch.cat([tensor.flatten().double() for tensor in tensors])
 
 
@@ -76,7 +78,7 @@ def test_training_goes_on_while_the_writer_is_held_up(
         state.optimizer.step()
     state.step = 4
     state.lr_memory.correct_per_step += [3]
-    assert checkpoint.latest(saver.run_dir) is None
+    assert checkpoint_history.latest(saver.run_dir) is None
     assert not torch.equal(flat(content_of(state, tiny_config())), before)
     gate.opened.set()
     saver.finish()
@@ -227,7 +229,7 @@ def crash_after_the_first_save(rank: int, world_size: int, config: Config) -> No
     os.fsync = slow
     with pytest.raises(KeyboardInterrupt):
         train(config, "test", CtrlCTwice())
-    newest = checkpoint.latest(config.run_dir)
+    newest = checkpoint_history.latest(config.run_dir)
     assert newest is not None
     assert checkpoint.load(newest)["step"] == 2
 

@@ -18,7 +18,7 @@ from multirank import run_ranks
 from torch.distributed import GradBucket
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
-from resnet_dist import checkpoint, cli, distributed
+from resnet_dist import checkpoint, checkpoint_history, cli, distributed
 from resnet_dist.config import Config
 from resnet_dist.data.dali import Batch
 from resnet_dist.data.stream import train_requests
@@ -126,7 +126,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(
     whole, torn = tiny_config("name=whole", *settings), tiny_config("name=torn", *settings)
     for config in (whole, torn):
         run(0, 1, config)
-    newest = checkpoint.latest(torn.run_dir)
+    newest = checkpoint_history.latest(torn.run_dir)
     assert newest is not None
     os.truncate(newest / "state.pt", 1000)
     capsys.readouterr()

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from resnet_dist import checkpoint
+from resnet_dist import checkpoint, checkpoint_folder, checkpoint_history
 from resnet_dist.bench import results
 from resnet_dist.checkpoint import TrainState
 from resnet_dist.config import Config, ModelConfig, OptimConfig
@@ -121,7 +121,7 @@ def overhead(
         saver.save(content | {"step": number})
 
     def saved_here() -> None:
-        checkpoint.save(folder / "here", content | {"step": number}, Retention(1))
+        checkpoint_history.save(folder / "here", content | {"step": number}, Retention(1))
 
     kinds: dict[str, Callable[[], None]] = {
         "none": lambda: None,
@@ -188,8 +188,8 @@ def parts(content: dict[str, Any], folder: Path, runs: int) -> dict[str, float]:
         timed("fsync", flush)
         timed("sha256", digest)
         path = folder / "written"
-        timed("whole_write", checkpoint.write, path, copy)
-        timed("check", checkpoint.damage, path)
+        timed("whole_write", checkpoint_folder.write, path, copy)
+        timed("check", checkpoint_folder.damage, path)
         timed("load", checkpoint.load, path)
         shutil.rmtree(path)
     megabytes = file.stat().st_size / 1e6
