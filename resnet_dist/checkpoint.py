@@ -30,6 +30,7 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     step: int = 0  # optimizer steps done
+    evaluated_step: int = 0  # of the last evaluation; one may be owed: see train.run
     best_acc1: float = -1.0
     best_step: int = -1
     lr_memory: LrMemory = field(default_factory=LrMemory)
@@ -46,6 +47,7 @@ class TrainState:
             "meter": self.meter,
             "train_loss": self.train_loss,
             "step": self.step,
+            "evaluated_step": self.evaluated_step,
             "best": {"acc1": self.best_acc1, "step": self.best_step},
             "lr_memory": asdict(self.lr_memory),
         }
@@ -54,7 +56,7 @@ class TrainState:
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.scaler.load_state_dict(saved["scaler"])
-        self.step = saved["step"]
+        self.step, self.evaluated_step = saved["step"], saved["evaluated_step"]
         self.best_acc1, self.best_step = saved["best"]["acc1"], saved["best"]["step"]
         self.lr_memory = LrMemory(**saved["lr_memory"])
         if self.ema is not None:
@@ -110,6 +112,7 @@ def _from_format_2(content: dict[str, Any]) -> dict[str, Any]:
         "format": 3,
         "meter": NO_SUMS,
         "train_loss": None,
+        "evaluated_step": content["step"],
         "decoder": None,
         "made_with": {},
     }

@@ -12,8 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import GradBucket, ProcessGroup
 
+from resnet_dist.config import Config
 from resnet_dist.distributed import World, sum_in_rank_order
+from resnet_dist.models.depths import DEPTHS
 from resnet_dist.models.sync_batchnorm import average_running_stats
+from resnet_dist.models.vgg import MAP_PX
 
 
 def fix_algorithms(deterministic: bool) -> None:
@@ -33,6 +36,17 @@ def fix_algorithms(deterministic: bool) -> None:
     # torch would also write NaN into each new tensor, activations too, so that reading what nobody
     # wrote gives the same: a pass over memory per layer, for a mistake that no layer here makes.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def check_deterministic_form(config: Config, device: torch.device) -> None:
+    """Raises UserError where training would end in its first step, as a layer has none.
+
+    On a GPU that is VGG's average pooling, but at a size where it changes nothing (models/vgg.py).
+    """
+    pools = DEPTHS[config.model.name].form == "vgg" and config.data.crop_px // 2**5 != MAP_PX
+    if config.train.deterministic and device.type == "cuda" and pools:
+        why = f"{config.model.name} has a deterministic form on a GPU at data.crop_px=224 only"
+        raise config.invalid("train.deterministic", why, False)
 
 
 def reduce_gradients_in_rank_order(model: nn.parallel.DistributedDataParallel) -> None:

@@ -28,7 +28,8 @@ class AveragedNetwork:
         pairs = [(average, source[key]) for key, average in network.state_dict().items()]
         self.averages = [average for average, _ in pairs if average.is_floating_point()]
         self.sources = [source for _, source in pairs if source.is_floating_point()]
-        self.counts = [pair for pair in pairs if not pair[0].is_floating_point()]
+        self.counts = [average for average, _ in pairs if not average.is_floating_point()]
+        self.trained_counts = [source for _, source in pairs if not source.is_floating_point()]
 
     @torch.no_grad()
     def update(self, steps_done: int) -> None:
@@ -41,8 +42,8 @@ class AveragedNetwork:
         """
         decay = min(self.decay, (1 + steps_done) / (10 + steps_done))
         torch._foreach_lerp_(self.averages, self.sources, 1 - decay)
-        for average, source in self.counts:
-            average.copy_(source)
+        if self.counts:
+            torch._foreach_copy_(self.counts, self.trained_counts)
 
 
 def weights_for_use(saved: dict[str, Any]) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from resnet_dist.data.mean_image import mean_image
 from resnet_dist.data.protocol import CENTER_CROP
 from resnet_dist.data.source import load_index, make_loader, who_decodes
 from resnet_dist.data.stream import eval_requests, train_requests
-from resnet_dist.determinism import reduce_gradients_in_rank_order
+from resnet_dist.determinism import check_deterministic_form, reduce_gradients_in_rank_order
 from resnet_dist.distributed import World
 from resnet_dist.ema import AveragedNetwork
 from resnet_dist.errors import UserError
@@ -86,7 +86,7 @@ def build(config: Config, world: World, resume_anyway: bool = False) -> Job:
             "classes.txt that names them, a line each)"
         )
     startup.mark("data index")
-    facts = {
+    facts: dict[str, Any] = {
         "classes": list(train_index.classes),
         "data_fingerprint": train_index.fingerprint,
         "decoder": who_decodes(config, world.device),
@@ -97,6 +97,8 @@ def build(config: Config, world: World, resume_anyway: bool = False) -> Job:
     startup.mark("checkpoint")
     images = len(train_index), len(val_index)
     plan = Plan.of(config, world.size, *images, world.local_size)
+    facts["made_with"]["passes_per_step"] = str(plan.accumulation)
+    check_deterministic_form(config, world.device)
     network = build_network(config, world, len(train_index.classes))
     initialized = None
     if config.model.init_from is not None and previous.path is None:

@@ -83,31 +83,33 @@ def take_over(saved: dict[str, Any], config: Config, state: TrainState) -> list[
 
 
 def made_with(world: World) -> dict[str, str]:
-    """What the bits of a run depend on besides its config and its data."""
-    if world.device.type == "cuda":
-        device = torch.cuda.get_device_name(world.device)
-    else:
-        device = f"cpu with {torch.backends.cpu.get_cpu_capability()}"  # which kernels are taken
-    return {
+    """What the bits of a run depend on besides its config and its data. Of this rank."""
+    facts = {
         "torch": str(torch.__version__),  # a subclass of str, which a checkpoint refuses
         "dali": DALI_VERSION,
-        "device": device,
         "world_size": str(world.size),
-        "threads": str(torch.get_num_threads()),  # sums on a CPU are shared out over them
     }
+    if world.device.type == "cuda":
+        facts["device"] = torch.cuda.get_device_name(world.device)
+        facts["cudnn"] = str(torch.backends.cudnn.version())
+    else:
+        facts["device"] = f"cpu with {torch.backends.cpu.get_cpu_capability()}"  # picks kernels
+        facts["threads"] = str(torch.get_num_threads())  # sums on a CPU are shared out over them
+    return facts
 
 
 def not_bit_for_bit(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """A line of warning if two `made_with` differ; before={}: an older version did not say."""
-    differing = [f"{key} {before[key]} -> {now[key]}" for key in before if before[key] != now[key]]
+    """A line of warning if two `made_with` differ in what both say."""
+    both = [key for key in before if key in now]  # an older version said nothing
+    differing = [f"{key} {before[key]} -> {now[key]}" for key in both if before[key] != now[key]]
     return [f"warning: not bit for bit from here on: {', '.join(differing)}"] if differing else []
 
 
 def describe(path: Path, saved: Mapping[str, Any], plan: Plan) -> str:
     """The line that says from where a run goes on."""
-    step, made_with = saved["step"], saved["made_with"]
+    step, maker = saved["step"], saved["made_with"]
     text = f"resumes at step {step} (epoch {plan.epoch_at(step):.2f}) from {path}"
-    if made_with:  # else an older version wrote it
-        ranks = made_with["world_size"]
+    if maker:  # else an older version wrote it
+        ranks = maker["world_size"]
         text += f", saved {saved['saved_at']} by {ranks} rank{'s' if ranks != '1' else ''}"
     return text

@@ -82,6 +82,12 @@ def run(
     bad.share(job.train_index, job.train_index.bad)
     bad.share(job.val_index, job.val_index.bad)
     bad.check_budget()
+    if plan.evals_after(state.step) and state.evaluated_step < state.step:
+        # The last try ended in this evaluation: too many images could not be read.
+        score = scored(job, meter, bad)
+        tracker.log(state.step, score.metrics())
+        progress.say(f"epoch {plan.epoch_at(state.step):.2f}  val {score}")
+        save(job, meter)
     batches = train_batches(job)
     startup.mark("rest")
     for step in range(state.step, plan.total_steps):
@@ -112,14 +118,8 @@ def run(
         with meter.paused():
             if plan.evals_after(state.step):
                 batches.close()  # training's and evaluation's buffers do not exist together
-                try:
-                    score = evaluate_now(job)
-                except UserError:  # the same on all ranks: too many images that cannot be read
-                    save(job, meter)
-                    raise
-                bad.share(job.val_index, job.val_loader.bad)
+                score = scored(job, meter, bad)
                 batches = train_batches(job)
-                remember(job, score)
                 tracker.log(state.step, score.metrics())
                 progress.say(f"epoch {plan.epoch_at(state.step):.2f}  val {score}")
             if plan.logs_after(state.step) or plan.evals_after(state.step):
@@ -169,9 +169,22 @@ def train_step(job: Job, passes: Iterable[Batch], meter: Meter) -> Tensor:
     return correct
 
 
+def scored(job: Job, meter: Meter, bad: BadSamples) -> Score:
+    """The score, remembered. If too many images cannot be read the state is saved first."""
+    try:
+        score = evaluate_now(job)
+    except UserError:  # the same on all ranks
+        save(job, meter)
+        raise
+    bad.share(job.val_index, job.val_loader.bad)
+    remember(job, score)
+    return score
+
+
 def remember(job: Job, score: Score) -> None:
     """What outlives an evaluation: the best one, and the plateau schedule's drops."""
     state = job.state
+    state.evaluated_step = state.step
     is_best = score.acc1 > state.best_acc1
     if is_best:
         state.best_acc1, state.best_step = score.acc1, state.step

@@ -155,13 +155,27 @@ def test_the_epoch_before_such_an_evaluation_is_not_lost(
 ) -> None:
     shutil.copytree(tiny_folder, tmp_path / "data")
     config = tiny_config(f"data.root={tmp_path}/data", *CONFIG, "data.max_bad_samples=2")
+    files: dict[Path, bytes] = {}
     for number in range(4):
         path = tmp_path / f"data/val/class1/{number}.jpg"
         good = path.read_bytes()
         path.write_bytes(good[: good.index(b"\xff\xda") + 30])  # found when it is decoded
+        files[path] = good
     with pytest.raises(UserError, match=r"max_bad_samples=2"):
         train_on_rank(0, 1, config)
     assert checkpoint.load(config.run_dir)["step"] == 3
+    # The evaluation is owed: once the images are mended it is made up for.
+    for path, good in files.items():
+        path.write_bytes(good)
+    assert metrics(config, "val/acc1") == []
+    train_on_rank(0, 1, config)
+    whole = replace(config, name="whole")
+    train_on_rank(0, 1, whole)
+    assert metrics(config, "val/acc1") == metrics(whole, "val/acc1")
+    ours, theirs = (checkpoint.load(c.run_dir) for c in (config, whole))
+    best = [(c.run_dir / "checkpoints/best").resolve().name for c in (config, whole)]
+    assert best == ["step-00000003"] * 2
+    assert all(torch.equal(ours["model"][key], theirs["model"][key]) for key in theirs["model"])
 
 
 def test_what_an_earlier_try_met_counts(spoiled: Callable[..., Config]) -> None:

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,9 @@ from torch import Tensor, nn
 from resnet_dist import checkpoint, distributed
 from resnet_dist.bench.deterministic import bench_deterministic
 from resnet_dist.config import Config
-from resnet_dist.determinism import agree_after_step, fix_algorithms
+from resnet_dist.determinism import agree_after_step, check_deterministic_form, fix_algorithms
 from resnet_dist.distributed import sum_in_rank_order
+from resnet_dist.errors import UserError
 from resnet_dist.interrupt import Interrupt
 from resnet_dist.job import build, build_network, distribute, evaluate_now
 from resnet_dist.models.build import build_model
@@ -287,6 +289,15 @@ def test_no_layer_lacks_a_deterministic_form(name: str) -> None:
     names = operations(loss.grad_fn)
     assert any("Convolution" in n for n in names)
     assert [n for n in names if n.startswith(RAISING)] == []
+
+
+def test_vgg_of_another_size_is_refused_on_a_gpu(tiny_config: Callable[..., Config]) -> None:
+    vgg = tiny_config("model.name=vgg19_bn", "train.deterministic=true")
+    check_deterministic_form(vgg, torch.device("cpu"))
+    with pytest.raises(UserError, match=r"train\.deterministic=true: .* at data\.crop_px=224 only"):
+        check_deterministic_form(vgg, torch.device("cuda"))
+    at_224 = replace(vgg, data=replace(vgg.data, crop_px=224))
+    check_deterministic_form(at_224, torch.device("cuda"))
 
 
 def test_the_switches(as_before: None) -> None:
