@@ -4,6 +4,7 @@ checkpoint_folder.py keeps one on the disk, checkpoint_history.py those of a run
 torchvision's: no `module.` prefix.
 """
 
+import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from resnet_dist import checkpoint_list
 from resnet_dist.checkpoint_folder import damage
 from resnet_dist.config import Config, to_dict
 from resnet_dist.ema import AveragedNetwork, weights_for_use
@@ -73,18 +75,16 @@ def content_of(state: TrainState, config: Config, facts: dict[str, Any]) -> dict
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Reads a checkpoint folder (or a run folder, whose `best` or `latest` it takes) to the CPU.
+    """Reads a checkpoint folder (or a run folder, whose best one it takes) to the CPU.
 
-    Older formats are brought up to date.
+    Without a best one, a run's newest. Older formats are brought up to date.
 
     Raises:
         UserError: no checkpoint there, or one that is damaged or of another format.
     """
-    for inner in ("checkpoints/best", "checkpoints/latest"):
-        if (path / inner).exists():
-            path = path / inner
-            break
-    if not (path / "state.pt").is_file() or not (path / "meta.json").is_file():
+    if os.path.isdir(path / "checkpoints"):
+        path = checkpoint_list.best(path) or path
+    if not all(os.path.isfile(path / name) for name in ("state.pt", "meta.json")):
         raise UserError(f"{path}: no checkpoint; give a folder such as RUN/checkpoints/best")
     if (why := damage(path)) is not None:
         raise UserError(f"{path}: damaged ({why}); use another checkpoint")
@@ -114,6 +114,7 @@ def _from_format_2(content: dict[str, Any]) -> dict[str, Any]:
         "train_loss": None,
         "evaluated_step": content["step"],
         "decoder": None,
+        "fingerprints": {"training images": content["data_fingerprint"]},
         "made_with": {},
     }
 

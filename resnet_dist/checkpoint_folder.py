@@ -1,7 +1,7 @@
 """One checkpoint on the disk: written as a whole or not at all, and checked before it is used.
 
     step-00000440/state.pt     all of TrainState, loaded with weights_only=True
-    step-00000440/meta.json    for people and for retention: step, scores, soundness
+    step-00000440/meta.json    for what has no torch: step, scores, soundness, config
     step-00000440/SHA256SUMS   of both files; `sha256sum -c SHA256SUMS` checks them
 
 A folder is written under another name, flushed to the disk and then renamed, so a name without a
@@ -23,6 +23,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from resnet_dist.disk import flush_folder
 from resnet_dist.errors import UserError
 from resnet_dist.meter import mean_loss
 
@@ -93,7 +94,7 @@ def _write_file(path: Path, fill: Callable[[Any], object]) -> str:
 def _describe(content: dict[str, Any]) -> dict[str, Any]:
     """meta.json. "sound": worth going on from, as far as can be told without the data."""
     loss = mean_loss(content["meter"], content["train_loss"])
-    tensors = [leaf for leaf in _leaves(content) if isinstance(leaf, Tensor)]
+    tensors = [leaf for leaf in leaves(content) if isinstance(leaf, Tensor)]
     finite = all(_is_finite(tensor) for tensor in tensors)
     finite = finite and (loss is None or math.isfinite(loss))
     # A blind guess has the loss ln(classes), whatever the label smoothing. A network that does
@@ -106,15 +107,21 @@ def _describe(content: dict[str, Any]) -> dict[str, Any]:
         "train_loss": loss if finite else None,
         "finite": finite,
         "sound": finite and (loss is None or loss <= blind),
+        "config": content["config"],
     }
 
 
-def _leaves(content: Any) -> Iterator[Any]:
+def leaves(content: Any) -> Iterator[Any]:
+    """The tensors and plain values in it.
+
+    Raises:
+        TypeError: there is something else.
+    """
     if isinstance(content, dict):
         content = list(content.values())
     if isinstance(content, list | tuple):
         for part in content:
-            yield from _leaves(part)
+            yield from leaves(part)
     elif isinstance(content, Tensor) or type(content) in PLAIN:
         yield content
     else:  # subclasses neither: weights_only=True would refuse them
@@ -168,15 +175,6 @@ def _damage_in_format_2(path: Path) -> str | None:
     return None
 
 
-def note(path: Path) -> dict[str, Any]:
-    """meta.json; one that cannot be read speaks against its checkpoint."""
-    try:
-        note = json.loads((path / "meta.json").read_bytes())
-    except (OSError, ValueError):
-        note = None
-    return note if isinstance(note, dict) else {"finite": False, "sound": False}
-
-
 def beside(path: Path) -> Path:
     """A name that was never used, for what will be renamed to `path`."""
     return path.with_name(f".partial-{path.name}-{uuid.uuid4().hex[:8]}")
@@ -185,11 +183,3 @@ def beside(path: Path) -> Path:
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -249,7 +249,7 @@ def dry_run(
     differing = check_run_folder(config, anyway=True)  # the plan is worth reading all the same
     if differing:
         text += "\n\nto be trained under another name=, or with --resume-anyway: not as "
-        text += f"{config.run_dir}/config.yaml has it: {'; '.join(differing)}"
+        text += f"{config.run_dir} has it: {'; '.join(differing)}"
     return text
 
 

@@ -133,6 +133,7 @@ class TrackingConfig:
 
 @dataclass(frozen=True)
 class Config:
+    # The run folder's. One that was copied or renamed goes on under its new name.
     name: str = "run"
     seed: int = 0
     model: ModelConfig = ModelConfig()

@@ -36,6 +36,7 @@ from resnet_dist.plan import Plan
 from resnet_dist.precision import grad_scaler
 from resnet_dist.resume import (
     Previous,
+    another_bn_batch,
     describe,
     look_back,
     made_with,
@@ -88,7 +89,7 @@ def build(config: Config, world: World, resume_anyway: bool = False) -> Job:
     startup.mark("data index")
     facts: dict[str, Any] = {
         "classes": list(train_index.classes),
-        "data_fingerprint": train_index.fingerprint,
+        "fingerprints": train_index.fingerprints("training") | val_index.fingerprints("validation"),
         "decoder": who_decodes(config, world.device),
         "made_with": made_with(world),
     }
@@ -199,12 +200,7 @@ def restore(job: Job) -> str | None:
         said += take_over(saved, job.config, job.state)
     if torch.are_deterministic_algorithms_enabled():
         said += not_bit_for_bit(saved["made_with"], job.facts["made_with"])
-    before, now = saved["bn_batch_size"], job.plan.bn_batch_size
-    if before != now:
-        said += [
-            f"warning: BN normalizes {now} images together, {before} before: the world or "
-            "train.max_local_batch_size has changed"
-        ]
+    said += another_bn_batch(saved["bn_batch_size"], job.plan)
     job.state.load_state_dict(saved)
     saved.clear()  # as large as the state itself
     startup.mark("checkpoint")
@@ -269,7 +265,8 @@ def tags(job: Job, recipe: str) -> dict[str, str]:
     """What MLflow's table can be filtered by, besides the config."""
     # MLflow's params cannot change: the tag says what did, and from which step on.
     changes = changes_so_far(job.config.run_dir)[:TAG_CHARACTERS]
-    return ({"changes": changes} if changes else {}) | {
+    return {
+        "changes": changes or "none",  # said: an earlier tag may have to be taken back
         "git.commit": git_commit(),
         "world_size": str(job.world.size),
         "precision": job.config.train.precision,

@@ -1,8 +1,10 @@
 """How a run ended: in a word, and as the table at the end."""
 
+import os
 import sys
 import time
 from enum import Enum
+from pathlib import Path
 
 from resnet_dist.evaluate import Score
 from resnet_dist.job import Job
@@ -17,6 +19,12 @@ class Outcome(Enum):
     PREEMPTED = "KILLED"
 
 
+def artifacts(outcome: Outcome, run_dir: Path) -> dict[str, Path]:
+    """What MLflow gets of a run that ended so: the best checkpoint, unless its save failed."""
+    best = run_dir / "checkpoints" / "best"
+    return {"best": best} if outcome is Outcome.FINISHED and os.path.isdir(best) else {}
+
+
 def summary(
     job: Job, outcome: Outcome, score: Score | None, record: RunRecord | None, progress: Progress
 ) -> str:
@@ -28,7 +36,9 @@ def summary(
     if state.best_step >= 0:
         epoch = plan.epoch_at(state.best_step)
         rows += [("best val", f"acc1 {state.best_acc1:.2f} % after epoch {epoch:.2f}")]
-        rows += [("checkpoint", f"{run_dir}/checkpoints/best")]
+        # Its save may have failed where later ones did not.
+        there = "best" if os.path.isdir(run_dir / "checkpoints/best") else "latest"
+        rows += [("checkpoint", f"{run_dir}/checkpoints/{there}")]
     seconds = time.monotonic() - progress.started
     epochs = plan.epoch_at(state.step - progress.first_step)
     rows += [("time", f"{duration(seconds)} for {epochs:.2f} epochs")]

@@ -5,7 +5,7 @@ Pure and free of torch: `--dry-run` and the launchers print it on a login node.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from resnet_dist.config import UNITS, Config, OptimConfig, leaves
 from resnet_dist.models.depths import DEPTHS
@@ -147,6 +147,16 @@ class Plan:
         return math.ceil(
             self.global_batch_size * self.bn_ranks / (self.world_size * self.accumulation)
         )
+
+    def max_local_batch_size_for(self, bn_batch_size: int) -> int | None:
+        """With which BN would average over so many images; None: with none on this world."""
+        if bn_batch_size == 0 or self.bn_ranks == 0:  # a network without BN
+            return None
+        local = math.ceil(bn_batch_size / self.bn_ranks)
+        accumulation = math.ceil(self.global_batch_size / (self.world_size * local))
+        fits = self.world_size * accumulation <= self.global_batch_size
+        same = replace(self, accumulation=accumulation).bn_batch_size == bn_batch_size
+        return local if fits and same else None
 
     def places(self, rank: int, accumulated: int) -> range:
         """Where the images of pass `accumulated` of a rank stand in the step's global batch."""

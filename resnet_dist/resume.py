@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
-from resnet_dist import checkpoint, checkpoint_history
+from resnet_dist import checkpoint, checkpoint_history, checkpoint_list
 from resnet_dist.checkpoint import TrainState
 from resnet_dist.config import Config
 from resnet_dist.config_file import config_from_dict
 from resnet_dist.data.dali import DALI_VERSION
+from resnet_dist.data.index import IN_BYTES
 from resnet_dist.distributed import World
 from resnet_dist.plan import Plan
 from resnet_dist.run_folder import check_run_folder, differing_settings, refusal
@@ -30,7 +31,7 @@ class Previous:
 def look_back(config: Config, facts: Mapping[str, Any], world: World, anyway: bool) -> Previous:
     """A collective: every rank reads the newest checkpoint. See changes_since for the rest."""
     warnings = world.on_main(lambda: checkpoint_history.look_over(config.run_dir))
-    path = world.on_main(lambda: checkpoint_history.latest(config.run_dir))
+    path = world.on_main(lambda: checkpoint_list.latest(config.run_dir))
     content = {} if path is None else world.on_all(lambda: checkpoint.load(path))
     changes = world.on_main(lambda: changes_since(config, content, facts, anyway))
     return Previous(path, content, tuple(changes), tuple(warnings))
@@ -42,7 +43,7 @@ def changes_since(
     """What differs now from what made the newest checkpoint, or RUN/config.yaml if there is none.
 
     saved: the checkpoint's content; empty if there is none. facts: of now, under a checkpoint's
-    keys: classes, data_fingerprint, decoder. anyway: to go on all the same.
+    keys: classes, fingerprints, decoder. anyway: to go on all the same.
 
     Raises:
         UserError: something differs, and not `anyway`; or the weights do not fit the network.
@@ -51,10 +52,7 @@ def changes_since(
         return check_run_folder(config, anyway)
     before = config_from_dict(saved["config"], f"{config.run_dir}/checkpoints")
     differing = differing_settings(before, config)
-    old, new = saved["data_fingerprint"], facts["data_fingerprint"]
-    if old != new:
-        there = f"{before.data.root} {old[:12]} -> {config.data.root} {new[:12]}"
-        differing.append(f"data: other training images ({there})")
+    differing += _differing_data(saved["fingerprints"], facts["fingerprints"], before, config)
     classes_before, classes = len(saved["classes"]), len(facts["classes"])
     if classes_before != classes:
         differing.append(f"classes {classes_before} -> {classes}")
@@ -64,6 +62,19 @@ def changes_since(
     if differing and not (anyway and fits):
         raise refusal(config, saved["step"], differing, can_be_told_to=fits)
     return differing
+
+
+def _differing_data(
+    old: Mapping[str, str], new: Mapping[str, str], before: Config, config: Config
+) -> list[str]:
+    """old, new: of Index.fingerprints. What an older version did not note is not compared."""
+    differing = [what for what in new if what in old and old[what] != new[what]]
+    return [
+        f"data: other {what} ({before.data.root} {old[what][:12]} -> {config.data.root} "
+        f"{new[what][:12]})"
+        for what in differing
+        if what.removesuffix(IN_BYTES) == what or what.removesuffix(IN_BYTES) not in differing
+    ]
 
 
 def take_over(saved: dict[str, Any], config: Config, state: TrainState) -> list[str]:
@@ -103,6 +114,20 @@ def not_bit_for_bit(before: Mapping[str, str], now: Mapping[str, str]) -> list[s
     both = [key for key in before if key in now]  # an older version said nothing
     differing = [f"{key} {before[key]} -> {now[key]}" for key in both if before[key] != now[key]]
     return [f"warning: not bit for bit from here on: {', '.join(differing)}"] if differing else []
+
+
+def another_bn_batch(before: int, plan: Plan) -> list[str]:
+    """A line of warning if BN now averages over another number of images, and how to keep it."""
+    if before == plan.bn_batch_size:
+        return []
+    line = (
+        f"warning: BN normalizes {plan.bn_batch_size} images together, {before} before: the world "
+        "or train.max_local_batch_size has changed"
+    )
+    local = plan.max_local_batch_size_for(before)
+    if local is not None:
+        line += f"; train.max_local_batch_size={local} keeps it, if that fits in memory"
+    return [line]
 
 
 def describe(path: Path, saved: Mapping[str, Any], plan: Plan) -> str:

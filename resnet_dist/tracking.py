@@ -14,9 +14,9 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit, urlunsplit
 
 from resnet_dist.config import Config, leaves
@@ -46,6 +46,7 @@ class RunRecord:
     experiment_id: str
     run_id: str
     journal_bytes: int = 0
+    name: str = ""  # of the run; "": an older version wrote it
 
     @classmethod
     def read(cls, run_dir: Path) -> "RunRecord | None":
@@ -74,7 +75,7 @@ class Tracker:
         self._mirror: _Mirror | None = None
         if not records:
             return
-        self._journal = _open_journal(self.run_dir / "journal.jsonl", self._last_step)
+        self._journal = _Journal(self.run_dir / "journal.jsonl", self._last_step, warn)
         if config.tracking.mlflow:
             self._mirror = _Mirror(config, tags, warn)
             self._mirror.start()
@@ -88,30 +89,37 @@ class Tracker:
             self._last_step.update(dict.fromkeys(new, step))
             record = {"step": step, "time_ms": time.time_ns() // 1_000_000, "metrics": new}
             self._journal.write(json.dumps(record) + "\n")
-            self._journal.flush()
-            # Before a checkpoint of the same step can be: a resumed run logs no step again.
-            os.fsync(self._journal.fileno())
 
     def close(self, status: str, artifacts: Mapping[str, Path]) -> RunRecord | None:
         """Ends the record: MLflow's status ("FINISHED", "KILLED", "FAILED"), name -> artifact.
 
-        Waits for the mirror, at most DRAIN_SECONDS. Returns the MLflow run, if there is one.
+        Waits for the mirror, at most DRAIN_SECONDS. Returns the MLflow run, if there is one. Raises
+        nothing: it would hide what ended the run.
         """
         if not self.records:
             return None
         self._journal.close()
         if self._mirror is not None:
             self._mirror.finish(status, artifacts)
-        return RunRecord.read(self.run_dir)
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            return RunRecord.read(self.run_dir)
+        return None
 
     def _last(self, name: str) -> int:
         return self._last_step.get(name, -1)
 
 
-def _open_journal(path: Path, last_step: dict[str, int]) -> Any:
-    """Opens for appending; notes the last step of each metric, cuts a torn last line."""
-    whole = 0
-    if path.exists():
+class _Journal:
+    """journal.jsonl. A line that the disk does not take waits in memory for the next one."""
+
+    def __init__(self, path: Path, last_step: dict[str, int], warn: Callable[[str], None]):
+        """Notes the last step of each metric, and cuts a torn last line."""
+        self._path = path
+        self._warn = warn
+        self._warned = False
+        self._unwritten = b""
+        self._whole = 0  # bytes that are on the disk
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         with open(path, "rb") as file:
             for line in file:
                 try:
@@ -120,10 +128,42 @@ def _open_journal(path: Path, last_step: dict[str, int]) -> Any:
                     break
                 if not line.endswith(b"\n"):
                     break
-                whole += len(line)
+                self._whole += len(line)
                 last_step.update(dict.fromkeys(record["metrics"], record["step"]))
-        os.truncate(path, whole)
-    return open(path, "a")
+        os.truncate(self._descriptor, self._whole)
+
+    def write(self, line: str) -> None:
+        self._unwritten += line.encode()
+        try:
+            self._flush()
+            self._warned = False
+        except OSError as error:
+            if not self._warned:
+                self._warn(
+                    f"warning: {self._path}: not written: {error.strerror}; training goes on, and "
+                    "its lines are kept in memory until they can be written"
+                )
+            self._warned = True
+
+    def _flush(self) -> None:
+        """Each time from where the disk is known to have it all: a failed fsync may have lost it,
+        and a full disk may have taken a part."""
+        done = 0
+        while done < len(self._unwritten):
+            done += os.pwrite(self._descriptor, self._unwritten[done:], self._whole + done)
+        # Before a checkpoint of the same step can be: a resumed run logs no step again.
+        os.fsync(self._descriptor)
+        self._whole += done
+        self._unwritten = b""
+
+    def close(self) -> None:
+        try:
+            self._flush()
+        except OSError as error:
+            lines = self._unwritten.count(b"\n")
+            self._warn(f"warning: {self._path}: {lines} lines are lost: {error.strerror}")
+        with contextlib.suppress(OSError):  # it has been flushed, or warned of
+            os.close(self._descriptor)
 
 
 class _Mirror(threading.Thread):
@@ -176,7 +216,9 @@ class _Mirror(threading.Thread):
         with _database_lock(uri, self.run_dir.parent):
             client = mlflow_client(uri)
             record = RunRecord.read(self.run_dir)
-            if record is None or record.tracking_uri != without_credentials(uri):
+            # A folder that was copied to go on under another name has the other's record.
+            copied = record is not None and record.name not in ("", self.config.name)
+            if record is None or copied or record.tracking_uri != without_credentials(uri):
                 record = self._create_run(client, uri)
                 # At once: whatever fails from here on, the next try goes on with this run.
                 record.write(self.run_dir)
@@ -205,7 +247,9 @@ class _Mirror(threading.Thread):
         else:
             experiment_id = experiment.experiment_id
         run = client.create_run(experiment_id, run_name=self.config.name)
-        return RunRecord(without_credentials(uri), experiment_id, run.info.run_id)
+        return RunRecord(
+            without_credentials(uri), experiment_id, run.info.run_id, name=self.config.name
+        )
 
     def _upload(self, client: "MlflowClient", run_id: str, path: Path, name: str | None) -> None:
         """An artifact store that fails must not keep metrics and status from the server."""
@@ -236,10 +280,7 @@ class _Mirror(threading.Thread):
         for first in range(0, len(metrics), METRICS_PER_CALL):
             client.log_batch(record.run_id, metrics=metrics[first : first + METRICS_PER_CALL])
         if whole:
-            sent = start + len(whole)
-            RunRecord(record.tracking_uri, record.experiment_id, record.run_id, sent).write(
-                self.run_dir
-            )
+            replace(record, journal_bytes=start + len(whole)).write(self.run_dir)
 
     def _close_run(self, client: "MlflowClient") -> None:
         record = RunRecord.read(self.run_dir)

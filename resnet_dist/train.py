@@ -5,6 +5,7 @@ mean over the global batch, whoever computed which part. So the same command, on
 ranks, goes on where the last one stopped.
 """
 
+import contextlib
 from collections.abc import Iterable
 
 import torch
@@ -23,10 +24,10 @@ from resnet_dist.job import Job, build, evaluate_now, restore, save, tags, take,
 from resnet_dist.meter import Meter
 from resnet_dist.models.dropout import set_dropout_keys
 from resnet_dist.optim import set_lr
-from resnet_dist.outcome import Outcome, summary
+from resnet_dist.outcome import Outcome, artifacts, summary
 from resnet_dist.precision import autocast
 from resnet_dist.progress import Progress
-from resnet_dist.run_folder import open_run_folder
+from resnet_dist.run_folder import open_run_folder, sole_process
 from resnet_dist.startup import startup
 from resnet_dist.tracking import Tracker
 
@@ -46,27 +47,28 @@ def train(
     startup.mark("imports")
     world = distributed.start()
     startup.mark("process group")
-    job = build(config, world, resume_anyway)
-    resumed = restore(job)
-    world.on_main(lambda: open_run_folder(config, job.state.step, job.previous.changes))
-    progress = Progress(job.plan, job.state.step, speaks=world.is_main)
-    progress.say(f"{config.name}: {config.model.name} on {world.size} x {world.device.type}\n")
-    progress.say(job.plan.describe() + "\n")
-    if resumed:
-        progress.say(resumed + "\n")
-    notes = tags(job, recipe) if world.is_main else {}
-    tracker = Tracker(config, notes, records=world.is_main, warn=progress.say)
-    job.saver.warn = progress.say
-    try:
-        outcome, score = run(job, interrupt, tracker, progress)
-        world.on_main(job.saver.finish)
-    except BaseException:
-        job.saver.wait()
-        tracker.close("FAILED", {})
-        raise
-    best = {"best": config.run_dir / "checkpoints" / "best"}
-    record = tracker.close(outcome.value, best if outcome is Outcome.FINISHED else {})
-    progress.say(summary(job, outcome, score, record, progress))
+    with contextlib.ExitStack() as held:
+        world.on_main(lambda: held.enter_context(sole_process(config)))
+        job = build(config, world, resume_anyway)
+        resumed = restore(job)
+        world.on_main(lambda: open_run_folder(config, job.state.step, job.previous.changes))
+        progress = Progress(job.plan, job.state.step, speaks=world.is_main)
+        progress.say(f"{config.name}: {config.model.name} on {world.size} x {world.device.type}\n")
+        progress.say(job.plan.describe() + "\n")
+        if resumed:
+            progress.say(resumed + "\n")
+        notes = tags(job, recipe) if world.is_main else {}
+        tracker = Tracker(config, notes, records=world.is_main, warn=progress.say)
+        job.saver.warn = progress.say
+        try:
+            outcome, score = run(job, interrupt, tracker, progress)
+            world.on_main(job.saver.finish)
+        except BaseException:
+            job.saver.wait()
+            tracker.close("FAILED", {})
+            raise
+        record = tracker.close(outcome.value, artifacts(outcome, config.run_dir))
+        progress.say(summary(job, outcome, score, record, progress))
     distributed.stop()
     return outcome
 

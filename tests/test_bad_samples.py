@@ -164,11 +164,14 @@ def test_the_epoch_before_such_an_evaluation_is_not_lost(
     with pytest.raises(UserError, match=r"max_bad_samples=2"):
         train_on_rank(0, 1, config)
     assert checkpoint.load(config.run_dir)["step"] == 3
-    # The evaluation is owed: once the images are mended it is made up for.
+    # The evaluation is owed: once the images are mended it is made up for. They are others then.
     for path, good in files.items():
         path.write_bytes(good)
     assert metrics(config, "val/acc1") == []
-    train_on_rank(0, 1, config)
+    with pytest.raises(UserError, match="validation images"):
+        train_on_rank(0, 1, config)
+    with Interrupt() as interrupt:
+        train(config, "test", interrupt, resume_anyway=True)
     whole = replace(config, name="whole")
     train_on_rank(0, 1, whole)
     assert metrics(config, "val/acc1") == metrics(whole, "val/acc1")

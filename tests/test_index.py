@@ -197,6 +197,7 @@ def test_the_quarantine_leaves_numbers_and_fingerprint(tmp_path: Path) -> None:
         part = without(index, bad)
         assert bad == part.bad == {1: "truncated"}
         assert part.sizes.tolist() == [[64, 48], [0, 0], [10, 20]]
+        assert part.fingerprints("training") == index.fingerprints("training")
         assert part.fingerprint == index.fingerprint
         assert index.sizes[1].tolist() == [40, 30]
 

@@ -137,6 +137,9 @@ def save_until(run_dir: Path, config: Config, step: int, survives: int | None) -
 def assert_whole_and_alive(run_dir: Path, config: Config, steps: tuple[int, ...]) -> int | None:
     """What a killed save leaves. Returns the step that is gone on from, one of `steps`."""
     folder = run_dir / "checkpoints"
+    links = {link for link in ("latest", "best") if os.path.lexists(folder / link)}
+    assert links == {"latest", "best"} or steps[0] == 0  # a run's first save
+    assert all(checkpoint_folder.damage(folder / link) is None for link in links)
     assert checkpoint_history.look_over(run_dir) == []  # whatever has a name is whole
     newest = checkpoint_history.latest(run_dir)
     found = None
@@ -146,11 +149,9 @@ def assert_whole_and_alive(run_dir: Path, config: Config, steps: tuple[int, ...]
         for key, value in checkpoint.load(newest)["model"].items():
             assert torch.equal(value, weights[key])
     assert found in steps or (found is None and steps[0] == 0)
-    for link in ("latest", "best"):
-        if os.path.lexists(folder / link):
-            assert checkpoint_folder.damage(folder / link) is None
-        else:  # a run's first save
-            assert steps[0] == 0
+    if found is not None:
+        assert (folder / "latest").resolve() == newest  # set again
+        assert (folder / "best").resolve() == newest
     save_step(run_dir, config, 3)  # the next incarnation
     assert sorted(p.name for p in folder.iterdir()) == ["best", "latest", "step-00000003"]
     for link in ("latest", "best"):

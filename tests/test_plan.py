@@ -217,3 +217,24 @@ def test_a_warmup_longer_than_the_run() -> None:
     optim = {"warmup_epochs": None, "warmup_iterations": 31}
     with pytest.raises(UserError, match=r"warmup_iterations=31: is longer .* is 30$"):
         plan(global_batch_size=100, epochs=3, optim=optim)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "before", "local"),
+    [
+        (8, 128, 16),  # 4 ranks had 2 passes of 32: 8 ranks keep it with 2 passes of 16
+        (2, 128, 64),
+        (4, 256, 64),
+        (3, 128, 43),  # in two passes of 42 or 43
+        (4, 3, None),  # fewer than the ranks
+        (256, 128, None),  # a pass has an image for each rank
+    ],
+)
+def test_how_the_bn_batch_is_kept(world_size: int, before: int, local: int | None) -> None:
+    def plan_with(max_local_batch_size: int) -> Plan:
+        train = TrainConfig(global_batch_size=256, max_local_batch_size=max_local_batch_size)
+        return Plan.of(Config(train=train), world_size, 1000, None)
+
+    assert plan_with(32).max_local_batch_size_for(before) == local
+    if local is not None:
+        assert plan_with(local).bn_batch_size == before

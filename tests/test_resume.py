@@ -370,5 +370,6 @@ def test_another_bn_batch_is_warned_of(
     what = "2 ranks x 2 passes after 4 x 1, local BN, float64: loss"
     record_property(f"largest_difference: {what}", of_losses)
     more = replace(parts, train=replace(parts.train, max_local_batch_size=6))
-    line = "warning: BN normalizes 6 images together, 3 before: the world or train.max_local_batch"
+    line = "warning: BN normalizes 6 images together, 3 before: the world or train.max_local_batch_"
+    line += "size has changed; train.max_local_batch_size=3 keeps it, if that fits in memory\n"
     assert line in piece(2, more)[0].said

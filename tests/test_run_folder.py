@@ -6,7 +6,9 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,14 +19,22 @@ import torch
 from multirank import run_ranks
 from PIL import Image
 
-from resnet_dist import checkpoint, checkpoint_folder, checkpoint_history, cli, distributed
+from resnet_dist import (
+    checkpoint,
+    checkpoint_folder,
+    checkpoint_list,
+    cli,
+    distributed,
+    run_folder,
+)
 from resnet_dist.config import Config, leaves
 from resnet_dist.config_file import load_config
+from resnet_dist.data.quarantine import write_quarantine
 from resnet_dist.data.source import who_decodes
 from resnet_dist.determinism import fix_algorithms
 from resnet_dist.errors import UserError
 from resnet_dist.interrupt import Interrupt
-from resnet_dist.job import Job, build, restore
+from resnet_dist.job import Job, build, restore, tags
 from resnet_dist.resume import describe, made_with, not_bit_for_bit
 from resnet_dist.run_folder import check_run_folder, differing_settings, open_run_folder
 from resnet_dist.tracking import RunRecord
@@ -33,6 +43,7 @@ from resnet_dist.train import train
 REPO = Path(__file__).resolve().parent.parent
 ONE_EPOCH = ("train.epochs=1", "train.eval_every_iterations=100")  # 3 steps
 FREE = {
+    "name",
     *("data.root", "data.decode_threads", "data.read_threads", "data.prefetch_batches"),
     *("data.max_bad_samples", "train.max_local_batch_size", "train.log_every_steps"),
     *("train.save_every_epochs", "train.save_every_iterations"),
@@ -70,7 +81,7 @@ def resumed(config: Config, resume_anyway: bool = False) -> tuple[Job, str]:
 
 
 def newest(config: Config) -> Path:
-    path = checkpoint_history.latest(config.run_dir)
+    path = checkpoint_list.latest(config.run_dir)
     assert path is not None
     return path
 
@@ -110,11 +121,8 @@ def test_every_setting_counts_but_for_those_that_change_no_result(key: str) -> N
 
 def test_a_setting_is_shown_as_it_would_be_written(tiny_config: Callable[..., Config]) -> None:
     before = tiny_config()
-    now = tiny_config(
-        "train.iterations=9", "data.scale_px=[32, 48]", "train.deterministic=true", "name=other"
-    )
+    now = tiny_config("train.iterations=9", "data.scale_px=[32, 48]", "train.deterministic=true")
     assert differing_settings(before, now) == [
-        "name tiny -> other",
         "data.scale_px [32, 40] -> [32, 48]",
         "train.epochs 2.0 -> null",
         "train.iterations null -> 9",
@@ -138,13 +146,13 @@ def test_one_refusal_lists_all_that_differs(
     )
     assert parts is not None, line
     assert parts[1] == str(trained().run_dir)
-    old = checkpoint.load(newest(trained()))["data_fingerprint"]
+    old = checkpoint.load(newest(trained()))["fingerprints"]["training images"]
     new = build(replace(now, name="x", train=trained().train), distributed.start()).facts
+    new = new["fingerprints"]["training images"]
     assert parts[2].split("; ") == [
         "optim.base_lr 0.4 -> 0.2",
         "train.global_batch_size 8 -> 1000",
-        f"data: other training images ({tiny_folder} {old[:12]} -> "
-        f"{other_data} {new['data_fingerprint'][:12]})",
+        f"data: other training images ({tiny_folder} {old[:12]} -> {other_data} {new[:12]})",
         "decoder mixed -> cpu",
     ]
     assert files_of(trained().run_dir) == before
@@ -249,14 +257,266 @@ def test_resume_anyway_goes_on_and_keeps_a_record(
 def test_resume_anyway_killed_before_it_saved_leaves_the_run_as_it_was(
     trained: Callable[..., Config],
 ) -> None:
-    """RUN/config.yaml is new by then, but the checkpoint is not: it decides."""
+    """RUN/config.yaml is new by then, but the checkpoint is not: it decides, also without torch."""
     now = trained("seed=5")
     for _ in range(2):
         job, _ = resumed(now, resume_anyway=True)
         open_run_folder(now, job.state.step, job.previous.changes)
     assert (now.run_dir / "changes.txt").read_text() == "from step 3: seed 0 -> 5\n"
-    assert "seed 0 -> 5" in refused(now)
-    assert "warning" not in resumed(trained())[1]
+    assert tags(job, "test")["changes"] == "from step 3: seed 0 -> 5\n"
+    line = "cannot go on from step 3, as these differ: seed 0 -> 5"
+    assert line in refused(now)
+    with pytest.raises(UserError, match=line):
+        check_run_folder(now, anyway=False)
+    assert check_run_folder(trained(), anyway=False) == []
+    # What never took effect is taken back.
+    train(trained(), "test", Interrupt())
+    assert not (now.run_dir / "changes.txt").exists()
+    assert tags(job, "test")["changes"] == "none"
+
+
+def test_a_damaged_note_of_the_newest_checkpoint_is_passed_over(
+    trained: Callable[..., Config],
+) -> None:
+    """As train passes its checkpoint over; and format 2 has none: config.yaml is what is left."""
+    note = newest(trained()) / "meta.json"
+    note.write_text("{")
+    open_run_folder(trained("seed=5"), 3, ())
+    assert check_run_folder(trained(), anyway=True) == ["seed 5 -> 0"]
+
+
+def test_changes_that_took_effect_stay(tiny_config: Callable[..., Config]) -> None:
+    config, path = tiny_config(), tiny_config().run_dir / "changes.txt"
+    open_run_folder(config, 0, ("a 0 -> 1",))
+    open_run_folder(config, 0, ())  # killed before a checkpoint; config.yaml has a=1
+    assert path.read_text() == "from step 0: a 0 -> 1\n"
+    path.write_text(path.read_text() + "by hand\n")
+    open_run_folder(config, 20, ("b 0 -> 1", "c 0 -> 1"))
+    for _ in range(2):
+        open_run_folder(config, 30, ("d 0 -> 1",))
+    kept = "from step 0: a 0 -> 1\nby hand\nfrom step 20: b 0 -> 1; c 0 -> 1\n"
+    assert path.read_text() == kept + "from step 30: d 0 -> 1\n"
+    open_run_folder(config, 30, ())  # as it was
+    assert path.read_text() == kept
+    open_run_folder(config, 20, ("e 0 -> 1",))  # went back
+    assert path.read_text() == "from step 0: a 0 -> 1\nby hand\nfrom step 20: e 0 -> 1\n"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "why"),
+    [
+        (lambda path: path.write_text(""), "is empty"),
+        (lambda path: path.write_text("- a\n- b\n"), "must hold keys and values"),
+        (lambda path: path.write_text("a: [1,"), "not valid YAML"),
+        (lambda path: path.write_bytes(b"\xff\xfe\x00"), "cannot be read: not a text file"),
+        (lambda path: path.mkdir(), "cannot be read: Is a directory"),
+    ],
+)
+def test_a_config_yaml_that_cannot_be_used_is_one_line(
+    tiny_config: Callable[..., Config], spoil: Callable[[Path], None], why: str
+) -> None:
+    path = tiny_config().run_dir / "config.yaml"
+    path.parent.mkdir(parents=True)
+    spoil(path)
+    line = refused(tiny_config())
+    assert line.startswith(str(path))
+    assert why in line
+    assert line.endswith("; mend it or move it away, or give another name=")
+
+
+def test_a_config_yaml_that_is_not_needed_is_made_anew(trained: Callable[..., Config]) -> None:
+    """A checkpoint is the truth."""
+    path = trained().run_dir / "config.yaml"
+    path.write_text("")
+    train(trained(), "test", Interrupt())
+    assert load_config(path) == trained()
+
+
+@pytest.mark.parametrize("in_the_way", ["runs", "runs/tiny", "runs/tiny/journal.jsonl/x"])
+def test_a_run_folder_that_cannot_be_made_is_one_line(
+    tiny_config: Callable[..., Config], tmp_path: Path, in_the_way: str
+) -> None:
+    path = tmp_path / in_the_way
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("mine")
+    with pytest.raises(UserError, match=r"runs.*: cannot be written: .* give another"):
+        open_run_folder(tiny_config(), 0, ())
+    assert str(tmp_path / "runs") in refused(tiny_config())
+    assert path.read_text() == "mine"
+
+
+def test_a_copied_run_goes_on_under_another_name(
+    trained: Callable[..., Config], tmp_path: Path
+) -> None:
+    shutil.copytree(trained().run_dir, tmp_path / "runs/copy", symlinks=True)
+    job, said = resumed(trained("name=copy"))
+    assert job.state.step == 3
+    assert "warning" not in said
+
+
+# --------------------------------------------------------------------------------------------------
+# The data
+
+
+@pytest.fixture
+def own_data(tiny_folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_folder, tmp_path / "own"))
+
+
+@pytest.mark.parametrize(
+    ("image", "other"),
+    [
+        ("train/class0/0.jpg", "training images in bytes"),
+        ("val/class0/0.jpg", "validation images in bytes"),
+    ],
+)
+def test_images_that_were_encoded_anew_are_other_data(
+    trained: Callable[..., Config], own_data: Path, image: str, other: str
+) -> None:
+    """Of the same names and sizes in pixels."""
+    assert "warning" not in resumed(trained(f"data.root={own_data}"))[1]  # a copy is the same
+    with Image.open(own_data / image) as opened:
+        opened.load()
+        opened.save(own_data / image, quality=50)
+    assert differing_data(trained(f"data.root={own_data}")) == [other]
+
+
+def test_other_validation_images_are_other_data(
+    trained: Callable[..., Config], own_data: Path
+) -> None:
+    """They choose the best checkpoint, and drop the plateau schedule's lr."""
+    (own_data / "val/class0/0.jpg").unlink()
+    assert differing_data(trained(f"data.root={own_data}")) == ["validation images"]
+
+
+def differing_data(config: Config) -> list[str]:
+    return re.findall(r"data: other ([a-z ]+) \(", refused(config))
+
+
+def test_a_quarantine_is_no_other_data(trained: Callable[..., Config], own_data: Path) -> None:
+    write_quarantine(own_data, {f"{part}/class0/1.jpg": "truncated" for part in ("train", "val")})
+    job, said = resumed(trained(f"data.root={own_data}"))
+    assert len(job.train_index.bad) == len(job.val_index.bad) == 1
+    assert "warning" not in said
+
+
+def test_format_2_knew_the_training_images_alone(
+    trained: Callable[..., Config], own_data: Path
+) -> None:
+    known = checkpoint.load(newest(trained()))["fingerprints"]
+    assert len(known) == 4
+    rewrite(trained(), fingerprints={"training images": known["training images"]})
+    (own_data / "val/class0/0.jpg").unlink()
+    assert "warning" not in resumed(trained(f"data.root={own_data}"))[1]
+    rewrite(trained(), fingerprints={"training images": "0" * 64})
+    assert differing_data(trained()) == ["training images"]
+
+
+# --------------------------------------------------------------------------------------------------
+# One process at a time
+
+
+HOLDER = """
+import os, sys, time
+from resnet_dist.config_file import load_config
+from resnet_dist.run_folder import sole_process
+with sole_process(load_config(sys.argv[1])):
+    print("holds it", flush=True)
+    if len(sys.argv) > 2 and os.fork() == 0:  # has the lock's file open, too
+        os.closerange(0, 3)
+        time.sleep(float(sys.argv[2]))
+        os._exit(0)
+    sys.stdin.readline()
+print("released", flush=True)
+sys.stdin.readline()
+"""
+
+
+@pytest.fixture
+def holder(tiny_yaml: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Starts a process that holds the lock until it reads a line."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*arguments: str) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, "-c", HOLDER, tiny_yaml, *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=REPO,
+        )
+        started.append(process)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "holds it\n"
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def test_two_processes_do_not_share_a_run(
+    tiny_config: Callable[..., Config],
+    holder: Callable[..., subprocess.Popen[str]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = tiny_config(*ONE_EPOCH)
+    process = holder()
+    monkeypatch.setattr(run_folder, "LOCK_WAIT_SECONDS", 0.1)
+    named = f"process {process.pid} on {os.uname().nodename}"
+    assert refused(config) == (
+        f"{config.run_dir}: {named} trains under this name; end it, or give another name="
+    )
+    assert capsys.readouterr().out == f"{config.run_dir}: waits for {named}, which trains it\n"
+    assert not config.run_dir.exists()
+    train(tiny_config(*ONE_EPOCH, "name=other"), "test", Interrupt())  # this one is free
+    process.kill()  # a lock dies with its process
+    process.wait(60)
+    for _ in range(2):  # and ends with a run
+        train(config, "test", Interrupt())
+    assert newest(config).name == "step-00000003"
+
+
+def test_a_run_waits_for_the_one_before(
+    tiny_config: Callable[..., Config], holder: Callable[..., subprocess.Popen[str]]
+) -> None:
+    """Even where a process that it forked, as a data loader's, outlives it."""
+    process = holder("20")
+    assert process.stdin is not None
+    release = threading.Timer(0.5, lambda: print(file=process.stdin, flush=True))
+    release.start()
+    began = time.monotonic()
+    with run_folder.sole_process(tiny_config()):
+        assert time.monotonic() - began > 0.4
+    assert time.monotonic() - began < 15
+
+
+def test_all_ranks_hear_of_another_process(
+    tiny_config: Callable[..., Config], holder: Callable[..., subprocess.Popen[str]]
+) -> None:
+    process = holder()
+    said = run_ranks(refusal_of_training, 2, tiny_config(*ONE_EPOCH), init_process_group=False)
+    assert len(set(said)) == 1
+    assert f"process {process.pid}" in said[0]
+
+
+def refusal_of_training(rank: int, world_size: int, config: Config) -> str:
+    run_folder.LOCK_WAIT_SECONDS = 0.1
+    try:
+        train(config, "test", Interrupt())
+    except UserError as error:
+        return str(error)
+    return "not refused"
+
+
+def test_without_a_lock_a_run_goes_on(tiny_config: Callable[..., Config]) -> None:
+    config = tiny_config(*ONE_EPOCH)
+    config.run_dir.parent.mkdir()
+    (config.run_dir.parent / ".locks").write_text("in the way")
+    train(config, "test", Interrupt())
+    assert newest(config).name == "step-00000003"
 
 
 def test_resume_anyway_takes_the_new_settings_and_keeps_the_state(
@@ -399,7 +659,7 @@ def test_a_dry_run_says_what_differs(
         assert "peak lr" in said
         assert said.endswith(
             "\nto be trained under another name=, or with --resume-anyway: not as "
-            f"{trained().run_dir}/config.yaml has it: seed 0 -> 7\n"
+            f"{trained().run_dir} has it: seed 0 -> 7\n"
         )
 
 
@@ -427,8 +687,8 @@ def test_submit_refuses_before_it_queues_and_hands_the_flag_on(
     done = launch(tmp_path, *command)
     assert done.returncode == 2
     assert done.stderr.splitlines() == [
-        f"resnet-dist: {trained().run_dir}: cannot go on, as these differ: train.epochs 1.0 -> 2.0."
-        " Go on as it was, give another name=, or add --resume-anyway"
+        f"resnet-dist: {trained().run_dir}: cannot go on from step 3, as these differ: train.epochs"
+        " 1.0 -> 2.0. Go on as it was, give another name=, or add --resume-anyway"
     ]
     done = launch(tmp_path, *command, "--resume-anyway", "--local")
     assert done.returncode == 0, done.stdout + done.stderr

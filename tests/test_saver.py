@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
@@ -54,9 +55,8 @@ def saver(tiny_config: Callable[..., Config]) -> Saver:
 
 def flat(content: Any) -> torch.Tensor:
     """All numbers of the model and the optimizer."""
-    tensors = [
-        leaf for leaf in checkpoint_folder._leaves(content) if isinstance(leaf, torch.Tensor)
-    ]
+    leaves = checkpoint_folder.leaves(content)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
     return torch.cat([tensor.flatten().double() for tensor in tensors])
 
 
@@ -180,10 +180,22 @@ def test_more_than_plain_data_is_not_saved(
     assert len(said) == 1
 
 
+class FileInTheWay(Interrupt):
+    """Made where the checkpoints should be, once training has begun."""
+
+    def __init__(self, run_dir: Path) -> None:
+        super().__init__()
+        self.run_dir = run_dir
+
+    @property
+    def requested(self) -> bool:
+        (self.run_dir / "checkpoints").write_text("mine")
+        return False
+
+
 def train_on(rank: int, world_size: int, config: Config) -> str:
     try:
-        with Interrupt() as interrupt:
-            return train(config, "test", interrupt).name
+        return train(config, "test", FileInTheWay(config.run_dir)).name
     except UserError as error:
         return str(error)
 
@@ -194,12 +206,10 @@ def test_a_failure_of_the_last_save_is_told_on_all_ranks(
 ) -> None:
     """A file stands where the checkpoints should be: training goes on, and its end is an error."""
     config = tiny_config("train.epochs=1", "train.save_every_iterations=1")
-    config.run_dir.mkdir(parents=True)
-    (config.run_dir / "checkpoints").write_text("mine")
     said = run_ranks(train_on, world_size, config, init_process_group=False)
     assert len(set(said)) == 1
     assert said[0].startswith("checkpoint of step 3: not written: ")
-    assert "none is there" in said[0]
+    assert "checkpoints: cannot be listed: Not a directory" in said[0]
     assert (config.run_dir / "checkpoints").read_text() == "mine"
     assert '"step": 3' in (config.run_dir / "journal.jsonl").read_text()  # it went on to the end
 
@@ -239,6 +249,21 @@ def test_what_was_saved_is_written_before_a_crash_ends_the_run(
 ) -> None:
     config = tiny_config("train.save_every_iterations=2", "train.eval_every_epochs=2")
     run_ranks(crash_after_the_first_save, 1, config, init_process_group=False)
+
+
+def test_a_wait_that_is_interrupted_can_be_taken_up_again(
+    tiny_config: Callable[..., Config], saver: Saver, gate: Gate
+) -> None:
+    """Python 3.11's Thread.join would return at once, the second time."""
+    saver.save(content_of(small_state(1), tiny_config()))
+    assert gate.reached.wait(60)
+    main = threading.main_thread().ident
+    threading.Timer(0.2, signal.pthread_kill, [main, signal.SIGINT]).start()
+    with pytest.raises(KeyboardInterrupt):
+        saver.wait()
+    threading.Timer(0.3, gate.opened.set).start()
+    saver.finish()
+    assert checkpoint.load(saver.run_dir)["step"] == 1
 
 
 @pytest.mark.gpu

@@ -5,10 +5,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from resnet_dist import startup as startup_module
 from resnet_dist.startup import Startup, process_began
 
 CPU = torch.device("cpu")
@@ -28,17 +30,21 @@ def parts_of(line: str) -> tuple[int, dict[str, int]]:
     return tenths(total), {name: tenths(seconds) for name, _, seconds in named}
 
 
-def test_parts_add_up_and_the_first_step_alone_is_told() -> None:
+def test_parts_add_up_and_the_first_step_alone_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that no other process can hold up."""
+    now = 1000.0
+    monkeypatch.setattr(startup_module, "time", SimpleNamespace(monotonic=lambda: now))
     said: list[str] = []
-    startup = Startup(time.monotonic() - 1.26)
+    startup = Startup(now - 1.26)
     startup.mark("imports")
     for _ in range(7):
-        time.sleep(0.034)  # each piece would be rounded to 0.0
+        now += 0.034  # each piece would be rounded to 0.0
         startup.mark("data index")
         startup.mark("checkpoint")
-    time.sleep(0.2)
+    now += 0.2
     startup.mark("data index")  # a part may come in pieces
     startup.end(CPU, said.append)
+    now += 5.0
     startup.mark("data index")
     startup.end(CPU, said.append)
     (line,) = said
@@ -46,9 +52,10 @@ def test_parts_add_up_and_the_first_step_alone_is_told() -> None:
     assert list(parts) == ["imports", "data index", "checkpoint", "first step"]
     assert sum(parts.values()) == total
     assert parts["imports"] == 13
-    assert parts["data index"] >= 4
-    assert parts["checkpoint"] <= 1
+    assert parts["data index"] == 4
+    assert parts["checkpoint"] == 0
     assert parts["first step"] == 0
+    assert total == 17
 
 
 def test_the_start_is_the_process_s_and_not_the_import_s() -> None:
@@ -57,8 +64,8 @@ def test_the_start_is_the_process_s_and_not_the_import_s() -> None:
     before = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
     age = float(done.stdout)
-    # The kernel counts in 10 ms; the child's last moments are not in its age.
-    assert 1.0 < age < time.monotonic() - before + 0.02
+    # It slept so long; and is younger than what waited for it, but that the kernel counts in 10 ms.
+    assert 1.0 < age < time.monotonic() - before + 0.1
     assert process_began() < before - 0.1  # pytest's own
 
 
@@ -78,8 +85,9 @@ def test_training_tells_it_once(tiny_yaml: Path) -> None:
     total, parts = parts_of(line)
     assert list(parts) == PARTS
     assert sum(parts.values()) == total
-    assert parts["imports"] > 5
-    assert after - 0.5 < total / 10 < after + 0.1
+    assert parts["imports"] == max(parts.values()) > 0
+    # The line may be read late, on a machine that is busy; but it cannot be before it is said.
+    assert 0.5 * after < total / 10 < after + 0.2
     texts = [text for text, _ in seen]
     assert " step 1/" in texts[texts.index(line) + 1]
 

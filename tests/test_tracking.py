@@ -3,12 +3,13 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from urllib.request import urlopen
@@ -20,7 +21,10 @@ from multirank import run_ranks
 from resnet_dist.compare import compare
 from resnet_dist.config import Config, leaves, to_yaml
 from resnet_dist.errors import UserError
+from resnet_dist.interrupt import Interrupt
+from resnet_dist.outcome import Outcome
 from resnet_dist.tracking import RunRecord, Tracker
+from resnet_dist.train import train
 
 TAGS = {"git.commit": "abc", "world_size": "2", "precision": "fp32", "recipe": "tiny"}
 
@@ -86,7 +90,7 @@ def test_a_run_in_mlflow(tiny_config: Callable[..., Config], tmp_path: Path) -> 
     again.log(20, {"train/loss": 9.0, "val/acc1": 9.0})
     again.log(30, {"train/loss": 0.04})
     assert again.close("KILLED", {}) == RunRecord(
-        record.tracking_uri, record.experiment_id, record.run_id, journal_size(config)
+        record.tracking_uri, record.experiment_id, record.run_id, journal_size(config), "tiny"
     )
     history = client.get_metric_history(record.run_id, "train/loss")
     assert [(point.step, point.value) for point in history] == [(10, 0.1), (20, 0.05), (30, 0.04)]
@@ -136,6 +140,160 @@ def test_the_journal_alone(tiny_config: Callable[..., Config]) -> None:
         (3, {"train/loss": 0.25}),
     ]
     assert all(abs(r["time_ms"] / 1000 - time.time()) < 600 for r in records)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """24 MB of a real file system."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=24m", "none", str(path)]
+    if subprocess.run(mount, capture_output=True).returncode != 0:
+        pytest.skip("mounting a tmpfs is not allowed here")
+    yield path
+    subprocess.run(["umount", "--lazy", str(path)], check=True)  # an index may still be mapped
+
+
+def fill(disk: Path) -> None:
+    free = os.statvfs(disk)
+    with open(disk / "ballast", "wb") as file:
+        file.write(bytes(free.f_bavail * free.f_frsize))
+
+
+def begin_journal(config: Config, room: int) -> Path:
+    """A journal that has room for so many bytes in its last block, which the disk has given it."""
+    path = config.run_dir / "journal.jsonl"
+    path.parent.mkdir(parents=True)
+    line = json.dumps({"step": 0, "metrics": {}, "filler": ""})
+    path.write_text(line.replace('""', f'"{"x" * (4096 - room - len(line) - 1)}"') + "\n")
+    assert path.stat().st_size == 4096 - room
+    return path
+
+
+def losses(journal: Path) -> list[tuple[int, float]]:
+    records = [json.loads(line) for line in journal.read_text().splitlines()]
+    return [
+        (r["step"], r["metrics"]["train/loss"]) for r in records if "train/loss" in r["metrics"]
+    ]
+
+
+@pytest.mark.parametrize("room", [0, 40, 1000])  # 40: a line is written in part
+def test_a_full_disk_loses_no_line(
+    tiny_config: Callable[..., Config], disk: Path, room: int
+) -> None:
+    config = tiny_config(f"tracking.run_root={disk}/runs")
+    journal = begin_journal(config, room)
+    warnings: list[str] = []
+    tracker = start(config, warnings)
+    told = 0
+    for step in range(1, 61):
+        if step in (5, 35):
+            fill(disk)
+        if step in (25, 55):
+            (disk / "ballast").unlink()
+            assert len(warnings) > told  # and once each time that it is full
+            told = len(warnings)
+        tracker.log(step, {"train/loss": step / 2, "filler " + "x" * 1000: 0.0})
+    tracker.close("FINISHED", {})
+    assert losses(journal) == [(step, step / 2) for step in range(1, 61)]
+    assert len(warnings) == 2
+    assert all("No space left on device; training goes on" in line for line in warnings)
+
+
+def test_what_could_not_be_written_is_tried_at_the_end(
+    tiny_config: Callable[..., Config], disk: Path
+) -> None:
+    config = tiny_config(f"tracking.run_root={disk}/runs")
+    journal = begin_journal(config, 0)
+    warnings: list[str] = []
+    for step, is_freed in ((1, True), (2, False)):
+        tracker = start(config, warnings)
+        fill(disk)
+        journal_before = journal.read_bytes()
+        for part in (0, 1):
+            tracker.log(10 * step + part, {"train/loss": 1.0, "filler " + "x" * 4096: 0.0})
+        if is_freed:
+            (disk / "ballast").unlink()
+        assert tracker.close("FAILED", {}) is None  # and raises nothing
+    assert len(warnings) == 3
+    assert warnings[-1] == f"warning: {journal}: 2 lines are lost: No space left on device"
+    # A torn line is no line: the next start cuts it.
+    (disk / "ballast").unlink()
+    start(config, warnings).close("FINISHED", {})
+    assert journal.read_bytes() == journal_before
+    assert losses(journal) == [(10, 1.0), (11, 1.0)]
+
+
+class DiskIsFullForAWhile(Interrupt):
+    """From before the first step until after the fourth."""
+
+    polls = 0
+
+    def __init__(self, disk: Path) -> None:
+        super().__init__()
+        self.disk = disk
+
+    @property
+    def requested(self) -> bool:
+        self.polls += 1
+        if self.polls == 1:
+            fill(self.disk)
+        if self.polls == 5:
+            (self.disk / "ballast").unlink()
+        return False
+
+
+def test_a_run_outlives_a_full_disk(
+    tiny_config: Callable[..., Config], disk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(tiny_config("name=other"), "test", Interrupt())
+    config = tiny_config("train.save_every_iterations=2", f"tracking.run_root={disk}/runs")
+    journal = begin_journal(config, 0)
+    assert train(config, "test", DiskIsFullForAWhile(disk)) is Outcome.FINISHED
+    other = tiny_config("name=other").run_dir / "journal.jsonl"
+    assert losses(journal) == losses(other)
+    assert [step for step, _ in losses(journal)] == [1, 2, 3, 4, 5, 6]
+    said = capsys.readouterr().out
+    assert said.count("journal.jsonl: not written: No space left on device") == 1
+    assert "checkpoint of step 2: not written" in said
+    assert (config.run_dir / "checkpoints/step-00000006").is_dir()
+
+
+def test_a_full_disk_at_the_start_is_one_line(
+    tiny_config: Callable[..., Config], disk: Path
+) -> None:
+    config = tiny_config(f"tracking.run_root={disk}/runs")
+    fill(disk)
+    with pytest.raises(UserError, match=r"/runs.*: cannot be written: No space left on device; "):
+        train(config, "test", Interrupt())
+
+
+def test_a_copied_run_folder_is_another_run_in_mlflow(
+    tiny_config: Callable[..., Config],
+) -> None:
+    config, copy = (
+        tiny_config("tracking.mlflow=true"),
+        tiny_config("tracking.mlflow=true", "name=copy"),
+    )
+    tracker = start(config)
+    tracker.log(1, {"train/loss": 1.0})
+    first = tracker.close("FINISHED", {})
+    shutil.copytree(config.run_dir, copy.run_dir)
+    tracker = start(copy)
+    tracker.log(2, {"train/loss": 0.5})
+    second = tracker.close("FINISHED", {})
+    assert first is not None
+    assert second is not None
+    client = MlflowClient(first.tracking_uri)
+    for run, steps in ((first, [1]), (second, [1, 2])):  # what was before it is its own past, too
+        history = client.get_metric_history(run.run_id, "train/loss")
+        assert [point.step for point in history] == steps
+    assert client.get_run(second.run_id).info.run_name == "copy"
+    # The original goes on with its own; as does one whose record is of an older version.
+    replace(first, name="").write(config.run_dir)
+    again = start(config).close("FINISHED", {})
+    assert again is not None
+    assert again.run_id == first.run_id
 
 
 def test_a_real_server_whose_artifact_store_fails(

@@ -182,7 +182,9 @@ def parts(content: dict[str, Any], folder: Path, runs: int) -> dict[str, float]:
             hashlib.file_digest(written, "sha256")
 
     for number in range(runs):
-        copy = timed("copy_to_host" if number else "first_copy_to_host", saver._copy, content, ())
+        copy = timed(
+            "copy_to_host" if number else "first_copy_to_host", saver.copy_to_host, content
+        )
         file.unlink(missing_ok=True)
         timed("torch_save", torch.save, copy, file)
         timed("fsync", flush)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 HEADER_THREADS = 16  # reading a header is mostly waiting
+IN_BYTES = " in bytes"
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,15 @@ class Index:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def fingerprints(self, split: str) -> dict[str, str]:
+        """What a checkpoint notes of its data: `fingerprint`, and the encoded images' sizes, which
+        change when they are encoded anew. split: "training" or "validation"."""
+        found = {f"{split} images": self.fingerprint}
+        if self.nbytes is not None:
+            nbytes = np.ascontiguousarray(self.nbytes, np.int64).data
+            found[f"{split} images{IN_BYTES}"] = hashlib.sha256(nbytes).hexdigest()
+        return found
 
     def take(self, samples: np.ndarray) -> "Index":
         """The index of these samples alone, renumbered in their order. samples: int64 [M]."""

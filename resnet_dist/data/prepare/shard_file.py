@@ -20,6 +20,7 @@ import numpy as np
 from resnet_dist.data.headers import UnreadableImage, displayed_size
 from resnet_dist.data.prepare.images import Images
 from resnet_dist.data.prepare.reencode import Limit, reencode
+from resnet_dist.disk import flush_folder
 from resnet_dist.errors import UserError
 
 SIGNATURES = {
@@ -94,15 +95,6 @@ def _write_whole(task: ShardTask) -> None:
             os.unlink(file.name)  # its bytes may be what the disk lacks
             raise
     flush_folder(folder)
-
-
-def flush_folder(folder: Path) -> None:
-    """Puts the names in it on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _write(task: ShardTask, file: IO[bytes]) -> None:

@@ -31,13 +31,13 @@ from resnet_dist.data.prepare.shard_file import (
     PARTIAL,
     ShardFacts,
     ShardTask,
-    flush_folder,
     make_shard,
 )
 from resnet_dist.data.prepare.sources import Source, open_source
 from resnet_dist.data.quarantine import QUARANTINE, read_quarantine, write_quarantine
 from resnet_dist.data.shards import PREPARED
 from resnet_dist.data.worker_pool import worker_pool
+from resnet_dist.disk import flush_folder
 from resnet_dist.errors import UserError
 
 VERSION = 1
