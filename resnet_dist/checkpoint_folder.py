@@ -16,9 +16,9 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from resnet_dist.disk import flush_folder
 from resnet_dist.errors import UserError
 from resnet_dist.meter import mean_loss
 
+PIECE_BYTES = 2**24  # large: each piece takes the interpreter from training
 PLAIN = (str, int, float, bool, type(None))
 SUMS_FORM = re.compile(r"(?:[0-9a-f]{64}  \w[\w.-]*\n)+", re.ASCII)
 
@@ -47,11 +48,12 @@ def write(final: Path, content: dict[str, Any]) -> None:
             final.parent.mkdir(parents=True)
             flush_folder(final.parent.parent)
         partial.mkdir()
-        state_sum = _write_file(partial / "state.pt", lambda file: torch.save(content, file))
-        note = json.dumps(_describe(content), indent=1).encode()
-        note_sum = _write_file(partial / "meta.json", lambda file: file.write(note))
-        sums = f"{state_sum}  state.pt\n{note_sum}  meta.json\n".encode()
-        _write_file(partial / "SHA256SUMS", lambda file: file.write(sums))
+        state, note, sums = (partial / name for name in ("state.pt", "meta.json", "SHA256SUMS"))
+        _write_state(state, content)
+        state_sum = _flush_and_sum(state)
+        note.write_text(json.dumps(_describe(content), indent=1))
+        sums.write_text(state_sum + _flush_and_sum(note))
+        _flush_and_sum(sums)
         flush_folder(partial)
         os.rename(partial, final)
     except BaseException:
@@ -60,35 +62,22 @@ def write(final: Path, content: dict[str, Any]) -> None:
     flush_folder(final.parent)
 
 
-class _HashedFile:
-    """A file whose SHA-256 grows as it is written: of what was meant, not of what was read back."""
-
-    def __init__(self, file: BinaryIO):
-        self.file = file
-        self.sha256 = hashlib.sha256()
-        self.failure: OSError | None = None
-        self.flush = file.flush
-
-    def write(self, data: Any) -> int:
-        self.sha256.update(data)
-        try:
-            return self.file.write(data)
-        except OSError as failure:
-            self.failure = failure
-            raise
+def _write_state(path: Path, content: dict[str, Any]) -> None:
+    """By torch's own writer: a Python file would take the interpreter from training, for each of
+    some thousand pieces."""
+    try:
+        torch.save(content, path)
+    except RuntimeError:  # its word for a full disk is "unexpected pos"
+        with open(path, "ab") as file:
+            file.write(bytes(2**20))  # raises the reason, if it is the disk
+        raise
 
 
-def _write_file(path: Path, fill: Callable[[Any], object]) -> str:
-    """Makes a file, has it filled, and flushes it to the disk. Returns its SHA-256."""
-    with open(path, "xb") as file:
-        hashed = _HashedFile(file)
-        try:
-            fill(hashed)
-        except RuntimeError as error:  # torch.save's word for a full disk: "unexpected pos"
-            raise hashed.failure or error from None
-        file.flush()
+def _flush_and_sum(path: Path) -> str:
+    """Its line in SHA256SUMS, once it is on the disk."""
+    with open(path, "rb") as file:
         os.fsync(file.fileno())
-    return hashed.sha256.hexdigest()
+    return f"{_sha256(path)}  {path.name}\n"
 
 
 def _describe(content: dict[str, Any]) -> dict[str, Any]:
@@ -181,5 +170,8 @@ def beside(path: Path) -> Path:
 
 
 def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        while piece := file.read(PIECE_BYTES):
+            digest.update(piece)
+    return digest.hexdigest()

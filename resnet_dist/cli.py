@@ -455,7 +455,7 @@ def _add_bench(bench: argparse.ArgumentParser) -> None:
     saving = benches.add_parser("checkpoint", help="what saving costs training, and its parts")
     saving.set_defaults(verb=_bench_checkpoint)
     saving.add_argument("folder", type=Path, metavar="FOLDER", help="where checkpoints would go")
-    saving.add_argument("--runs", type=_positive, default=7, metavar="N", help="default: 7")
+    saving.add_argument("--runs", type=_positive, default=40, metavar="N", help="default: 40")
     for one in (loader, memory, index, order, deterministic, saving):
         one.add_argument("--output", type=Path, metavar="FILE.json", help="keep the figures")
 

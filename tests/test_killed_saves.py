@@ -167,7 +167,7 @@ def test_killed_at_every_write(tiny_config: Callable[..., Config], before: int) 
     if before:
         save_step(template, config, before)
     writes = recorded_writes(template, config)
-    assert len(writes) == (21 if before else 17)
+    assert len(writes) == (20 if before else 16)
     copies = [copied(template, f"run{survives}") for survives in range(len(writes) + 1)]
     calls: list[Call] = [(save_until, (copy, config, 2, n)) for n, copy in enumerate(copies)]
     assert run_each(calls, config) == [-signal.SIGKILL] * len(writes) + [0]
@@ -229,9 +229,9 @@ def test_the_order_of_writes(tiny_config: Callable[..., Config]) -> None:
         name = re.sub(r"(\.partial-.*)-[0-9a-f]{8}", r"\1", path).removeprefix(prefix)
         done.append(f"{event.removeprefix('os.')} {name.removeprefix('/')}".rstrip())
     new = ".partial-step-00000002"
-    assert done[:17] == [
+    assert done[:16] == [
         f"mkdir {new}",
-        f"open {new}/state.pt",
+        # torch opens and writes state.pt by itself
         f"fsync {new}/state.pt",
         f"open {new}/meta.json",
         f"fsync {new}/meta.json",
@@ -248,8 +248,8 @@ def test_the_order_of_writes(tiny_config: Callable[..., Config]) -> None:
         "fsync",
         "rename .removed-step-00000001",
     ]
-    assert {line.split()[0] for line in done[17:]} == {"remove", "rmdir"}
-    assert len(done) == 17 + 4
+    assert {line.split()[0] for line in done[16:]} == {"remove", "rmdir"}
+    assert len(done) == 16 + 4
 
 
 def train_until(config: Config, survives: int) -> None:
@@ -273,7 +273,7 @@ def test_a_run_that_is_killed_while_it_saves_goes_on(
     """In the first save, the second, and its removal of the first: the same end, to the bit."""
     settings = ("train.save_every_iterations=1", "train.keep_checkpoints=1", "train.epochs=1")
     whole = tiny_config("name=whole", *settings)
-    killed = {survives: replace(whole, name=f"killed{survives}") for survives in (5, 29, 38)}
+    killed = {survives: replace(whole, name=f"killed{survives}") for survives in (5, 28, 36)}
     calls: list[Call] = [(train_until, (whole, 10**6))]
     for survives, config in killed.items():
         calls += [(train_until, (config, survives)), (train_until, (config, 10**6))]

@@ -1,8 +1,9 @@
 """`bench checkpoint`: what saving costs training, at ResNet-50's sizes, and what a save is made of.
 
-100 steps without a save, with one by the Saver (copy, and write behind), and with one written
-while training waits, in turn (A B C A B C ...), so that whatever else the machine does meets all
-of them. A save's time is counted to its end: the next steps do not start before.
+So many steps as a save takes, and more, without one, with one by the Saver (copy, and write
+behind), and with one written while training waits, in turn (A B C, B C A, ...), so that whatever
+else the machine does meets all of them. What a save costs is the median of the differences within a
+round. Its time is counted to its end: the next steps do not start before.
 """
 
 import hashlib
@@ -12,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 from typing import Any
 
 import torch
@@ -29,7 +30,8 @@ from resnet_dist.retention import Retention
 from resnet_dist.saver import Saver
 
 STEPS_PER_SAVE = 100
-SAVES_AT = 10  # of these steps
+TIMED_STEPS = 30  # a second and a half, as a write may take half a second
+PARTS_RUNS = 7
 CROP_PX = 224
 GPU_BATCH_SIZE = 128
 CLASSES = [f"class{label}" for label in range(1000)]
@@ -57,7 +59,7 @@ def bench_checkpoint(folder: Path, runs: int, output: Path | None) -> None:
             "step": GPU_STEP if device.type == "cuda" else HOST_SIDE,
             "steps_per_save": STEPS_PER_SAVE,
             **overhead(step, content, Path(name), runs),
-            "parts": parts(content, Path(name), runs),
+            "parts": parts(content, Path(name), min(runs, PARTS_RUNS)),
         }
     print(describe(figures))
     results.write(output, "checkpoint", figures)
@@ -113,7 +115,7 @@ def host_side_step() -> Callable[[], None]:
 def overhead(
     step: Callable[[], None], content: dict[str, Any], folder: Path, runs: int
 ) -> dict[str, Any]:
-    """Seconds of the steps of each kind in each run, and the medians of the ratios within a run."""
+    """Milliseconds of a step, and what a save of each kind adds."""
     saver = Saver(folder / "behind", Retention(1))
     number = 0
 
@@ -132,32 +134,32 @@ def overhead(
         step()
         kind()
     saver.finish()
-    seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
+    ms: dict[str, list[float]] = {kind: [] for kind in kinds}
     for number in range(1, runs + 1):
-        for name, kind in kinds.items():
+        turn = list(kinds)[number % 3 :] + list(kinds)[: number % 3]
+        for name in turn:
             synchronize()
             began = time.perf_counter()
-            for at in range(STEPS_PER_SAVE):
-                if at == SAVES_AT:
-                    kind()
+            kinds[name]()
+            for _ in range(TIMED_STEPS):
                 step()
             synchronize()
             saver.finish()
-            seconds[name].append(time.perf_counter() - began)
-        line = ", ".join(f"{1000 * s[-1] / STEPS_PER_SAVE:.2f}" for s in seconds.values())
-        print(f"run {number} of {runs}: ms per step {line}", flush=True)
+            ms[name].append(1000 * (time.perf_counter() - began))
+    step_ms = median(ms["none"]) / TIMED_STEPS
     rows = []
-    for name, all_runs in seconds.items():
-        ratios = [s / none for s, none in zip(all_runs, seconds["none"], strict=True)]
+    for name in ("behind", "waited for"):
+        added = [one - none for one, none in zip(ms[name], ms["none"], strict=True)]
+        low, middle, high = quantiles(added, n=4) if runs > 1 else added * 3
         rows.append(
             {
                 "save": name,
-                "ms_per_step": round(1000 * median(all_runs) / STEPS_PER_SAVE, 3),
-                "overhead_pct": round(100 * (median(ratios) - 1), 2),
-                "overhead_pct_of_each_run": [round(100 * (r - 1), 2) for r in ratios],
+                "added_ms": round(middle, 1),
+                "added_ms_quartiles": [round(low, 1), round(high, 1)],
+                "overhead_pct": round(100 * middle / (STEPS_PER_SAVE * step_ms), 2),
             }
         )
-    return {"kinds": rows}
+    return {"step_ms": round(step_ms, 2), "rounds": runs, "kinds": rows}
 
 
 def parts(content: dict[str, Any], folder: Path, runs: int) -> dict[str, float]:
@@ -205,14 +207,15 @@ def synchronize() -> None:
 
 
 def describe(figures: dict[str, Any]) -> str:
-    table = [[f"one save in {STEPS_PER_SAVE} steps", "ms/step", "overhead", "lowest", "highest"]]
+    table = [["a save", "adds ms", "quartiles", f"one in {STEPS_PER_SAVE} steps"]]
     for row in figures["kinds"]:
-        each = row["overhead_pct_of_each_run"]
-        percents = [f"{value:.2f} %" for value in (row["overhead_pct"], min(each), max(each))]
-        table.append([row["save"], f"{row['ms_per_step']:.2f}", *percents])
+        low, high = row["added_ms_quartiles"]
+        cost = [f"{row['added_ms']:.1f}", f"{low:.1f}..{high:.1f}", f"{row['overhead_pct']:+.2f} %"]
+        table.append([row["save"], *cost])
     names = {"state_mb": "state.pt, MB", "whole_write_ms": "all of a write, ms"}
     alone = [["alone", "median"]]
     for name, value in figures["parts"].items():
         text = names.get(name, name.replace("_", " ").removesuffix(" ms") + ", ms")
         alone.append([text, f"{value:,.1f}"])
-    return f"\nA step: {figures['step']}\n\n{results.columns(table)}\n\n{results.columns(alone)}"
+    step = f"{figures['step']}; measured {figures['step_ms']:.1f} ms"
+    return f"\nA step: {step}\n\n{results.columns(table)}\n\n{results.columns(alone)}"
