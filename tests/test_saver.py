@@ -311,12 +311,16 @@ def test_one_checkpoint_in_so_many_epochs_stays(tiny_config: Callable[..., Confi
 def test_the_benchmark_in_small(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(bench, "TIMED_STEPS", 12)
+    monkeypatch.setattr(bench, "TIMED_SECONDS", 0.01)
+    monkeypatch.setattr(bench, "CROP_PX", 32)
     monkeypatch.setattr(bench, "HOST_STEP_MS", 1)
     bench.bench_checkpoint(tmp_path / "runs", 1, tmp_path / "figures.json")
     said = capsys.readouterr().out
     figures = json.loads((tmp_path / "figures.json").read_text())
-    assert [row["save"] for row in figures["kinds"]] == ["behind", "waited for"]
+    assert [row["save"] for step in figures["steps"] for row in step["kinds"]] == 2 * [
+        "behind",
+        "waited for",
+    ]
     # 25,557,032 parameters with their momenta, and BN's statistics, in float32.
     assert figures["parts"]["state_mb"] == pytest.approx(4e-6 * (2 * 25_557_032 + 53_120), rel=0.01)
     assert all(value > 0 for value in figures["parts"].values())

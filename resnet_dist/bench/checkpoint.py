@@ -1,12 +1,13 @@
 """`bench checkpoint`: what saving costs training, at ResNet-50's sizes, and what a save is made of.
 
-So many steps as a save takes, and more, without one, with one by the Saver (copy, and write
+So many steps as a save takes, or more, without one, with one by the Saver (copy, and write
 behind), and with one written while training waits, in turn (A B C, B C A, ...), so that whatever
 else the machine does meets all of them. What a save costs is the median of the differences within a
 round. Its time is counted to its end: the next steps do not start before.
 """
 
 import hashlib
+import math
 import os
 import shutil
 import tempfile
@@ -30,7 +31,7 @@ from resnet_dist.retention import Retention
 from resnet_dist.saver import Saver
 
 STEPS_PER_SAVE = 100
-TIMED_STEPS = 30  # a second and a half, as a write may take half a second
+TIMED_SECONDS = 1.5  # of steps, at least: a write may take half a second
 PARTS_RUNS = 7
 CROP_PX = 224
 GPU_BATCH_SIZE = 128
@@ -41,7 +42,8 @@ HOST_SIDE = (
     f"as a GPU's at {1000 * GPU_BATCH_SIZE // HOST_STEP_MS:,} images/s, and bound by its host, "
     "which so loses all that saving takes from it"
 )
-GPU_STEP = f"a ResNet-50 step in bf16, batch {GPU_BATCH_SIZE}, images that stand ready"
+CPU_BATCH_SIZE = 8
+REAL_STEP = "a ResNet-50 step, batch {}, images that stand ready"
 
 
 def bench_checkpoint(folder: Path, runs: int, output: Path | None) -> None:
@@ -54,11 +56,16 @@ def bench_checkpoint(folder: Path, runs: int, output: Path | None) -> None:
     with tempfile.TemporaryDirectory(prefix="bench-checkpoint-", dir=folder) as name:
         state, config = trained_state(device), Config(model=ModelConfig("resnet50"))
         content = checkpoint.content_of(state, config, {"classes": CLASSES})
-        step = gpu_step(state) if device.type == "cuda" else host_side_step()
+        batch_size = GPU_BATCH_SIZE if device.type == "cuda" else CPU_BATCH_SIZE
+        steps = {REAL_STEP.format(batch_size): real_step(state, device, batch_size)}
+        if device.type == "cpu":  # its steps are so long that they hide everything
+            steps[HOST_SIDE] = host_side_step()
         figures = {
-            "step": GPU_STEP if device.type == "cuda" else HOST_SIDE,
             "steps_per_save": STEPS_PER_SAVE,
-            **overhead(step, content, Path(name), runs),
+            "steps": [
+                {"step": what, **overhead(step, content, Path(name) / str(number), runs)}
+                for number, (what, step) in enumerate(steps.items())
+            ],
             "parts": parts(content, Path(name), min(runs, PARTS_RUNS)),
         }
     print(describe(figures))
@@ -78,15 +85,15 @@ def trained_state(device: torch.device) -> TrainState:
     return state
 
 
-def gpu_step(state: TrainState) -> Callable[[], None]:
-    device = torch.device("cuda")
-    images = torch.randn(GPU_BATCH_SIZE, 3, CROP_PX, CROP_PX, device=device)
+def real_step(state: TrainState, device: torch.device, batch_size: int) -> Callable[[], None]:
+    precision = "bf16" if device.type == "cuda" else "fp32"
+    images = torch.randn(batch_size, 3, CROP_PX, CROP_PX, device=device)
     images = images.contiguous(memory_format=torch.channels_last)
-    labels = torch.arange(GPU_BATCH_SIZE, device=device)
+    labels = torch.arange(batch_size, device=device)
 
     def step() -> None:
         state.optimizer.zero_grad(set_to_none=True)
-        with autocast(device, "bf16"):
+        with autocast(device, precision):
             loss = F.cross_entropy(state.model(images), labels)
         loss.backward()
         state.optimizer.step()
@@ -134,6 +141,11 @@ def overhead(
         step()
         kind()
     saver.finish()
+    synchronize()
+    began = time.perf_counter()
+    step()
+    synchronize()
+    timed_steps = math.ceil(TIMED_SECONDS / (time.perf_counter() - began))
     ms: dict[str, list[float]] = {kind: [] for kind in kinds}
     for number in range(1, runs + 1):
         turn = list(kinds)[number % 3 :] + list(kinds)[: number % 3]
@@ -141,12 +153,12 @@ def overhead(
             synchronize()
             began = time.perf_counter()
             kinds[name]()
-            for _ in range(TIMED_STEPS):
+            for _ in range(timed_steps):
                 step()
             synchronize()
             saver.finish()
             ms[name].append(1000 * (time.perf_counter() - began))
-    step_ms = median(ms["none"]) / TIMED_STEPS
+    step_ms = median(ms["none"]) / timed_steps
     rows = []
     for name in ("behind", "waited for"):
         added = [one - none for one, none in zip(ms[name], ms["none"], strict=True)]
@@ -207,15 +219,18 @@ def synchronize() -> None:
 
 
 def describe(figures: dict[str, Any]) -> str:
-    table = [["a save", "adds ms", "quartiles", f"one in {STEPS_PER_SAVE} steps"]]
-    for row in figures["kinds"]:
-        low, high = row["added_ms_quartiles"]
-        cost = [f"{row['added_ms']:.1f}", f"{low:.1f}..{high:.1f}", f"{row['overhead_pct']:+.2f} %"]
-        table.append([row["save"], *cost])
+    text = ""
+    for step in figures["steps"]:
+        table = [["a save", "adds ms", "quartiles", f"one in {STEPS_PER_SAVE} steps"]]
+        for row in step["kinds"]:
+            low, high = row["added_ms_quartiles"]
+            cost = [f"{row['added_ms']:.1f}", f"{low:.1f}..{high:.1f}"]
+            table.append([row["save"], *cost, f"{row['overhead_pct']:+.2f} %"])
+        text += f"\nA step: {step['step']}; measured {step['step_ms']:.1f} ms\n\n"
+        text += results.columns(table) + "\n"
     names = {"state_mb": "state.pt, MB", "whole_write_ms": "all of a write, ms"}
     alone = [["alone", "median"]]
     for name, value in figures["parts"].items():
-        text = names.get(name, name.replace("_", " ").removesuffix(" ms") + ", ms")
-        alone.append([text, f"{value:,.1f}"])
-    step = f"{figures['step']}; measured {figures['step_ms']:.1f} ms"
-    return f"\nA step: {step}\n\n{results.columns(table)}\n\n{results.columns(alone)}"
+        label = names.get(name, name.replace("_", " ").removesuffix(" ms") + ", ms")
+        alone.append([label, f"{value:,.1f}"])
+    return f"{text}\n{results.columns(alone)}"
