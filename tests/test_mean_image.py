@@ -80,7 +80,7 @@ def test_of_a_folder_by_hand_and_on_any_world(
 def test_a_resumed_run_keeps_its_own(
     tiny_config: Callable[..., Config], tiny_folder: Path, tmp_path: Path
 ) -> None:
-    """Files of the same names and sizes, but other pixels: their mean is not this run's."""
+    """Files of the same names and pixel sizes, but other pixels: their mean is not this run's."""
     root = tmp_path / "data"
     shutil.copytree(tiny_folder, root)
     config = tiny_config(f"data.root={root}", "data.per_pixel_mean=true", "train.epochs=1")
@@ -89,7 +89,9 @@ def test_a_resumed_run_keeps_its_own(
     for path in (root / "train").rglob("*.jpg"):
         with Image.open(path) as image:
             Image.new("RGB", image.size, "white").save(path)
-    again = build(config, distributed.start()).mean_image
+    with pytest.raises(UserError, match="other training images in bytes"):
+        build(config, distributed.start())
+    again = build(config, distributed.start(), resume_anyway=True).mean_image
     fresh = build(replace(config, name="fresh"), distributed.start()).mean_image
     assert kept is not None
     assert again is not None
