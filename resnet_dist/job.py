@@ -253,7 +253,7 @@ def evaluate_now(job: Job) -> Score:
 
 
 def _agree_on_running_stats(job: Job) -> None:
-    if job.config.train.deterministic:  # there they agree after each step
+    if torch.are_deterministic_algorithms_enabled():  # there they agree after each step
         return
     average_running_stats(job.state.model, job.world.group)
     # The averaged network has no synchronized layers, but in "world" equal statistics.

@@ -1,6 +1,7 @@
 """A tiny image folder, configs over it, and the table of equalities at the end of a test run."""
 
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +55,18 @@ def tiny_yaml(tiny_folder: Path, tmp_path: Path) -> Path:
 def tiny_config(tiny_yaml: Path) -> Callable[..., Config]:
     """tiny_config("optim.base_lr=0.2", ...)"""
     return lambda *overrides: load_config(tiny_yaml, overrides)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """24 MB of a real file system."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=24m", "none", str(path)]
+    if subprocess.run(mount, capture_output=True).returncode != 0:
+        pytest.skip("mounting a tmpfs is not allowed here")
+    yield path
+    subprocess.run(["umount", "--lazy", str(path)], check=True)  # an index may still be mapped
 
 
 LARGEST_DIFFERENCE = "largest_difference: "

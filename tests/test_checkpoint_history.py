@@ -82,6 +82,22 @@ def test_what_cannot_be_listed_is_not_empty(config: Config, make: Callable[[Path
         (config.run_dir / "checkpoints").chmod(0o755)  # for who cleans up
 
 
+def test_what_may_not_be_read_is_not_empty(config: Config) -> None:
+    """As nobody where the tests run as root, who may read all."""
+    save(config, 1)
+    (config.run_dir / "checkpoints").chmod(0)
+    user = os.geteuid()
+    try:
+        if user == 0:
+            os.seteuid(65534)
+        with pytest.raises(UserError, match="cannot be listed: Permission denied"):
+            checkpoint_list.step_folders(config.run_dir)
+    finally:
+        os.seteuid(user)
+        (config.run_dir / "checkpoints").chmod(0o755)  # for who cleans up
+    assert len(checkpoint_list.step_folders(config.run_dir)) == 1
+
+
 def test_a_login_node_needs_no_torch_to_look() -> None:
     program = "import sys, resnet_dist.checkpoint_list; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], timeout=60).returncode == 0

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from urllib.request import urlopen
@@ -140,18 +140,6 @@ def test_the_journal_alone(tiny_config: Callable[..., Config]) -> None:
         (3, {"train/loss": 0.25}),
     ]
     assert all(abs(r["time_ms"] / 1000 - time.time()) < 600 for r in records)
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Path]:
-    """24 MB of a real file system."""
-    path = tmp_path / "disk"
-    path.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=24m", "none", str(path)]
-    if subprocess.run(mount, capture_output=True).returncode != 0:
-        pytest.skip("mounting a tmpfs is not allowed here")
-    yield path
-    subprocess.run(["umount", "--lazy", str(path)], check=True)  # an index may still be mapped
 
 
 def fill(disk: Path) -> None:
