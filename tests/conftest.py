@@ -1,5 +1,6 @@
 """A tiny image folder, configs over it, and the table of equalities at the end of a test run."""
 
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -55,6 +56,27 @@ def tiny_yaml(tiny_folder: Path, tmp_path: Path) -> Path:
 def tiny_config(tiny_yaml: Path) -> Callable[..., Config]:
     """tiny_config("optim.base_lr=0.2", ...)"""
     return lambda *overrides: load_config(tiny_yaml, overrides)
+
+
+@pytest.fixture
+def trained(tiny_config: Callable[..., Config]) -> Callable[..., Config]:
+    """tiny_config, in whose run folder three steps have been done."""
+    from resuming import ONE_EPOCH  # it imports torch, which not all tests need
+
+    from resnet_dist.interrupt import Interrupt
+    from resnet_dist.train import train
+
+    train(tiny_config(*ONE_EPOCH), "test", Interrupt())
+    return lambda *overrides: tiny_config(*ONE_EPOCH, *overrides)
+
+
+@pytest.fixture
+def other_data(tiny_folder: Path, tmp_path: Path) -> Path:
+    """Of the same names and classes; one image has another size."""
+    root = tmp_path / "other"
+    shutil.copytree(tiny_folder, root)
+    Image.new("RGB", (90, 90)).save(root / "train/class0/0.jpg")
+    return root
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Executes requests (sample numbers + windows) with NVIDIA DALI; the only file that imports it.
+"""Executes requests (sample numbers + windows) with NVIDIA DALI, through dali_graphs.py.
 
 Nothing is drawn here: what a batch shows is decided by resnet_dist.data.augment. The resampling is
 Pillow's and torchvision's antialiased bilinear, a triangle as wide as the scale, except at the
@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from nvidia.dali import Pipeline, __version__, backend, fn, pipeline_def, types
+from nvidia.dali import Pipeline, __version__, backend, types
 
 from resnet_dist.config import DataConfig
 from resnet_dist.data.augment import Request, Windows, whole_images
 from resnet_dist.data.cache import DecodedCache
+from resnet_dist.data.dali_graphs import decode_graph, image_graph, raw_graph
 from resnet_dist.data.feed import BLANK_LABEL, BLANK_PX, Feed, Work
 from resnet_dist.data.headers import why_undecodable
 from resnet_dist.data.index import Index
@@ -27,10 +28,6 @@ from resnet_dist.data.resample import Resampler
 from resnet_dist.host_memory import give_back
 
 DALI_VERSION: str = __version__
-
-# ImageNet's largest image. Buffers of the GPU's JPEG decoder are made for it once, not when it
-# comes: that would stop the GPU in the middle of an epoch.
-LARGEST_HEIGHT_PX, LARGEST_WIDTH_PX = 6430, 5980
 
 
 @dataclass(frozen=True)
@@ -141,7 +138,7 @@ class Loader:
         requests = (Request(part, whole_images(self._index.sizes[part])) for part in parts)
         work = self._feed.work(requests, ahead=self._data.prefetch_batches)
         graph = _Graph(
-            _decode_graph,
+            decode_graph,
             {"source": "image", "cut": False, "hw_decoder_load": 0.0},
             lambda one: (one.images,),
         )
@@ -160,15 +157,15 @@ class Loader:
         dtype = types.FLOAT if self._dtype == torch.float32 else types.FLOAT16
         normalisation = {"mean": self._mean, "normalisation": {"std": self._std, "dtype": dtype}}
         if self._feed is None:
-            return _Graph(_raw_graph, normalisation, self._raw_inputs)
+            return _Graph(raw_graph, normalisation, self._raw_inputs)
         source = {
             "source": self._source,
             "cut": windows.cut_first,
             "hw_decoder_load": self._data.hw_decoder_load,
         }
         if self._resizes_here(windows):
-            return _Graph(_decode_graph, source, self._image_inputs)
-        return _Graph(_image_graph, source | normalisation, self._window_inputs)
+            return _Graph(decode_graph, source, self._image_inputs)
+        return _Graph(image_graph, source | normalisation, self._window_inputs)
 
     def _made_by_dali(self, work: Iterator[Work], graph: _Graph) -> Iterator[Batch]:
         for _, (images, labels) in self._run(work, graph):
@@ -363,110 +360,6 @@ def decoded_part(
     start = np.maximum(np.floor(roi[:, :2] - reach), 0)
     end = np.minimum(np.ceil(roi[:, 2:] + reach), sizes)
     return start.astype(np.int32), end.astype(np.int32)
-
-
-@pipeline_def
-def _decode_graph(poll: Callable[[], Any], source: str, cut: bool, hw_decoder_load: float) -> Any:
-    """Pixels of windows, or of whole images."""
-    dtypes, ndim = _image_types(source, cut)
-    inputs = fn.external_source(
-        source=poll, num_outputs=len(ndim), dtype=dtypes, ndim=ndim, no_copy=True
-    )
-    return _decoded(source, hw_decoder_load, *inputs)
-
-
-@pipeline_def
-def _image_graph(
-    poll: Callable[[], Any],
-    source: str,
-    cut: bool,
-    hw_decoder_load: float,
-    mean: np.ndarray,
-    normalisation: dict[str, Any],
-) -> tuple[Any, Any]:
-    dtypes, ndim = _image_types(source, cut)
-    *image, roi_start, roi_end, size, window_mean, flip, labels = fn.external_source(
-        source=poll,
-        num_outputs=len(ndim) + 6,
-        dtype=[*dtypes, *[types.FLOAT] * 4, types.INT32, types.INT64],
-        ndim=[*ndim, 1, 1, 1, 1, 0, 0],
-        layout=["HWC" if source == "decoded" else "", *[""] * (len(ndim) + 5)],
-        no_copy=True,
-    )
-    # float, not uint8: the resampled values are normalised as they are, where Pillow rounds them
-    # to whole grey levels twice.
-    images = fn.resize(
-        _decoded(source, hw_decoder_load, *image),
-        roi_start=roi_start,
-        roi_end=roi_end,
-        size=size,
-        interp_type=types.INTERP_LINEAR,
-        antialias=True,
-        dtype=types.FLOAT,
-    )
-    if mean.ndim == 3:
-        images = images - types.Constant(mean, device="gpu" if _on_gpu() else "cpu")
-    images = fn.crop_mirror_normalize(
-        images, mean=window_mean, mirror=flip, output_layout="HWC", **normalisation
-    )
-    return images, labels.gpu() if _on_gpu() else labels
-
-
-def _image_types(source: str, cut: bool) -> tuple[list[Any], list[int]]:
-    """Types and dimensions of what `_decoded` takes."""
-    if source == "window" or (source == "image" and cut):
-        return [types.UINT8, types.INT32, types.INT32], [1, 1, 1]
-    return [types.UINT8], [3 if source == "decoded" else 1]
-
-
-def _decoded(source: str, hw_decoder_load: float, images: Any, *part: Any) -> Any:
-    if source == "decoded":
-        return images.gpu() if _on_gpu() else images
-    decoder: dict[str, Any] = {"device": "cpu"}
-    if _on_gpu():
-        decoder = {
-            "device": "mixed",
-            "hw_decoder_load": hw_decoder_load,
-            "preallocate_height_hint": LARGEST_HEIGHT_PX,
-            "preallocate_width_hint": LARGEST_WIDTH_PX,
-        }
-    if source == "image":
-        images = fn.decoders.image(images, **decoder)
-        return fn.slice(images, start=part[0], end=part[1], axis_names="HW") if part else images
-    # Slices are taken in the frame that EXIF turns the image to, the one `Index.sizes` speaks of.
-    start, end = part
-    return fn.decoders.image_slice(images, start=start, end=end, axis_names="HW", **decoder)
-
-
-@pipeline_def
-def _raw_graph(
-    poll: Callable[[], Any], mean: np.ndarray, normalisation: dict[str, Any]
-) -> tuple[Any, Any]:
-    images, corner, size, flip, labels = fn.external_source(
-        source=poll,
-        num_outputs=5,
-        dtype=[types.UINT8, *[types.INT32] * 3, types.INT64],
-        ndim=[3, 1, 1, 0, 0],
-        layout=["HWC"],
-    )
-    images = images.gpu() if _on_gpu() else images
-    # The mean first, then the padding: that must be zero for the network.
-    images = fn.slice(
-        images - types.Constant(mean, device="gpu" if _on_gpu() else "cpu"),
-        start=corner,
-        shape=size,
-        axis_names="HW",
-        out_of_bounds_policy="pad",
-        fill_values=0.0,
-    )
-    images = fn.crop_mirror_normalize(
-        images, mean=0.0, mirror=flip, output_layout="HWC", **normalisation
-    )
-    return images, labels.gpu() if _on_gpu() else labels
-
-
-def _on_gpu() -> bool:
-    return Pipeline.current().device_id is not None
 
 
 def _device_id(device: torch.device) -> int | None:
