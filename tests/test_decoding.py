@@ -280,7 +280,7 @@ def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
 
 
 def test_one_rank_of_each_kind_of_machine_probes(tmp_path: Path) -> None:
-    reports = run_ranks(4, _report_by_kind, tmp_path)
+    reports = run_ranks(_report_by_kind, 4, tmp_path, init_process_group=False)
     assert reports == [[report(w0=1000.0), report(w0=1001.0)]] * 4
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1"]
 

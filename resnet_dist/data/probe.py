@@ -33,15 +33,8 @@ from resnet_dist.data.probe_way import READY
 PROBE_VERSION = "1"  # another one is another question: what is kept is asked anew
 LIMIT_SECONDS = 60.0  # for all ways
 WAY_LIMIT_SECONDS = 20.0
-# The process's own fault. Other signals come from a scheduler, a user or the kernel's memory guard.
-FAULTS = (
-    signal.SIGSEGV,
-    signal.SIGBUS,
-    signal.SIGABRT,
-    signal.SIGFPE,
-    signal.SIGILL,
-    signal.SIGSYS,
-)
+# The process's own fault. Other signals come from a scheduler, a user or the out-of-memory killer.
+FAULTS = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL)
 
 
 def versions_of(device: torch.device) -> dict[str, str]:

@@ -155,11 +155,14 @@ def repeat(batches: Iterable[Tensor], device: torch.device) -> tuple[list[Tensor
 
 
 def compare(ours: list[Tensor], cpu: list[Tensor], std: Sequence[float]) -> Trial:
-    """Whether normalized images (float32 [B, 3, H, W] on the CPU) are the CPU's, but for rounding."""
-    gray_levels = 255 * torch.tensor(std)[:, None, None]
+    """Whether normalized images are the CPU's, but for rounding.
+
+    ours, cpu: float32 [B, 3, H, W] each, in host memory.
+    """
+    grey_levels = 255 * torch.tensor(std)[:, None, None]
     inner = slice(BORDER_PX, -BORDER_PX)
     off = torch.cat(
-        [(a - b).abs()[:, :, inner, inner] * gray_levels for a, b in zip(ours, cpu, strict=True)]
+        [(a - b).abs()[:, :, inner, inner] * grey_levels for a, b in zip(ours, cpu, strict=True)]
     )
     mean, most = off.flatten(1).mean(dim=1).max().item(), off.max().item()
     is_near = mean <= MEAN_TOLERANCE and most <= MAX_TOLERANCE  # False where one is NaN
