@@ -31,7 +31,10 @@ class Decoding:
     def __str__(self) -> str:
         """As the plan, a checkpoint and messages name it."""
         words = [{"cpu": "cpu", "mixed": "gpu", "host": "cpu before the gpu"}[self.device]]
-        words += ["whole images"] if self.part == "image" else []
+        if self.part == "image":
+            words += ["whole images"]
+        elif self.device != "cpu":
+            words += ["windows"]
         if self.hw_decoder_load:
             words += [f"hardware decoder {self.hw_decoder_load:g}"]
         if not self.fancy_upsampling:
