@@ -20,6 +20,7 @@ from resnet_dist.config import DataConfig
 from resnet_dist.data.augment import Request, Windows, whole_images
 from resnet_dist.data.cache import DecodedCache
 from resnet_dist.data.dali_graphs import decode_graph, image_graph, raw_graph
+from resnet_dist.data.decoding import Decoding
 from resnet_dist.data.feed import BLANK_LABEL, BLANK_PX, Feed, Work
 from resnet_dist.data.headers import why_undecodable
 from resnet_dist.data.index import Index
@@ -64,10 +65,18 @@ class Loader:
         max_batch_size: int,
         mean_image: np.ndarray | None = None,
         reader: Reader | DecodedCache | None = None,
+        decoding: Decoding = Decoding(),  # noqa: B008 (it is frozen)
     ) -> None:
         """dtype: of the images. mean_image: float32 [H, W, 3] on the 0..1 scale, in place of
         data.mean: of raw pixels, or of encoded images seen at H x W. reader: of this index, if
-        not a plain one."""
+        not a plain one.
+
+        Raises:
+            ValueError: a GPU is to decode, and `device` is none.
+        """
+        if decoding.device == "mixed" and device.type != "cuda":
+            raise ValueError(f"{decoding}: needs a GPU, and the images are for {device}")
+        self._decoding = decoding
         self._index = index
         self._data = data
         self._device = device
@@ -81,7 +90,7 @@ class Loader:
             "device_id": _device_id(device),
             "prefetch_queue_depth": data.prefetch_batches,
         }
-        self._source = "decoded" if isinstance(reader, DecodedCache) else data.decode
+        self._source = "decoded" if isinstance(reader, DecodedCache) else decoding.part
         self._feed: Feed | None = None
         if index.pixels is None:
             reader = reader or Reader(index, data.read_threads)
@@ -139,7 +148,7 @@ class Loader:
         work = self._feed.work(requests, ahead=self._data.prefetch_batches)
         graph = _Graph(
             decode_graph,
-            {"source": "image", "cut": False, "hw_decoder_load": 0.0},
+            {"source": "image", "cut": False, "decoding": Decoding("image")},
             lambda one: (one.images,),
         )
         for one, (images,) in self._run(work, graph):
@@ -161,7 +170,7 @@ class Loader:
         source = {
             "source": self._source,
             "cut": windows.cut_first,
-            "hw_decoder_load": self._data.hw_decoder_load,
+            "decoding": self._decoding,
         }
         if self._resizes_here(windows):
             return _Graph(decode_graph, source, self._image_inputs)

@@ -9,19 +9,17 @@ from typing import Any
 import numpy as np
 from nvidia.dali import Pipeline, fn, pipeline_def, types
 
-# ImageNet's largest image. Buffers of the GPU's JPEG decoder are made for it once, not when it
-# comes: that would stop the GPU in the middle of an epoch.
-LARGEST_HEIGHT_PX, LARGEST_WIDTH_PX = 6430, 5980
+from resnet_dist.data.decoding import Decoding
 
 
 @pipeline_def
-def decode_graph(poll: Callable[[], Any], source: str, cut: bool, hw_decoder_load: float) -> Any:
+def decode_graph(poll: Callable[[], Any], source: str, cut: bool, decoding: Decoding) -> Any:
     """Pixels of windows, or of whole images."""
     dtypes, ndim = _image_types(source, cut)
     inputs = fn.external_source(
         source=poll, num_outputs=len(ndim), dtype=dtypes, ndim=ndim, no_copy=True
     )
-    return _decoded(source, hw_decoder_load, *inputs)
+    return _decoded(source, decoding, *inputs)
 
 
 @pipeline_def
@@ -29,7 +27,7 @@ def image_graph(
     poll: Callable[[], Any],
     source: str,
     cut: bool,
-    hw_decoder_load: float,
+    decoding: Decoding,
     mean: np.ndarray,
     normalisation: dict[str, Any],
 ) -> tuple[Any, Any]:
@@ -45,7 +43,7 @@ def image_graph(
     # float, not uint8: the resampled values are normalised as they are, where Pillow rounds them
     # to whole grey levels twice.
     images = fn.resize(
-        _decoded(source, hw_decoder_load, *image),
+        _decoded(source, decoding, *image),
         roi_start=roi_start,
         roi_end=roi_end,
         size=size,
@@ -68,17 +66,21 @@ def _image_types(source: str, cut: bool) -> tuple[list[Any], list[int]]:
     return [types.UINT8], [3 if source == "decoded" else 1]
 
 
-def _decoded(source: str, hw_decoder_load: float, images: Any, *part: Any) -> Any:
+def _decoded(source: str, decoding: Decoding, images: Any, *part: Any) -> Any:
     if source == "decoded":
         return images.gpu() if _on_gpu() else images
     decoder: dict[str, Any] = {"device": "cpu"}
-    if _on_gpu():
+    if decoding.device == "mixed":
         decoder = {
             "device": "mixed",
-            "hw_decoder_load": hw_decoder_load,
-            "preallocate_height_hint": LARGEST_HEIGHT_PX,
-            "preallocate_width_hint": LARGEST_WIDTH_PX,
+            "hw_decoder_load": decoding.hw_decoder_load,
+            "jpeg_fancy_upsampling": decoding.fancy_upsampling,
         }
+    pixels = _decoded_part(source, decoder, images, *part)
+    return pixels.gpu() if _on_gpu() and decoding.device != "mixed" else pixels
+
+
+def _decoded_part(source: str, decoder: dict[str, Any], images: Any, *part: Any) -> Any:
     if source == "image":
         images = fn.decoders.image(images, **decoder)
         return fn.slice(images, start=part[0], end=part[1], axis_names="HW") if part else images
