@@ -23,6 +23,7 @@ from resnet_dist.config import DataConfig
 from resnet_dist.data import dali
 from resnet_dist.data.augment import Request, Windows, unchanged
 from resnet_dist.data.dali import Batch, Loader
+from resnet_dist.data.decoding import Decoding
 from resnet_dist.data.index import Index
 
 MEAN = np.array([0.485, 0.456, 0.406])
@@ -77,9 +78,11 @@ def windows(roi: Any, flip: Any = False) -> Windows:
 
 
 def loader(index: Index, device: str = "cpu", **kwargs: Any) -> Loader:
-    """kwargs: of DataConfig, or Loader's dtype and mean_image."""
+    """kwargs: of DataConfig, or Loader's dtype and mean_image; decode: what is decoded."""
     data = DataConfig(mean=tuple(MEAN), std=tuple(STD), decode_threads=2)
     own = {key: kwargs.pop(key) for key in ("mean_image", "reader") if key in kwargs}
+    part = kwargs.pop("decode", "window")
+    own["decoding"] = Decoding(part, "mixed" if device == "cuda" else "cpu")
     return Loader(
         index,
         replace(data, **{k: v for k, v in kwargs.items() if k != "dtype"}),

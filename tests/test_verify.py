@@ -18,6 +18,7 @@ from PIL import Image
 
 from resnet_dist import cli, distributed
 from resnet_dist.config import Config, DataConfig
+from resnet_dist.data.decoding import Decoding
 from resnet_dist.data.augment import Request, eval_windows, train_windows
 from resnet_dist.data.build import build_index
 from resnet_dist.data.dali import Loader
@@ -359,7 +360,6 @@ def test_what_passes_decodes_in_training(
     for crop in ("scale", "random_resized"):
         data = DataConfig(
             train_crop=crop,  # type: ignore[arg-type]
-            decode=decode,
             crop_px=16,
             scale_px=(32, 64),
             eval_resize_px=32,
@@ -368,6 +368,7 @@ def test_what_passes_decodes_in_training(
         )
         index = build_index("folder", tmp_path, "train", None)
         loader = Loader(
+            decoding=Decoding(decode),
             index, data, device=torch.device("cpu"), dtype=torch.float32, max_batch_size=20
         )
         requests = []

@@ -80,12 +80,10 @@ def knobs(work: Work) -> dict[str, list[Any]]:
         "read_threads": [2, 8, 16],
         "prefetch_batches": [1, 2, 4],
     }
-    ways: dict[str, list[Any]] = {
-        "decode": ["auto", "window", "image"],
-        "hw_decoder_load": [None, 0.0, 0.5, 0.8, 1.0],
-    }
-    if work.device == "cpu":
-        ways: dict[str, list[Any]] = {"decode": ["auto", "image"]}  # auto: windows
+    ways: dict[str, list[Any]] = {"decode": ["auto", "image"]}  # on a CPU auto is windows
+    if work.device == "cuda":
+        ways["decode"].append("window")
+        ways["hw_decoder_load"] = [None, 0.0, 0.5, 0.8, 1.0]
     for knob, values in ways.items():
         tried[knob] = [value for value in values if _is_sound(work, knob, value)]
     memory = os.statvfs(SHARED_MEMORY)
