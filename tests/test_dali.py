@@ -415,7 +415,6 @@ def test_errors_of_the_requests_pass_through(folder: Index) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize(
     ("suffix", "max_diff", "mean_diff"), [("png", 2.0, 0.5), ("jpg", 24.0, 2.0)]
 )
@@ -433,7 +432,6 @@ def test_gpu_parity(tmp_path: Path, suffix: str, max_diff: float, mean_diff: flo
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_gpu_raw_pixels() -> None:
     index = raw_index(np.stack([picture(32, 32, i) for i in range(4)]))
     seen = windows([[-4, 2, 28, 34]] * 4, [True, False, True, False])
@@ -443,7 +441,6 @@ def test_gpu_raw_pixels() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("kind", ["encoded", "raw"])
 def test_gpu_mean_image_colour_and_shape(folder: Index, kind: str) -> None:
     """On decoded PNG files and raw pixels the GPU does what the CPU does."""
@@ -461,7 +458,6 @@ def test_gpu_mean_image_colour_and_shape(folder: Index, kind: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("decode", ["window", "image"])
 def test_gpu_windows_that_are_cut_first(folder: Index, decode: str) -> None:
     """On PNG files. At the border DALI repeats the edge pixel, and torch leaves taps out."""

@@ -267,7 +267,6 @@ def test_who_decodes(tiny_config: Callable[..., Config]) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_run_of_the_cpu_s_decoder_is_not_the_gpu_s(trained: Callable[..., Config]) -> None:
     assert checkpoint.load(newest(trained()))["decoder"] == "mixed"
     rewrite(trained(), decoder="cpu")
