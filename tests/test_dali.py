@@ -9,6 +9,8 @@ is Pillow on an image whose edge was repeated; against plain Pillow the border d
 (photos), which moves the mean over the picture by 0.02.
 """
 
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from nvidia.dali import backend
 from PIL import Image, ImageOps
 
 from resnet_dist.config import DataConfig
@@ -25,6 +28,7 @@ from resnet_dist.data.augment import Request, Windows, unchanged
 from resnet_dist.data.dali import Batch, Loader
 from resnet_dist.data.index import Index
 
+REPO = Path(__file__).resolve().parent.parent
 MEAN = np.array([0.485, 0.456, 0.406])
 STD = np.array([0.229, 0.224, 0.225])
 MAX_DIFF, MEAN_DIFF = 1.01, 0.35  # grey levels, measured: 1.00 and 0.33
@@ -412,6 +416,34 @@ def test_errors_of_the_requests_pass_through(folder: Index) -> None:
 
     with pytest.raises(RuntimeError, match="from the sampler"):
         list(loader(folder).batches(requests()))
+
+
+WITHOUT_NPP = pytest.mark.skipif(
+    backend.GetNppVersion() != -1, reason="NPP is installed: DALI has nothing to warn of"
+)
+
+
+@WITHOUT_NPP
+@pytest.mark.parametrize(
+    "module",
+    ["resnet_dist.data.dali", "resnet_dist.data.dali_graphs", "resnet_dist.bench.dali_peer"],
+)
+def test_a_library_that_is_not_needed_is_not_warned_of(module: str) -> None:
+    """What DALI checks when it builds the first pipeline for a GPU, in a process of its own."""
+    check = "from nvidia.dali import backend; backend.check_cuda_runtime()"
+    for code, stderr in ((check, "NPP is typically"), (f"import {module}; {check}", "")):
+        command = [sys.executable, "-W", "error", "-c", code]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=REPO)
+        assert (done.returncode == 0) == (stderr == "")
+        assert stderr in done.stderr
+    assert done.stderr == ""
+
+
+@WITHOUT_NPP
+def test_nor_does_it_end_a_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "cuda_checked", False)
+    backend.check_cuda_runtime()
+    assert backend.cuda_checked
 
 
 @pytest.mark.gpu
