@@ -23,8 +23,11 @@ quickstart: install
 	$(VENV)/bin/resnet-dist prepare digits data/digits
 	$(VENV)/bin/torchrun --standalone --nproc_per_node=$(RANKS) -m resnet_dist train configs/quickstart.yaml
 
+# GPU tests cannot share a process with the others, which hide the GPUs.
 test: install
 	$(VENV)/bin/pytest -q
+	@if $(VENV)/bin/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+	  $(VENV)/bin/python benchmarks/gpu_tests.py; fi
 
 lint: install
 	$(VENV)/bin/ruff check .

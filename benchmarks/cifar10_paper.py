@@ -17,11 +17,12 @@ import platform
 import subprocess
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from resnet_dist.bench.results import versions
 
 REPO = Path(__file__).resolve().parent.parent
 RESULTS = REPO / "benchmarks" / "results"
@@ -59,7 +60,7 @@ def main() -> None:
     report = {
         "device": device,
         "python": platform.python_version(),
-        **{p: version(p) for p in ("torch", "torchvision", "nvidia-dali-cuda130")},
+        **versions(),
         "iterations": iterations,
         "runs": rows,
     }

@@ -21,17 +21,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-import submitit
-
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))  # the checkout need not be installed
 
-from resnet_dist.cli import dry_run, recipe_name  # noqa: E402
-from resnet_dist.config import Config  # noqa: E402
-from resnet_dist.config_file import load_config  # noqa: E402
-from resnet_dist.errors import UserError  # noqa: E402
-from resnet_dist.interrupt import Interrupt  # noqa: E402
-from resnet_dist.run_folder import check_run_folder  # noqa: E402
+from resnet_dist.errors import UserError, not_installed  # noqa: E402
+
+try:
+    import submitit
+
+    from resnet_dist.cli import dry_run, recipe_name
+    from resnet_dist.config import Config
+    from resnet_dist.config_file import load_config
+    from resnet_dist.interrupt import Interrupt
+    from resnet_dist.run_folder import check_run_folder
+except ModuleNotFoundError as error:
+    print(f"resnet-dist: {not_installed(error)}", file=sys.stderr)
+    sys.exit(2)
 
 SIGNAL_BEFORE_LIMIT_S = 120
 KILLED_WITHIN_S = 300  # Slurm's KillWait is 30 s where nobody changed it

@@ -16,7 +16,7 @@ from resnet_dist import __version__
 from resnet_dist.config import Config, to_yaml
 from resnet_dist.config_file import load_config
 from resnet_dist.data.listing import count_images
-from resnet_dist.errors import UserError
+from resnet_dist.errors import UserError, not_installed
 from resnet_dist.host_memory import limit_arenas
 from resnet_dist.interrupt import Interrupt
 from resnet_dist.plan import Plan
@@ -44,14 +44,20 @@ def main(argv: list[str] | None = None) -> None:
     except BrokenPipeError:  # the reader, such as `head`, has enough; nor is the rest flushed
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
+    except ModuleNotFoundError as error:
+        _refuse(not_installed(error))
     except UserError as error:
-        # A UserError is the same on every rank: rank 0 speaks for all. The others linger, as
-        # torchrun ends all ranks when the first one leaves.
-        if os.environ.get("RANK", "0") == "0":
-            print(f"resnet-dist: {error}", file=sys.stderr, flush=True)
-        else:
-            time.sleep(OTHER_RANKS_LINGER_SECONDS)
-        sys.exit(2)
+        _refuse(error)
+
+
+def _refuse(error: UserError) -> None:
+    # A UserError is the same on every rank: rank 0 speaks for all. The others linger, as torchrun
+    # ends all ranks when the first one leaves.
+    if os.environ.get("RANK", "0") == "0":
+        print(f"resnet-dist: {error}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(OTHER_RANKS_LINGER_SECONDS)
+    sys.exit(2)
 
 
 def _train(arguments: argparse.Namespace) -> None:

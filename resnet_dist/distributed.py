@@ -181,8 +181,17 @@ def start_alone(verb: str) -> World:
     return start()
 
 
+# The group that was left last. Whoever lets go of a gloo group last waits for its threads, and DDP
+# does so while it holds Python's lock (GIL), which such a thread may want: with torch 2.11 a run
+# that was done now and then never ended. Held here, the group outlives DDP, and Python's own
+# reference lets go of it without the lock.
+_left_group: list[dist.ProcessGroup | None] = []
+
+
 def stop() -> None:
+    """Leaves the process group, if there is one."""
     if dist.is_initialized():
+        _left_group[:] = [dist.group.WORLD]
         dist.destroy_process_group()
 
 

@@ -7,6 +7,24 @@ class UserError(Exception):
     """What is wrong, where (file, key, sample), and how to mend it, in one line."""
 
 
+# What pip calls a package that Python imports under another name.
+PIP_NAMES = {
+    "nvidia": "nvidia-dali-cuda130 (for CUDA 12 as README.md says)",
+    "PIL": "pillow",
+    "sklearn": "scikit-learn",
+    "yaml": "pyyaml",
+}
+
+
+def not_installed(error: ModuleNotFoundError) -> UserError:
+    """The line for a package that is missing. Raises `error` itself if it is a part of this one."""
+    name = error.name or ""
+    top = name.partition(".")[0]
+    if top in ("", "resnet_dist"):
+        raise error
+    return UserError(f"Python package {name}: not installed; pip install {PIP_NAMES.get(top, top)}")
+
+
 def invalid_value(origin: str, key: str, value: Any, why: str, nearest: object) -> UserError:
     """The line for a bad setting: file, key, value, reason, and the nearest valid value."""
     nearest_text = as_yaml(nearest)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit, urlunsplit
 
 from resnet_dist.config import Config, leaves
+from resnet_dist.errors import not_installed
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -210,8 +211,6 @@ class _Mirror(threading.Thread):
             self.ending.wait(POLL_SECONDS)
 
     def _connect(self) -> "MlflowClient":
-        from mlflow.entities import Param
-
         uri = tracking_uri(self.run_dir.parent)
         with _database_lock(uri, self.run_dir.parent):
             client = mlflow_client(uri)
@@ -225,6 +224,8 @@ class _Mirror(threading.Thread):
         client.update_run(record.run_id, status="RUNNING")
         for key, value in self.tags.items():
             client.set_tag(record.run_id, key, value)
+        from mlflow.entities import Param
+
         # MLflow's params cannot change: those of the first start stand.
         known = client.get_run(record.run_id).data.params
         params = [
@@ -313,14 +314,20 @@ def without_credentials(uri: str) -> str:
 
 
 def mlflow_client(uri: str) -> "MlflowClient":
-    """A client that gives up on a dead server within seconds, not after MLflow's four minutes."""
+    """A client that gives up on a dead server within seconds, not after MLflow's four minutes.
+
+    Raises:
+        UserError: MLflow is not installed.
+    """
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     logging.getLogger("alembic").setLevel(logging.WARNING)
     # Imported here: it takes seconds, which rank 0 spends in its side thread and others never.
-    from mlflow import MlflowClient
-
+    try:
+        from mlflow import MlflowClient
+    except ModuleNotFoundError as error:
+        raise not_installed(error) from None
     return MlflowClient(tracking_uri=uri)
 
 

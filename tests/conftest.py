@@ -1,4 +1,4 @@
-"""A tiny image folder, configs over it, and the table of equalities at the end of a test run."""
+"""Who sees the GPUs; a tiny image folder and configs over it; the final table of equalities."""
 
 import shutil
 import subprocess
@@ -26,6 +26,42 @@ optim: {base_lr: 0.4, schedule: cosine, warmup_epochs: 0.5}
 train: {epochs: 2, global_batch_size: 8, max_local_batch_size: 8, log_every_steps: 1}
 tracking: {mlflow: false}
 """
+
+
+def is_for_gpu(item: pytest.Item) -> bool:
+    return item.get_closest_marker("gpu") is not None
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """GPU tests run where nothing else was selected, such as by `-m gpu`, and there is a GPU.
+
+    Otherwise `no_gpus` hides the GPUs from all tests: CUDA reads CUDA_VISIBLE_DEVICES once in a
+    process, so no process can have tests of both kinds.
+    """
+    for_gpu = [item for item in session.items if is_for_gpu(item)]
+    reason = ""
+    if len(for_gpu) < len(session.items):
+        reason = "GPU tests have a run of their own: pytest -m gpu"
+    elif for_gpu and not session.config.option.collectonly:
+        import torch
+
+        if not torch.cuda.is_available():
+            reason = "needs a CUDA device"
+    if reason:
+        for item in for_gpu:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_gpus(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Hides the GPUs from this process and its children, where a test is not marked `gpu`.
+
+    Importing torch, DALI or this package does not initialize CUDA, so it is early enough here.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        if not all(is_for_gpu(item) for item in request.session.items):
+            patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        yield
 
 
 @pytest.fixture(scope="session")

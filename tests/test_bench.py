@@ -15,6 +15,7 @@ from resnet_dist.bench.memory import growth_of
 from resnet_dist.bench.order import class_entropy, reads_of
 from resnet_dist.bench.peers import Work
 from resnet_dist.bench.photos import as_shards, photo_folder
+from resnet_dist.bench.results import versions
 from resnet_dist.cli import main
 from resnet_dist.config import DataConfig
 from resnet_dist.config_file import load_config
@@ -79,6 +80,18 @@ def figures(tmp_path: Path, *arguments: str) -> dict[str, Any]:
     assert written["benchmark"] == arguments[0] or "--tune" in arguments
     assert {"cpu", "cores", "gpu", "torch", "pillow"} <= written["machine"].keys()
     return written
+
+
+def test_the_versions_are_of_what_is_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also DALI for CUDA 12, in place of the one for CUDA 13."""
+    assert "nvidia-dali-cuda120" not in versions()
+    about = tmp_path / "nvidia_dali_cuda120-2.4.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Name: nvidia-dali-cuda120\nVersion: 2.4.0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert versions()["nvidia-dali-cuda120"] == "2.4.0"
 
 
 TOY = ["--batch-size", "4", "--threads", "1", "--images", "12", "--runs", "1"]

@@ -32,6 +32,7 @@ VAL_ERRORS = {11: 50, 22: 25}
 
 @pytest.fixture(scope="module")
 def run_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("mlflow")
     root = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)

@@ -9,6 +9,8 @@ is Pillow on an image whose edge was repeated; against plain Pillow the border d
 (photos), which moves the mean over the picture by 0.02.
 """
 
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from nvidia.dali import backend
 from PIL import Image, ImageOps
 
 from resnet_dist.config import DataConfig
@@ -26,6 +29,7 @@ from resnet_dist.data.dali import Batch, Loader
 from resnet_dist.data.decoding import Decoding
 from resnet_dist.data.index import Index
 
+REPO = Path(__file__).resolve().parent.parent
 MEAN = np.array([0.485, 0.456, 0.406])
 STD = np.array([0.229, 0.224, 0.225])
 MAX_DIFF, MEAN_DIFF = 1.01, 0.35  # grey levels, measured: 1.00 and 0.33
@@ -417,8 +421,35 @@ def test_errors_of_the_requests_pass_through(folder: Index) -> None:
         list(loader(folder).batches(requests()))
 
 
+WITHOUT_NPP = pytest.mark.skipif(
+    backend.GetNppVersion() != -1, reason="NPP is installed: DALI has nothing to warn of"
+)
+
+
+@WITHOUT_NPP
+@pytest.mark.parametrize(
+    "module",
+    ["resnet_dist.data.dali", "resnet_dist.data.dali_graphs", "resnet_dist.bench.dali_peer"],
+)
+def test_a_library_that_is_not_needed_is_not_warned_of(module: str) -> None:
+    """What DALI checks when it builds the first pipeline for a GPU, in a process of its own."""
+    check = "from nvidia.dali import backend; backend.check_cuda_runtime()"
+    for code, stderr in ((check, "NPP is typically"), (f"import {module}; {check}", "")):
+        command = [sys.executable, "-W", "error", "-c", code]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=REPO)
+        assert (done.returncode == 0) == (stderr == "")
+        assert stderr in done.stderr
+    assert done.stderr == ""
+
+
+@WITHOUT_NPP
+def test_nor_does_it_end_a_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "cuda_checked", False)
+    backend.check_cuda_runtime()
+    assert backend.cuda_checked
+
+
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize(
     ("suffix", "max_diff", "mean_diff"), [("png", 2.0, 0.5), ("jpg", 24.0, 2.0)]
 )
@@ -436,7 +467,6 @@ def test_gpu_parity(tmp_path: Path, suffix: str, max_diff: float, mean_diff: flo
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_gpu_raw_pixels() -> None:
     index = raw_index(np.stack([picture(32, 32, i) for i in range(4)]))
     seen = windows([[-4, 2, 28, 34]] * 4, [True, False, True, False])
@@ -446,7 +476,6 @@ def test_gpu_raw_pixels() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("kind", ["encoded", "raw"])
 def test_gpu_mean_image_colour_and_shape(folder: Index, kind: str) -> None:
     """On decoded PNG files and raw pixels the GPU does what the CPU does."""
@@ -464,7 +493,6 @@ def test_gpu_mean_image_colour_and_shape(folder: Index, kind: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("decode", ["window", "image"])
 def test_gpu_windows_that_are_cut_first(folder: Index, decode: str) -> None:
     """On PNG files. At the border DALI repeats the edge pixel, and torch leaves taps out."""

@@ -331,7 +331,6 @@ def test_the_benchmark_runs(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["resnet50", "resnet20", "vgg19_bn"])
 def test_gpu_gradients_are_the_same_bits(

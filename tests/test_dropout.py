@@ -101,7 +101,6 @@ def test_ranks_draw_what_one_rank_draws(tiny_config: Callable[..., Config], loca
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_gpu_dropout_draws_the_cpus_masks() -> None:
     x = torch.ones(4, 4096)
     answers = []

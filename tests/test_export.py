@@ -10,10 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import pytest
 import safetensors.torch
-import timm
 import torch
 import torchvision
 from torch import nn
@@ -97,6 +95,7 @@ def in_one_line(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 def test_torchvision_and_timm_load_the_resnets(
     trained: Callable[..., Any], name: str, tmp_path: Path
 ) -> None:
+    timm = pytest.importorskip("timm")
     run, model = trained(name)
     images = torch.randn(2, 3, 64, 64)
     expected = outputs(model, images)
@@ -122,6 +121,7 @@ def test_torchvision_and_timm_load_the_resnets(
 
 def test_torchvision_timm_and_pt2_take_vgg_with_bn(tmp_path: Path) -> None:
     """At 224 pixels, the map that its head is made for. The files are large: one at a time."""
+    timm = pytest.importorskip("timm")
     model = random_network("vgg19_bn")
     run = save_run(tmp_path, "vgg19_bn", model)
     images = torch.randn(2, 3, 224, 224)
@@ -152,6 +152,7 @@ def test_torchvision_timm_and_pt2_take_vgg_with_bn(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["vgg19", "vgg19_bn"])
 def test_vgg_has_timms_names(name: str) -> None:
     """Each of our tensors holds its own number; both list their layers from first to last."""
+    timm = pytest.importorskip("timm")
     with torch.device("meta"):
         ours = build_model(name, len(CLASSES))
         theirs = timm.create_model(name, num_classes=len(CLASSES)).state_dict()
@@ -167,6 +168,7 @@ def test_vgg_has_timms_names(name: str) -> None:
 
 
 def test_a_network_has_a_counterpart_or_is_refused() -> None:
+    timm = pytest.importorskip("timm")
     with_counterpart = {name for name, net in DEPTHS.items() if no_counterpart(net) is None}
     assert with_counterpart == set(DEPTHS) & set(torchvision.models.list_models())
     assert with_counterpart == set(DEPTHS) & set(timm.list_models())
@@ -199,6 +201,7 @@ def test_refusals_are_one_line(
 def test_onnx_runs_at_any_batch_and_image_size(
     trained: Callable[..., Any], name: str, tmp_path: Path
 ) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
     run, model = trained(name)
     file = tmp_path / "network.onnx"
     export(run, "onnx", file)

@@ -11,7 +11,6 @@ import torch
 import torchvision
 from multirank import run_ranks
 from PIL import Image
-from sklearn.datasets import load_sample_image
 from torch import Tensor, nn
 
 from resnet_dist import checkpoint, cli, distributed
@@ -43,10 +42,11 @@ def moved(before: Weights, after: Weights) -> set[str]:
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A class for each of scikit-learn's two photographs: crops of its left part to train on, of
     its right part to validate."""
+    datasets = pytest.importorskip("sklearn.datasets")
     root = tmp_path_factory.mktemp("photos")
     random = np.random.default_rng(0)
     for name in ("china", "flower"):
-        photo = Image.fromarray(load_sample_image(f"{name}.jpg"))  # 640 x 427
+        photo = Image.fromarray(datasets.load_sample_image(f"{name}.jpg"))  # 640 x 427
         for split, first, last, count in (("train", 0, 340, 20), ("val", 420, 560, 10)):
             folder = root / split / name
             folder.mkdir(parents=True)

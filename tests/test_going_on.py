@@ -273,7 +273,6 @@ def test_on_a_cpu_what_is_decoded_is_recorded(trained: Callable[..., Config]) ->
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_run_of_the_cpu_s_decoder_is_not_the_gpu_s(trained: Callable[..., Config]) -> None:
     recorded = checkpoint.load(newest(trained()))["decoder"]
     assert recorded.startswith("gpu")

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from needs import needs
 from PIL import Image
 
 REPO = Path(__file__).resolve().parent.parent
@@ -17,12 +18,12 @@ SCRIPTS = [REPO / "slurm" / "resnet50.sh", REPO / "launch" / "torchrun.sh"]
 RESNET50 = str(REPO / "configs" / "imagenet" / "resnet50.yaml")
 
 NOT_ON_A_LOGIN_NODE = ("torch", "torchvision", "numpy", "nvidia", "mlflow", "PIL")
-BLOCK = f"""
+BLOCK = """
 import sys
 class Block:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {NOT_ON_A_LOGIN_NODE}:
-            raise ModuleNotFoundError("blocked: " + name)
+        if name.split(".")[0] in {names}:
+            raise ModuleNotFoundError("blocked: " + name, name=name)
 sys.meta_path.insert(0, Block())
 """
 
@@ -44,7 +45,7 @@ def login_node(tmp_path):
     """PYTHONPATH of an interpreter that has PyYAML and submitit, and cannot import torch."""
     folder = tmp_path / "login_node"
     folder.mkdir()
-    (folder / "sitecustomize.py").write_text(BLOCK)
+    (folder / "sitecustomize.py").write_text(BLOCK.format(names=NOT_ON_A_LOGIN_NODE))
     for name in NOT_ON_A_LOGIN_NODE:
         tried = run([sys.executable, "-c", f"import {name}"], tmp_path, PYTHONPATH=str(folder))
         assert f"blocked: {name}" in tried.stderr  # or the tests with it would prove nothing
@@ -64,6 +65,7 @@ def assert_one_line(done: subprocess.CompletedProcess, *parts: str) -> None:
         assert part in lines[0]
 
 
+@needs("submitit")
 def test_submit_dry_run_needs_neither_torch_nor_slurm_nor_data(tmp_path, login_node):
     options = ["--nodes", 4, "--gpus-per-node", 8, "--partition", "gpu", "--time-min", 90]
     options += ["--account", "vision", "--train-images", 1281167, "--dry-run"]
@@ -88,15 +90,25 @@ def test_submit_dry_run_needs_neither_torch_nor_slurm_nor_data(tmp_path, login_n
     assert not (tmp_path / "runs").exists()  # a dry run leaves nothing behind
 
 
+@needs("submitit")
 def test_submit_refuses_a_bad_config_in_one_line(tmp_path, login_node):
     done = submit(tmp_path, RESNET50, "optim.base_lrr=1", "--dry-run", PYTHONPATH=login_node)
     assert_one_line(done, "optim.base_lrr", "did you mean optim.base_lr?")
 
 
+@needs("submitit")
 def test_submit_refuses_a_plan_that_cannot_be_before_it_submits(tmp_path, login_node):
     options = ["--nodes", 64, "--gpus-per-node", 8, "--train-images", 1281167]
     done = submit(tmp_path, RESNET50, *options, PYTHONPATH=login_node)
     assert_one_line(done, "train.global_batch_size", "512 ranks")
+
+
+@pytest.mark.parametrize("name", ["submitit", pytest.param("yaml", marks=needs("submitit"))])
+def test_submit_names_the_package_that_it_needs(tmp_path, name):
+    (tmp_path / "sitecustomize.py").write_text(BLOCK.format(names=(name,)))
+    done = submit(tmp_path, RESNET50, "--dry-run", PYTHONPATH=str(tmp_path))
+    pip_name = "pyyaml" if name == "yaml" else name
+    assert_one_line(done, f"Python package {name}: not installed; pip install {pip_name}")
 
 
 @pytest.mark.parametrize("nodes", ["1", "2"])
@@ -134,6 +146,7 @@ def test_shellcheck_finds_nothing(script):
     assert checked.returncode == 0, checked.stdout
 
 
+@needs("submitit")
 def test_submit_local_trains_on_two_ranks(tmp_path):
     for split in ("train", "val"):
         for number in range(12):

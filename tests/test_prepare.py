@@ -18,7 +18,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from scipy.io import savemat
 
 from resnet_dist.cli import main
 from resnet_dist.data.build import build_index
@@ -81,6 +80,7 @@ def make_tar(files: dict[str, bytes]) -> bytes:
 
 def make_ilsvrc(root: Path, photos: Photos) -> None:
     """As https://image-net.org gives it: IDs out of order, and meta.mat with a parent synset."""
+    scipy_io = pytest.importorskip("scipy.io")
     root.mkdir(parents=True, exist_ok=True)
     tars = {}
     for synset in reversed(SYNSETS):
@@ -95,7 +95,7 @@ def make_ilsvrc(root: Path, photos: Photos) -> None:
     rows = [(number, synset, 0) for number, synset in IDS.items()] + [(4, "n00001740", 3)]
     columns = [("ILSVRC2012_ID", float), ("WNID", object), ("num_children", float)]
     file = io.BytesIO()
-    savemat(file, {"synsets": np.array(rows, columns).reshape(-1, 1)})
+    scipy_io.savemat(file, {"synsets": np.array(rows, columns).reshape(-1, 1)})
     devkit = make_tar(
         {
             "ILSVRC2012_devkit_t12/readme.txt": b"",

@@ -1,13 +1,14 @@
 """A run that was stopped and goes on is the run that nobody touched, to the last bit.
 
-All of it in deterministic mode, so that one rank does it on a GPU if there is one (several ranks
-stay on the CPU: what they add is proved with gloo). train() takes its own way to stop.
+All of it in deterministic mode; one rank on a GPU too (several ranks stay on the CPU: what they add
+is proved with gloo). train() takes its own way to stop.
 """
 
 import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from PIL import Image
 from recorded import Run, global_batches, journal, loss_differences, record, relative_difference
 from torch import Tensor
 
-from resnet_dist import checkpoint
+from resnet_dist import checkpoint, distributed
 from resnet_dist.config import Config
 from resnet_dist.config_file import load_config
 from resnet_dist.data.prepare.write_shards import Settings, prepare_shards
@@ -172,33 +173,31 @@ def test_the_comparison_sees_a_bit(config_of: Callable[..., Config]) -> None:
     assert places == changed
 
 
-NEEDS_GPU = (
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: slow on a CPU"),
-)
 ALL = tuple(STOPS.values())
+# On a GPU each precision, and each format, has one case with all stops.
+ALL_ON_GPU = {("folder", "fp32"), ("shards", "bf16"), ("cifar10", "fp16")}
 
 
 @pytest.mark.parametrize(
-    ("data_format", "precision", "stops"),
+    ("device", "data_format", "precision", "stops"),
     [
-        ("folder", "fp32", ALL),
-        ("shards", "fp32", ALL),
-        ("cifar10", "fp32", ALL),
-        ("folder", "bf16", ALL),
-        ("shards", "bf16", ALL),
-        ("cifar10", "bf16", ALL),
-        *(pytest.param(name, "fp16", ALL, marks=NEEDS_GPU) for name in FORMATS),
+        *(("cpu", name, precision, ALL) for precision in ("fp32", "bf16") for name in FORMATS),
+        *(
+            pytest.param("cuda", *case, ALL if case in ALL_ON_GPU else (7,), marks=pytest.mark.gpu)
+            for case in product(FORMATS, ("fp32", "bf16", "fp16"))
+        ),
     ],
     ids=str,
 )
 def test_stopped_once(
     config_of: Callable[..., Config],
+    device: str,
     data_format: str,
     precision: str,
     stops: list[int],
     record_property: Callable[[str, object], None],
 ) -> None:
+    assert distributed.start().device.type == device
     config = config_of(data_format, f"train.precision={precision}")
     whole = record(config)
     assert content(config)["lr_memory"]["plateau_drops"]
@@ -212,7 +211,8 @@ def test_stopped_once(
         assert_same_run(parts, config)
     steps = ", ".join(map(str, stops))
     what = f"stopped before step {steps} of {STEPS}, and not: {data_format}, {precision}, 1 rank"
-    record_property(f"largest_difference: {what}: checkpoint, journal, batches", 0.0)
+    where = "" if device == "cpu" else " on a GPU"
+    record_property(f"largest_difference: {what}{where}: checkpoint, journal, batches", 0.0)
 
 
 def test_stopped_in_fp16(

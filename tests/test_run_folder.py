@@ -12,9 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import mlflow
 import pytest
 from multirank import run_ranks
+from needs import needs
 from resuming import ONE_EPOCH, newest, refused, resumed
 
 from resnet_dist import cli, distributed, run_folder
@@ -24,7 +24,7 @@ from resnet_dist.errors import UserError
 from resnet_dist.interrupt import Interrupt
 from resnet_dist.job import build, tags
 from resnet_dist.run_folder import check_run_folder, differing_settings, open_run_folder
-from resnet_dist.tracking import RunRecord
+from resnet_dist.tracking import RunRecord, mlflow_client
 from resnet_dist.train import train
 
 REPO = Path(__file__).resolve().parent.parent
@@ -92,6 +92,7 @@ def test_what_changes_no_result_may_change(
     assert "warning" not in said
 
 
+@needs("mlflow")
 def test_resume_anyway_goes_on_and_keeps_a_record(
     tiny_yaml: Path,
     other_data: Path,
@@ -119,7 +120,7 @@ def test_resume_anyway_goes_on_and_keeps_a_record(
     assert load_config(config.run_dir / "config.yaml") == config
     run = RunRecord.read(config.run_dir)
     assert run is not None
-    logged = mlflow.MlflowClient(run.tracking_uri).get_run(run.run_id).data
+    logged = mlflow_client(run.tracking_uri).get_run(run.run_id).data
     assert logged.tags["changes"] == record
     assert logged.params["optim.weight_decay"] == "0.0001"  # it was begun so
     # From now on it is what was meant, with or without the flag: nothing is said again.
@@ -370,6 +371,7 @@ def launch(cwd: Path, *command: object, **environment: str) -> subprocess.Comple
     )
 
 
+@needs("submitit")
 def test_submit_refuses_before_it_queues_and_hands_the_flag_on(
     trained: Callable[..., Config], tiny_yaml: Path, tmp_path: Path
 ) -> None:

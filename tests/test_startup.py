@@ -93,14 +93,19 @@ def test_training_tells_it_once(tiny_yaml: Path) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_is_waited_for() -> None:
     said: list[str] = []
     startup = Startup(time.monotonic())
     x = torch.rand(4096, 4096, device="cuda")
     torch.cuda.synchronize()
     startup.mark("before")
+    begun, done = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begun.record()
     for _ in range(300):
         x = x @ x  # about 40 TFLOP, which the CPU has queued long before they are done
+    done.record()
+    assert not done.query()  # or the test would prove nothing
     startup.end(x.device, said.append)
-    assert parts_of(said[0])[1]["first step"] >= 2
+    assert done.query()
+    tenths = begun.elapsed_time(done) / 100  # it is given in milliseconds
+    assert parts_of(said[0])[1]["first step"] >= int(tenths)

@@ -15,15 +15,16 @@ from pathlib import Path
 from urllib.request import urlopen
 
 import pytest
-from mlflow import MlflowClient
 from multirank import run_ranks
+from needs import needs
 
+from resnet_dist import cli
 from resnet_dist.compare import compare
 from resnet_dist.config import Config, leaves, to_yaml
 from resnet_dist.errors import UserError
 from resnet_dist.interrupt import Interrupt
 from resnet_dist.outcome import Outcome
-from resnet_dist.tracking import RunRecord, Tracker
+from resnet_dist.tracking import RunRecord, Tracker, mlflow_client
 from resnet_dist.train import train
 
 TAGS = {"git.commit": "abc", "world_size": "2", "precision": "fp32", "recipe": "tiny"}
@@ -51,16 +52,18 @@ def start_and_close(rank: int, world_size: int, config: Config) -> str:
     return record.experiment_id
 
 
+@needs("mlflow")
 def test_runs_that_start_at_once_share_a_new_database(tiny_config: Callable[..., Config]) -> None:
     config = tiny_config("tracking.mlflow=true")
     config.run_dir.parent.mkdir()
     experiments = run_ranks(start_and_close, 4, config, init_process_group=False)
     assert len(set(experiments)) == 1
-    client = MlflowClient(f"sqlite:///{config.run_dir.parent}/mlflow.db")
+    client = mlflow_client(f"sqlite:///{config.run_dir.parent}/mlflow.db")
     runs = client.search_runs(experiments[:1])
     assert sorted(run.data.metrics["train/loss"] for run in runs) == [0, 1, 2, 3]
 
 
+@needs("mlflow")
 def test_a_run_in_mlflow(tiny_config: Callable[..., Config], tmp_path: Path) -> None:
     config = tiny_config("tracking.mlflow=true")
     warnings: list[str] = []
@@ -75,7 +78,7 @@ def test_a_run_in_mlflow(tiny_config: Callable[..., Config], tmp_path: Path) -> 
     assert warnings == []
     assert record is not None
     assert record.tracking_uri == f"sqlite:///{tmp_path}/runs/mlflow.db"  # absolute
-    client = MlflowClient(record.tracking_uri)
+    client = mlflow_client(record.tracking_uri)
     run = client.get_run(record.run_id)
     assert (run.info.status, run.info.run_name) == ("FINISHED", "tiny")
     assert run.data.params == {key: str(value) for key, value in leaves(config).items()}
@@ -256,6 +259,7 @@ def test_a_full_disk_at_the_start_is_one_line(
         train(config, "test", Interrupt())
 
 
+@needs("mlflow")
 def test_a_copied_run_folder_is_another_run_in_mlflow(
     tiny_config: Callable[..., Config],
 ) -> None:
@@ -272,7 +276,7 @@ def test_a_copied_run_folder_is_another_run_in_mlflow(
     second = tracker.close("FINISHED", {})
     assert first is not None
     assert second is not None
-    client = MlflowClient(first.tracking_uri)
+    client = mlflow_client(first.tracking_uri)
     for run, steps in ((first, [1]), (second, [1, 2])):  # what was before it is its own past, too
         history = client.get_metric_history(run.run_id, "train/loss")
         assert [point.step for point in history] == steps
@@ -284,6 +288,7 @@ def test_a_copied_run_folder_is_another_run_in_mlflow(
     assert again.run_id == first.run_id
 
 
+@needs("mlflow")
 def test_a_real_server_whose_artifact_store_fails(
     tiny_config: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -311,7 +316,7 @@ def test_a_real_server_whose_artifact_store_fails(
         record = tracker.close("FINISHED", {"best": config.run_dir})
         assert record is not None
         assert record.tracking_uri == f"http://127.0.0.1:{port}"
-        client = MlflowClient(record.tracking_uri)
+        client = mlflow_client(record.tracking_uri)
         run = client.get_run(record.run_id)
         assert run.info.status == "FINISHED"
         assert run.data.metrics == {"train/loss": 1.0}
@@ -334,6 +339,7 @@ def test_other_ranks_write_nothing(tiny_config: Callable[..., Config]) -> None:
     assert not config.run_dir.exists()
 
 
+@needs("mlflow")
 def test_a_dead_server_costs_a_warning_and_no_record(
     tiny_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -356,5 +362,27 @@ def test_a_dead_server_costs_a_warning_and_no_record(
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     record = start(config, warnings).close("FINISHED", {})
     assert record is not None
-    client = MlflowClient(record.tracking_uri)
+    client = mlflow_client(record.tracking_uri)
     assert client.get_metric_history(record.run_id, "train/loss")[0].value == 1.0
+
+
+def test_without_mlflow_training_goes_on(
+    tiny_config: Callable[..., Config],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It is told once; what MLflow alone can do is one line."""
+    monkeypatch.setitem(sys.modules, "mlflow", None)  # Python's own way to forbid an import
+    config = tiny_config("tracking.mlflow=true", "train.epochs=1")
+    assert train(config, "test", Interrupt()) is Outcome.FINISHED
+    said = capsys.readouterr().out
+    missing = "Python package mlflow: not installed; pip install mlflow"
+    assert said.count(f"MLflow: {missing}; training goes on, journal.jsonl holds the record") == 1
+    assert "MLflow run" not in said
+    assert [step for step, _ in losses(config.run_dir / "journal.jsonl")] == [1, 2, 3]
+    (tmp_path / "runs/mlflow.db").touch()
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["compare", "tiny", "--run-root", str(tmp_path / "runs")])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == f"resnet-dist: {missing}\n"

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from multirank import run_ranks
+from needs import needs
 from torch.distributed import GradBucket
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
@@ -328,6 +329,7 @@ def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@needs("mlflow")
 def test_the_command_line_of_the_readme(
     tiny_yaml: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

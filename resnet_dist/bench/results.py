@@ -1,15 +1,17 @@
 """What a figure is worth nothing without: the machine and the versions that made it."""
 
+import contextlib
 import json
 import os
 import platform
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from resnet_dist.errors import UserError
 
-PACKAGES = ("torch", "torchvision", "nvidia-dali-cuda130", "pillow", "numpy", "pyarrow")
+DALI = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")  # one of them is installed
+PACKAGES = ("torch", "torchvision", *DALI, "pillow", "numpy", "pyarrow")
 
 
 def cores() -> int:
@@ -33,8 +35,17 @@ def machine() -> dict[str, Any]:
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
-        **{package: version(package) for package in PACKAGES},
+        **versions(),
     }
+
+
+def versions() -> dict[str, str]:
+    """Of those of PACKAGES that are installed."""
+    found = {}
+    for package in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 def _cpu_name() -> str:

@@ -1,0 +1,194 @@
+"""The GPU tests, each in a process of its own: one that crashes or hangs costs no other.
+
+    python benchmarks/gpu_tests.py [--jobs N] [--timeout S] [--limit S] [--logs FOLDER] [PYTEST ...]
+
+PYTEST: what selects tests, such as `-k NAME` or paths; `-m gpu`, unless -m is given (with another
+one it can be tried without a GPU). It prints a line for each test that did not pass, and then the
+numbers. FOLDER keeps the output of those that failed. Only pytest is needed. Exit codes: 0, 1 if a
+test failed, 2 if there is nothing to run.
+"""
+
+import argparse
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+# Its other family refuses record_property, with a warning; warnings are errors in this project.
+REPORT_FORMAT = ["-o", "junit_family=xunit1"]
+COLLECT_TIMEOUT_S = 120
+REASON_CHARACTERS = 200
+
+
+@dataclass(frozen=True)
+class Result:
+    test: str  # pytest's node id
+    outcome: str  # "passed", "skipped", "failed", "crashed", "timed out" or "not run"
+    reason: str = ""
+    output: str = ""
+
+    @property
+    def is_failure(self) -> bool:
+        return self.outcome not in ("passed", "skipped")
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments, selection = parse(argv)
+    began = time.monotonic()
+    runner = Runner(arguments.timeout, began + arguments.limit)
+    # Whoever stops this process with SIGTERM, a time limit say, wants its tests stopped too.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    counts: Counter[str] = Counter()
+    is_failed = False
+    tests = collect(selection)
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        try:
+            for result in pool.map(runner.run, tests):
+                counts[result.outcome] += 1
+                is_failed |= result.is_failure
+                if result.outcome != "passed":
+                    line = f"{result.outcome.upper()} {result.test}: {result.reason}"
+                    print(line.removesuffix(": "), flush=True)
+                if result.is_failure and arguments.logs is not None:
+                    keep(result, arguments.logs)
+        finally:
+            runner.stop()
+    numbers = ", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items()))
+    print(f"{numbers} in {time.monotonic() - began:.0f} s")
+    return int(is_failed)
+
+
+def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    cores = len(os.sched_getaffinity(0))
+    parser = argparse.ArgumentParser(
+        description="The GPU tests, each in a process of its own.",
+        epilog="Other arguments are pytest's, and select the tests; default: -m gpu",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=max(1, min(4, cores // 2)),
+        metavar="N",
+        help="tests at a time; default: 4, on fewer than 8 cores half of them",
+    )
+    parser.add_argument(
+        "--timeout", type=float, default=120, metavar="S", help="seconds of a test; default: 120"
+    )
+    parser.add_argument(
+        "--limit", type=float, default=float("inf"), metavar="S", help="seconds of all together"
+    )
+    parser.add_argument("--logs", type=Path, metavar="FOLDER", help="for the output of failures")
+    arguments, selection = parser.parse_known_args(argv)
+    if not any(text.startswith("-m") for text in selection):
+        selection += ["-m", "gpu"]
+    # Without a number, each process would start a thread per core.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // arguments.jobs)))
+    return arguments, selection
+
+
+def collect(selection: list[str]) -> list[str]:
+    """The node ids that pytest selects. Exits with 2 where that fails, or there is none."""
+    command = [*PYTEST, "--collect-only", *selection]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=COLLECT_TIMEOUT_S)
+    tests = [line for line in done.stdout.partition("\n\n")[0].splitlines() if "::" in line]
+    if done.returncode != 0 or not tests:
+        print(done.stdout, done.stderr, sep="", end="", file=sys.stderr)
+        print(f"nothing to run: {' '.join(command)}", file=sys.stderr)
+        sys.exit(2)
+    return tests
+
+
+class Runner:
+    """Runs tests in processes of their own, from any thread."""
+
+    def __init__(self, timeout_s: float, deadline: float):
+        """timeout_s: of one test. deadline: on the clock of time.monotonic()."""
+        self._timeout_s = timeout_s
+        self._deadline = deadline
+        self._running: set[subprocess.Popen[bytes]] = set()
+
+    def run(self, test: str) -> Result:
+        seconds = min(self._timeout_s, self._deadline - time.monotonic())
+        if seconds <= 0:
+            return Result(test, "not run", "no time is left")
+        with tempfile.TemporaryDirectory() as name:
+            report, log = Path(name, "report.xml"), Path(name, "log")
+            command = [*PYTEST, *REPORT_FORMAT, f"--junit-xml={report}", test]
+            with (
+                open(log, "wb") as output,
+                subprocess.Popen(
+                    command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+                ) as process,
+            ):
+                self._running.add(process)
+                try:
+                    code: int | None = process.wait(seconds)
+                except subprocess.TimeoutExpired:
+                    code = None
+                finally:
+                    end_all(process)
+                    self._running.discard(process)
+            outcome, reason = judge(code, verdict(report), seconds)
+            return Result(test, outcome, reason, log.read_text(errors="replace"))
+
+    def stop(self) -> None:
+        """Ends what runs; nothing is started any more."""
+        self._deadline = 0.0
+        for process in list(self._running):
+            end_all(process)
+
+
+def end_all(process: subprocess.Popen[bytes]) -> None:
+    """Also what a test has started and left behind, which may hold memory of the GPU."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def judge(code: int | None, said: tuple[str, str] | None, seconds: float) -> tuple[str, str]:
+    """Outcome and reason, of pytest's exit code (None: no time was left) and its verdict."""
+    if code is None:
+        return "timed out", f"after {seconds:.0f} s"
+    if code < 0:
+        when = "" if said is None else f", after it had {said[0]}"
+        return "crashed", f"{signal.Signals(-code).name}{when}"
+    if said is None:
+        return "crashed", f"exit code {code} without a report"
+    if code != 0 and said[0] in ("passed", "skipped"):
+        return "failed", f"exit code {code}, after it had {said[0]}"
+    return said
+
+
+def verdict(report: Path) -> tuple[str, str] | None:
+    """Outcome and reason as pytest wrote them; None if it did not come to that."""
+    try:
+        cases = list(ElementTree.parse(report).iter("testcase"))
+    except (OSError, ElementTree.ParseError):
+        return None
+    if not cases:
+        return None
+    found = {part.tag: part.get("message", "") for case in cases for part in case}
+    for tag, outcome in (("error", "failed"), ("failure", "failed"), ("skipped", "skipped")):
+        if tag in found:
+            return outcome, " ".join(found[tag].split())[:REASON_CHARACTERS]
+    return "passed", ""
+
+
+def keep(result: Result, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    name = re.sub(r"[^\w.-]+", "_", result.test.rpartition("/")[2])
+    (folder / f"{name}.log").write_text(result.output)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

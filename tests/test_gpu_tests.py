@@ -1,0 +1,112 @@
+"""benchmarks/gpu_tests.py: a process for each test, and what becomes of it in one line."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parent.parent
+COMMAND = [sys.executable, REPO / "benchmarks" / "gpu_tests.py"]
+
+OF_ALL_KINDS = """
+import os
+import signal
+import subprocess
+import time
+import pytest
+
+@pytest.mark.parametrize("name", ["plain", "with :: and a [blank]"])
+def test_passes(name, record_property):
+    record_property("largest_difference", 0.0)
+
+def test_fails():
+    assert 1 == 2, "two lines\\nof it"
+
+@pytest.fixture
+def broken():
+    raise RuntimeError("from the fixture")
+
+def test_errs(broken):
+    pass
+
+def test_is_skipped():
+    pytest.skip("for a reason")
+
+def test_crashes():
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+def test_crashes_at_the_end():
+    import atexit
+    atexit.register(os.kill, os.getpid(), signal.SIGABRT)
+
+def test_hangs():
+    subprocess.Popen(["sleep", "1000"])
+    time.sleep(1000)
+"""
+
+
+@pytest.fixture
+def of_all_kinds(tmp_path: Path) -> Path:
+    (tmp_path / "pytest.ini").write_text("[pytest]\nfilterwarnings = error\nmarkers = gpu\n")
+    (tmp_path / "test_it.py").write_text(OF_ALL_KINDS)
+    return tmp_path
+
+
+def run_them(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*COMMAND, *arguments], cwd=folder, capture_output=True, text=True, timeout=100
+    )
+
+
+def test_each_test_has_a_process_of_its_own(of_all_kinds: Path) -> None:
+    done = run_them(of_all_kinds, "--jobs=2", "--timeout=8", "--logs=logs", "-m", "not gpu")
+    *lines, numbers = done.stdout.splitlines()
+    assert lines == [
+        "FAILED test_it.py::test_fails: AssertionError: two lines of it assert 1 == 2",
+        'FAILED test_it.py::test_errs: failed on setup with "RuntimeError: from the fixture"',
+        "SKIPPED test_it.py::test_is_skipped: for a reason",
+        "CRASHED test_it.py::test_crashes: SIGSEGV",
+        "CRASHED test_it.py::test_crashes_at_the_end: SIGABRT, after it had passed",
+        "TIMED OUT test_it.py::test_hangs: after 8 s",
+    ]
+    assert numbers.startswith("2 crashed, 2 failed, 2 passed, 1 skipped, 1 timed out in ")
+    assert done.returncode == 1
+    logs = {path.name: path.read_text() for path in (of_all_kinds / "logs").iterdir()}
+    assert len(logs) == 5
+    assert "Segmentation fault" in logs["test_it.py_test_crashes.log"]
+
+
+def test_what_passes_or_is_skipped_is_no_failure(of_all_kinds: Path) -> None:
+    done = run_them(of_all_kinds, "-m", "not gpu", "-k", "passes or skipped")
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.splitlines()[-1].startswith("2 passed, 1 skipped in ")
+
+
+def test_no_time_and_nothing_to_run(of_all_kinds: Path) -> None:
+    done = run_them(of_all_kinds, "--limit=0", "-m", "not gpu", "-k", "passes")
+    assert (done.returncode, done.stdout.count("NOT RUN")) == (1, 2)
+    done = run_them(of_all_kinds)  # -m gpu
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "nothing to run: " in done.stderr
+    (of_all_kinds / "test_it.py").write_text("import no_such_module")
+    done = run_them(of_all_kinds)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "No module named 'no_such_module'" in done.stderr
+
+
+def test_its_end_is_its_tests_end(of_all_kinds: Path) -> None:
+    started = of_all_kinds / "started"
+    body = "import os, time\ndef test_it():\n    open('started', 'w').write(str(os.getpid()))\n"
+    (of_all_kinds / "test_it.py").write_text(f"{body}    time.sleep(1000)\n")
+    process = subprocess.Popen([*COMMAND, "-m", "not gpu"], cwd=of_all_kinds)
+    deadline = time.monotonic() + 60
+    while not (started.exists() and started.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(started.read_text()), 0)
