@@ -18,10 +18,10 @@ from PIL import Image
 
 from resnet_dist import cli, distributed
 from resnet_dist.config import Config, DataConfig
-from resnet_dist.data.decoding import Decoding
 from resnet_dist.data.augment import Request, eval_windows, train_windows
 from resnet_dist.data.build import build_index
 from resnet_dist.data.dali import Loader
+from resnet_dist.data.decoding import Decoding
 from resnet_dist.data.listing import CIFAR_PIXEL_BYTES
 from resnet_dist.data.quarantine import QUARANTINE, read_quarantine
 from resnet_dist.data.source import load_index
@@ -368,8 +368,12 @@ def test_what_passes_decodes_in_training(
         )
         index = build_index("folder", tmp_path, "train", None)
         loader = Loader(
+            index,
+            data,
+            device=torch.device("cpu"),
+            dtype=torch.float32,
+            max_batch_size=20,
             decoding=Decoding(decode),
-            index, data, device=torch.device("cpu"), dtype=torch.float32, max_batch_size=20
         )
         requests = []
         for epoch in range(2):
