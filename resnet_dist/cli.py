@@ -183,7 +183,8 @@ def _bench_loader(arguments: argparse.Namespace) -> None:
     if arguments.tune:
         tune(arguments.data, settings, arguments.output)
     else:
-        bench_loader(arguments.data, arguments.shards, settings, arguments.output)
+        with_peers = not arguments.no_peers
+        bench_loader(arguments.data, arguments.shards, settings, arguments.output, with_peers)
 
 
 def _bench_memory(arguments: argparse.Namespace) -> None:
@@ -426,6 +427,9 @@ def _add_bench(bench: argparse.ArgumentParser) -> None:
     )
     loader.add_argument(
         "--tune", action="store_true", help="find the fastest settings; prints them as YAML"
+    )
+    loader.add_argument(
+        "--no-peers", action="store_true", help="ours alone; with --runs 1 it takes a minute"
     )
 
     memory = benches.add_parser("memory", help="memory held in each epoch of loading")

@@ -69,8 +69,17 @@ class Loader:
     work: Work
 
 
-def bench_loader(data: Path, shards: Path | None, settings: Settings, output: Path | None) -> None:
-    """Prints the table, and writes the figures to `output`. shards: of the same photos; None: made.
+def bench_loader(
+    data: Path,
+    shards: Path | None,
+    settings: Settings,
+    output: Path | None,
+    with_peers: bool = True,
+) -> None:
+    """Prints the table, and writes the figures to `output`.
+
+    shards: of the same photos; None: they are made. with_peers: torchvision's, DALI's and
+    libjpeg-turbo's too.
 
     Raises:
         UserError: no photos in `data`, or shards that cannot be used.
@@ -81,6 +90,8 @@ def bench_loader(data: Path, shards: Path | None, settings: Settings, output: Pa
             shards = as_shards(folder)
             stack.callback(shutil.rmtree, shards)
         loaders = side_by_side(folder, shards, settings)
+        if not with_peers:
+            loaders = [loader for loader in loaders if loader.stream == "ours"]
         warm_page_cache(folder, shards)
         runs = interleave(loaders, settings)
     rows = [summary(loader, runs, loaders) for loader in loaders]
