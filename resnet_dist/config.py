@@ -59,10 +59,12 @@ class DataConfig:
     decode_threads: int | None = None
     read_threads: int = 8
     prefetch_batches: int = 2
-    # What is decoded: the crop window and its margin, or the image (some GPU decoders want that).
-    decode: Literal["window", "image"] = "window"
-    # Share of the images for the GPU's own JPEG decoder (A100 and later), not its CUDA cores.
-    hw_decoder_load: float = 0.65
+    # What is decoded: the crop window and its margin, or the whole image. auto: windows on a CPU;
+    # on a GPU the fastest way that a probe, once per GPU and versions, finds sound: data/probe.py.
+    decode: Literal["auto", "window", "image"] = "auto"
+    # Share of the images for the GPU's own JPEG decoder (A100 and later), not its CUDA cores; 0 is
+    # without it, null what the probe finds best.
+    hw_decoder_load: float | None = None
     # Kept in memory that the ranks of a node share: nothing, files' bytes, or decoded pixels.
     cache: Literal["none", "encoded", "decoded"] = "none"
 

@@ -153,7 +153,7 @@ def evaluate_checkpoint(
     mean = trained.mean_image
     if mean is not None and protocol.scales_px:
         mean = mean.mean(axis=(0, 1))  # the mean image fits the crop alone: its channels' means
-    loader = make_loader(index, config, world, mean)
+    loader = make_loader(index, config, world, mean, trained.decoding(world))
     requests = eval_requests(config, index, protocol, world.rank, world.size)
     batches = loader.batches(requests)
     score = evaluate(trained.network, batches, world, config.train.precision, protocol)

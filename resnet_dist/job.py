@@ -18,7 +18,7 @@ from resnet_dist.data.dali import Batch, Loader
 from resnet_dist.data.index import Index
 from resnet_dist.data.mean_image import mean_image
 from resnet_dist.data.protocol import CENTER_CROP
-from resnet_dist.data.source import load_index, make_loader, who_decodes
+from resnet_dist.data.source import agreed_decoding, load_index, make_loader
 from resnet_dist.data.stream import eval_requests, train_requests
 from resnet_dist.determinism import check_deterministic_form, reduce_gradients_in_rank_order
 from resnet_dist.distributed import World
@@ -37,6 +37,7 @@ from resnet_dist.precision import grad_scaler
 from resnet_dist.resume import (
     Previous,
     another_bn_batch,
+    compared,
     describe,
     look_back,
     made_with,
@@ -69,6 +70,7 @@ class Job:
     mean_image: np.ndarray | None  # float32 [crop_px, crop_px, 3], if the config asks for it
     dropouts: tuple[KeyedDropout, ...] = ()  # of state.model
     initialized: str | None = None  # what there is to say about model.init_from
+    decoding: str = ""  # how images are decoded, and why so
 
 
 def build(config: Config, world: World, resume_anyway: bool = False) -> Job:
@@ -87,15 +89,18 @@ def build(config: Config, world: World, resume_anyway: bool = False) -> Job:
             "classes.txt that names them, a line each)"
         )
     startup.mark("data index")
+    previous = look_back(config, world)
+    startup.mark("checkpoint")
+    decoding, reason = agreed_decoding(config, world, previous.content.get("decoder"))
+    startup.mark("decoder")
     facts: dict[str, Any] = {
         "classes": list(train_index.classes),
         "fingerprints": train_index.fingerprints("training") | val_index.fingerprints("validation"),
-        "decoder": who_decodes(config, world.device),
+        "decoder": str(decoding),
         "made_with": made_with(world),
     }
     # Before all that takes long: networks, a mean image, caches.
-    previous = look_back(config, facts, world, resume_anyway)
-    startup.mark("checkpoint")
+    previous = compared(previous, config, facts, world, resume_anyway)
     images = len(train_index), len(val_index)
     plan = Plan.of(config, world.size, *images, world.local_size)
     facts["made_with"]["passes_per_step"] = str(plan.accumulation)
@@ -121,15 +126,16 @@ def build(config: Config, world: World, resume_anyway: bool = False) -> Job:
         state=state,
         model=distribute(network, world),
         train_index=train_index,
-        train_loader=make_loader(train_index, config, world, mean),
+        train_loader=make_loader(train_index, config, world, mean, decoding),
         val_index=val_index,
-        val_loader=make_loader(val_index, config, world, mean),
+        val_loader=make_loader(val_index, config, world, mean, decoding),
         saver=Saver(config.run_dir, Retention(plan.keep_checkpoints, plan.keep_every_steps)),
         facts=facts,
         previous=previous,
         mean_image=mean,
         dropouts=tuple(m for m in network.modules() if isinstance(m, KeyedDropout)),
         initialized=initialized,
+        decoding=f"{decoding} ({reason})",
     )
 
 

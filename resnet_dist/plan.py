@@ -225,8 +225,11 @@ class Plan:
         due = step % self.save_every_steps == 0 or step == self.total_steps
         return due or (self.keep_every_steps is not None and step % self.keep_every_steps == 0)
 
-    def describe(self) -> str:
-        """The plan as a table, with the arithmetic that made each number."""
+    def describe(self, decoding: str = "chosen at the start") -> str:
+        """The plan as a table, with the arithmetic that made each number.
+
+        decoding: how images become pixels, and why so.
+        """
         optim, batch = self.optim, self.global_batch_size
         per_rank = f"{batch // self.world_size}" + (
             f" or {batch // self.world_size + 1}" if batch % self.world_size else ""
@@ -237,6 +240,7 @@ class Plan:
         rows = [
             ("ranks", f"{self.world_size}"),
             ("images", f"{self.train_images:,} train, {val} val"),
+            ("decoding", decoding),
             ("global batch", f"{batch} = {per_rank} on each of {self.world_size} ranks"),
             ("per-rank batch", f"{per_pass} images per pass"),
             ("accumulation", f"{self.accumulation} x forward and backward per step"),

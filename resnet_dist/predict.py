@@ -95,7 +95,7 @@ def classify(
         bad=bad,
     )
     config = replace(config, data=replace(config.data, max_bad_samples=count))
-    loader = make_loader(index, config, world, trained.mean_image)
+    loader = make_loader(index, config, world, trained.mean_image, trained.decoding(world))
     batch_size = config.train.max_local_batch_size
     parts = [np.arange(count)[start : start + batch_size] for start in range(0, count, batch_size)]
     requests = (Request(part, eval_windows(config.data, sizes[part])) for part in parts)

@@ -53,7 +53,8 @@ def recalibrate(trained: Trained, images: int, world: World) -> None:
             "train.max_local_batch_size"
         )
     requests = (train_request(config, index, 0, p) for p in slices[world.rank :: world.size])
-    batches = make_loader(index, config, world, trained.mean_image).batches(requests)
+    loader = make_loader(index, config, world, trained.mean_image, trained.decoding(world))
+    batches = loader.batches(requests)
 
     channels = [layer.num_features for layer in layers]
     total = torch.zeros(3, sum(channels), dtype=torch.float64, device=world.device)

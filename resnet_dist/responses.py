@@ -64,7 +64,7 @@ def analyze_responses(
     measured = []
     for name, (trained, index) in zip(names, loaded, strict=True):
         config, count = trained.config, min(images or len(index), len(index))
-        loader = make_loader(index, config, world, trained.mean_image)
+        loader = make_loader(index, config, world, trained.mean_image, trained.decoding(world))
         batches = loader.batches(_requests(config, index, count))
         stds = layer_stds(trained.network, batches, world, config.train.precision)
         measured.append(Responses(name, count, stds))

@@ -1,7 +1,7 @@
 """The promise that a run which goes on is the same run: what is compared, and what is said."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +28,21 @@ class Previous:
     warnings: tuple[str, ...]  # about checkpoints that are passed over, or hold infinities
 
 
-def look_back(config: Config, facts: Mapping[str, Any], world: World, anyway: bool) -> Previous:
-    """A collective: every rank reads the newest checkpoint. See changes_since for the rest."""
+def look_back(config: Config, world: World) -> Previous:
+    """A collective: every rank reads the newest checkpoint. `compared` says what has changed."""
     warnings = world.on_main(lambda: checkpoint_history.look_over(config.run_dir))
     path = world.on_main(lambda: checkpoint_list.latest(config.run_dir))
     content = {} if path is None else world.on_all(lambda: checkpoint.load(path))
+    return Previous(path, content, (), tuple(warnings))
+
+
+def compared(
+    previous: Previous, config: Config, facts: Mapping[str, Any], world: World, anyway: bool
+) -> Previous:
+    """With `changes`, of changes_since, which raises where they are not wished. A collective."""
+    content = previous.content
     changes = world.on_main(lambda: changes_since(config, content, facts, anyway))
-    return Previous(path, content, tuple(changes), tuple(warnings))
+    return replace(previous, changes=tuple(changes))
 
 
 def changes_since(

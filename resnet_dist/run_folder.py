@@ -18,11 +18,13 @@ from resnet_dist.config_file import config_from_dict, load_config
 from resnet_dist.errors import UserError, as_yaml
 
 # What may differ when a run goes on: it changes where and how, not what is computed. (data.cache
-# does, for an image that is damaged in part: a cache of decoded images needs the whole.)
+# does, for an image that is damaged in part: a cache of decoded images needs the whole. How images
+# are decoded does, too: resume.py compares the way that was taken.)
 FREE_TO_CHANGE = (
     "name",
     "data.root",
-    "data.decode_threads",
+    "data.decode",
+    "data.hw_decoder_load",
     "data.read_threads",
     "data.prefetch_batches",
     "data.max_bad_samples",

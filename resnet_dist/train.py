@@ -54,7 +54,7 @@ def train(
         world.on_main(lambda: open_run_folder(config, job.state.step, job.previous.changes))
         progress = Progress(job.plan, job.state.step, speaks=world.is_main)
         progress.say(f"{config.name}: {config.model.name} on {world.size} x {world.device.type}\n")
-        progress.say(job.plan.describe() + "\n")
+        progress.say(job.plan.describe(job.decoding) + "\n")
         if resumed:
             progress.say(resumed + "\n")
         notes = tags(job, recipe) if world.is_main else {}

@@ -11,6 +11,8 @@ from torch import nn
 from resnet_dist import checkpoint, checkpoint_folder
 from resnet_dist.config import Config
 from resnet_dist.config_file import config_from_dict
+from resnet_dist.data.decoding import Decoding
+from resnet_dist.data.source import agreed_decoding
 from resnet_dist.distributed import World
 from resnet_dist.ema import key_for_use, weights_for_use
 from resnet_dist.errors import UserError
@@ -26,6 +28,11 @@ class Trained:
     classes: tuple[str, ...]
     mean_image: np.ndarray | None  # float32 [H, W, 3] on the 0..1 scale; None: config.data.mean
     saved: dict[str, Any]  # all of the checkpoint
+
+    def decoding(self, world: World) -> Decoding:
+        """The way in which its training images were decoded, where that is sound here. A
+        collective; raises what agreed_decoding raises."""
+        return agreed_decoding(self.config, world, self.saved["decoder"])[0]
 
     def write(self, folder: Path) -> None:
         """The checkpoint with the network as it is now, in a new folder. For one rank only.

@@ -35,7 +35,7 @@ def work(folder: Path, crop: Any = "random_resized") -> Work:
     data = DataConfig(
         root=str(folder), train_crop=crop, scale_px=(32, 40), crop_px=32, decode_threads=1
     )
-    return Work(data, images=24, batch_size=8, batches=7, device="cpu")
+    return Work(data, images=24, batch_size=8, batches=7, device="cpu", run_root=str(folder))
 
 
 @pytest.mark.parametrize("crop", ["random_resized", "scale"])

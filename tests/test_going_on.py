@@ -16,7 +16,7 @@ from resuming import ONE_EPOCH, newest, refused, resumed, rewrite
 from resnet_dist import checkpoint, distributed
 from resnet_dist.config import Config
 from resnet_dist.data.quarantine import write_quarantine
-from resnet_dist.data.source import who_decodes
+from resnet_dist.data.source import agreed_decoding
 from resnet_dist.determinism import fix_algorithms
 from resnet_dist.errors import UserError
 from resnet_dist.interrupt import Interrupt
@@ -254,21 +254,28 @@ def test_made_with_is_plain_and_compared_by_name(tmp_path: Path) -> None:
     ]
 
 
-def test_who_decodes(tiny_config: Callable[..., Config]) -> None:
-    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
-    photos, cached = tiny_config(), tiny_config("data.cache=decoded")
+def test_what_no_gpu_has_to_decode(tiny_config: Callable[..., Config]) -> None:
+    """A cache of pixels, and CIFAR: the CPU has decoded them, also where the world has GPUs."""
+    gpu = replace(distributed.start(), device=torch.device("cuda", 0))
+    cached = tiny_config("data.cache=decoded")
     cifar = tiny_config(
         "data.format=cifar10", "data.train_crop=pad", "data.eval_resize_px=32", "data.crop_px=32"
     )
-    assert who_decodes(photos, cpu) == "cpu"
-    assert who_decodes(photos, gpu) == "mixed"
-    assert who_decodes(tiny_config("data.cache=encoded"), gpu) == "mixed"
-    assert who_decodes(cached, gpu) == who_decodes(cifar, gpu) == "cpu"
+    for config in (cached, cifar):
+        assert str(agreed_decoding(config, gpu)[0]) == "cpu"
+
+
+def test_on_a_cpu_what_is_decoded_is_recorded(trained: Callable[..., Config]) -> None:
+    """Whole images leave an image that is damaged in part to a stand-in, windows may not."""
+    assert checkpoint.load(newest(trained()))["decoder"] == "cpu"
+    assert resumed(trained("data.decode=window"))[0].previous.changes == ()
+    assert "decoder cpu -> cpu, whole images." in refused(trained("data.decode=image"))
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_run_of_the_cpu_s_decoder_is_not_the_gpu_s(trained: Callable[..., Config]) -> None:
-    assert checkpoint.load(newest(trained()))["decoder"] == "mixed"
+    recorded = checkpoint.load(newest(trained()))["decoder"]
+    assert recorded.startswith("gpu")
     rewrite(trained(), decoder="cpu")
-    assert "as these differ: decoder cpu -> mixed." in refused(trained())
+    assert f"as these differ: decoder cpu -> {recorded}." in refused(trained())

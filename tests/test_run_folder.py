@@ -30,7 +30,8 @@ from resnet_dist.train import train
 REPO = Path(__file__).resolve().parent.parent
 FREE = {
     "name",
-    *("data.root", "data.decode_threads", "data.read_threads", "data.prefetch_batches"),
+    *("data.root", "data.decode", "data.hw_decoder_load"),
+    *("data.decode_threads", "data.read_threads", "data.prefetch_batches"),
     *("data.max_bad_samples", "train.max_local_batch_size", "train.log_every_steps"),
     *("train.save_every_epochs", "train.save_every_iterations"),
     *("train.keep_checkpoints", "train.keep_every_epochs"),

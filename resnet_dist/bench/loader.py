@@ -23,6 +23,7 @@ from resnet_dist.bench import peers, results
 from resnet_dist.bench.peers import Work
 from resnet_dist.bench.photos import as_shards, photo_folder
 from resnet_dist.config import DataConfig
+from resnet_dist.data.source import agreed_decoding
 from resnet_dist.errors import UserError
 
 IMAGES_PER_THREAD = 2000  # in a run: 5 to 10 seconds
@@ -122,7 +123,9 @@ def side_by_side(folder: Path, shards: Path, settings: Settings) -> list[Loader]
             batch_size=settings.batch_size,
             batches=settings.timed_batches + 2 * settings.warm_batches,
             device="cuda" if gpu else "cpu",
+            run_root=str(folder),
         )
+        agreed_decoding(work.config, work.world)  # a GPU is probed here, not while it is timed
         in_shards = replace(work, data=replace(files, format="shards", root=str(shards)))
         loaders += [
             Loader("ours, files", "ours", work),

@@ -20,7 +20,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from resnet_dist.config import Config, DataConfig, TrainConfig
+from resnet_dist.config import Config, DataConfig, TrackingConfig, TrainConfig
 from resnet_dist.data.augment import Request
 from resnet_dist.data.build import build_index
 from resnet_dist.data.dali import decoded_part
@@ -43,6 +43,7 @@ class Work:
     batch_size: int
     batches: int
     device: str  # "cpu" or "cuda"
+    run_root: str  # a temporary folder; what the probe of a GPU's decoders saw is kept in it
 
     @property
     def threads(self) -> int:
@@ -58,7 +59,7 @@ class Work:
             max_local_batch_size=self.batch_size,
             precision="fp16" if self.device == "cuda" else "fp32",
         )
-        return Config(data=self.data, train=train)
+        return Config(data=self.data, train=train, tracking=TrackingConfig(run_root=self.run_root))
 
     @property
     def world(self) -> World:

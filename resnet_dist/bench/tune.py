@@ -15,6 +15,8 @@ from resnet_dist.bench.peers import Work, index_of
 from resnet_dist.bench.photos import photo_folder
 from resnet_dist.config import DataConfig
 from resnet_dist.data.cache import SHARED_MEMORY
+from resnet_dist.data.source import agreed_decoding
+from resnet_dist.errors import UserError
 
 WORTH_A_CHANGE = 1.02  # less than 2 % is noise: then the value stays
 
@@ -34,6 +36,7 @@ def tune(data: Path, settings: Settings, output: Path | None) -> None:
             batch_size=settings.batch_size,
             batches=settings.timed_batches + 2 * settings.warm_batches,
             device="cuda" if torch.cuda.is_available() else "cpu",
+            run_root=str(folder),
         )
         for knob, values in knobs(best).items():
             loaders = [
@@ -76,15 +79,27 @@ def knobs(work: Work) -> dict[str, list[Any]]:
         "decode_threads": sorted({max(1, threads // 2), threads, threads + threads // 2 + 1}),
         "read_threads": [2, 8, 16],
         "prefetch_batches": [1, 2, 4],
-        "decode": ["window", "image"],
     }
-    if work.device == "cuda":
-        tried["hw_decoder_load"] = [0.0, 0.5, 0.65, 0.8, 1.0]
+    ways = {"decode": ["auto", "window", "image"], "hw_decoder_load": [None, 0.0, 0.5, 0.8, 1.0]}
+    if work.device == "cpu":
+        ways = {"decode": ["auto", "image"]}  # auto: windows
+    for knob, values in ways.items():
+        tried[knob] = [value for value in values if _is_sound(work, knob, value)]
     memory = os.statvfs(SHARED_MEMORY)
     pixels = 3 * int(index_of(work).sizes.astype(int).prod(axis=1).sum())
     if pixels < memory.f_bavail * memory.f_frsize / 2:
         tried["cache"] = ["none", "decoded"]
     return tried
+
+
+def _is_sound(work: Work, knob: str, value: Any) -> bool:
+    """False: the probe of this GPU's decoders found it broken."""
+    asking = replace(work, data=replace(work.data, **{knob: value}))
+    try:
+        agreed_decoding(asking.config, asking.world)
+    except UserError:
+        return False
+    return True
 
 
 def photo_count(folder: Path) -> int:

@@ -103,8 +103,8 @@ def save_index(index: Index, path: Path, top: Path, extra: Any = None) -> None:
             writer.write_batch(batch)
 
     text = json.dumps(note, indent=1) + "\n"
-    _replace(path, write)
-    _replace(path.with_suffix(".json"), lambda file: file.write(text.encode()))
+    replace_file(path, write)
+    replace_file(path.with_suffix(".json"), lambda file: file.write(text.encode()))
 
 
 def load_index_file(path: Path, top: Path) -> Index:
@@ -202,7 +202,12 @@ def _check_ranges(
         raise ValueError("an image past the end of its shard")
 
 
-def _replace(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+def replace_file(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Writes a file whole or not at all: a kill leaves the old one or the new one.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as file:
         try:

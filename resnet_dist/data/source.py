@@ -1,8 +1,13 @@
 """A config's data set, opened: the index of a split, its mean image, and the loader over it."""
 
+import json
 import os
+import sys
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -11,14 +16,17 @@ from resnet_dist.config import Config, DataConfig
 from resnet_dist.data.build import set_aside, without
 from resnet_dist.data.cache import DecodedCache, EncodedCache
 from resnet_dist.data.dali import Loader
+from resnet_dist.data.decoding import Decoding, choose
 from resnet_dist.data.index import Index
 from resnet_dist.data.nodes import agreed_index
 from resnet_dist.data.order import holdout, slice_of
+from resnet_dist.data.probe import report_of, versions_of
 from resnet_dist.data.quarantine import read_quarantine
 from resnet_dist.data.reader import Reader
 from resnet_dist.distributed import World
 from resnet_dist.precision import DTYPES
 
+T = TypeVar("T")
 DECODED_TOGETHER = 32
 MAX_DECODE_THREADS = 16
 
@@ -32,7 +40,7 @@ def load_index(config: Config, split: str, world: World) -> Index:
     Raises:
         UserError: what `agreed_index` raises, or fewer images than data.holdout_images.
     """
-    root, cache = Path(config.data.root), config.run_dir.parent / ".index"
+    root, cache = Path(config.data.root), _kept_in(config)
     held = config.data.holdout_images
     index = agreed_index(config.data.format, root, "train" if held else split, cache, world)
     index = without(index, world.on_main(lambda: set_aside(index, root, read_quarantine(root))))
@@ -42,16 +50,62 @@ def load_index(config: Config, split: str, world: World) -> Index:
     return index.take(holdout(len(index), held)[split == "val"])
 
 
-def make_loader(
-    index: Index, config: Config, world: World, mean_image: np.ndarray | None = None
-) -> Loader:
-    """Batches of at most train.max_local_batch_size images. mean_image: in place of data.mean.
-    A collective, as ranks of a node share data.cache.
+def agreed_decoding(
+    config: Config, world: World, recorded: str | None = None
+) -> tuple[Decoding, str]:
+    """How images are decoded, the same way on every rank, and why. A collective.
+
+    On a GPU: the fastest way that is sound on each kind of machine in the world. One rank of each
+    kind has the probe's report from beside the index, or probes now. recorded: the way of the run
+    so far, kept where it is sound.
 
     Raises:
-        UserError: data.cache does not fit in memory.
+        UserError: the config asks for a way that the probe found broken.
+    """
+    if not _decodes_on_gpu(config, world.device):
+        part = "window" if config.data.decode == "auto" else config.data.decode
+        return Decoding(part), "the CPU's decoder"
+    say = partial(print, file=sys.stderr, flush=True)
+    reports = once_per_kind(
+        json.dumps(versions_of(world.device)),
+        lambda: report_of(world.device, _kept_in(config), say),
+        world,
+    )
+    return choose(config, reports, recorded)
+
+
+def once_per_kind(kind: str, make: Callable[[], T], world: World) -> list[T]:
+    """What `make` returns on the first rank of each kind of machine. A collective.
+
+    kind: of this rank's machine.
+    """
+    kinds = world.gather(kind)
+    is_first = kinds.index(kind) == world.rank
+    made = world.gather([make()] if is_first else [])
+    return [one for some in made for one in some]
+
+
+def _kept_in(config: Config) -> Path:
+    """Where what took long to find out about data and machines is kept."""
+    return config.run_dir.parent / ".index"
+
+
+def make_loader(
+    index: Index,
+    config: Config,
+    world: World,
+    mean_image: np.ndarray | None = None,
+    decoding: Decoding | None = None,
+) -> Loader:
+    """Batches of at most train.max_local_batch_size images. mean_image: in place of data.mean.
+    decoding: None stands for agreed_decoding. A collective, as ranks of a node share data.cache.
+
+    Raises:
+        UserError: data.cache does not fit in memory, or what `agreed_decoding` raises.
     """
     data = config.data
+    if decoding is None:
+        decoding, _ = agreed_decoding(config, world)
     if data.decode_threads is None:
         cores = len(os.sched_getaffinity(0)) // world.local_size
         data = replace(data, decode_threads=min(max(1, cores), MAX_DECODE_THREADS))
@@ -69,13 +123,13 @@ def make_loader(
         max_batch_size=config.train.max_local_batch_size,
         mean_image=mean_image,
         reader=reader,
+        decoding=decoding,
     )
 
 
-def who_decodes(config: Config, device: torch.device) -> str:
-    """ "cpu", or "mixed": the GPU with the CPU's help. Their pixels differ in the last bits."""
+def _decodes_on_gpu(config: Config, device: torch.device) -> bool:
     is_pixels = config.data.format in ("cifar10", "cifar100") or config.data.cache == "decoded"
-    return "cpu" if is_pixels or device.type == "cpu" else "mixed"
+    return device.type == "cuda" and not is_pixels
 
 
 def _decoded_cache(index: Index, data: DataConfig, world: World) -> DecodedCache:

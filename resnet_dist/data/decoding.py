@@ -1,0 +1,112 @@
+"""How encoded images become pixels, and which of the ways is taken on a GPU.
+
+A GPU's decoders are not taken on trust: some driver, GPU and library versions together crash, or
+change pixels without a word. probe.py tries each way in a process of its own; here one is chosen.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from resnet_dist.config import Config
+
+DEFAULT_HW_LOAD = 0.65  # DALI's own default: the hardware engine and the CUDA cores end together
+FAST_ENOUGH = 0.95  # of the fastest way: less than 5 % is noise, and the order of WAYS decides
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """One way of decoding. Pixels of two ways differ in the last bits."""
+
+    # The crop window and the margin that resampling reaches, or the whole image.
+    part: Literal["window", "image"] = "window"
+    # "mixed": the GPU, with the CPU's help. "host": the CPU, and the GPU does all else. "cpu": the
+    # CPU does everything.
+    device: Literal["cpu", "mixed", "host"] = "cpu"
+    # Share of a batch for the GPU's own JPEG decoder (A100, H100 and later), not its CUDA cores.
+    hw_decoder_load: float = 0.0
+    # Chroma is interpolated, as libjpeg does it; otherwise each value is repeated.
+    fancy_upsampling: bool = True
+
+    def __str__(self) -> str:
+        """As the plan, a checkpoint and messages name it."""
+        words = [{"cpu": "cpu", "mixed": "gpu", "host": "cpu before the gpu"}[self.device]]
+        if self.part == "image":
+            words += ["whole images"]
+        elif self.device != "cpu":
+            words += ["windows"]
+        if self.hw_decoder_load:
+            words += [f"hardware decoder {self.hw_decoder_load:g}"]
+        if not self.fancy_upsampling:
+            words += ["plain upsampling"]
+        return ", ".join(words)
+
+
+# What a GPU does until a probe has said otherwise. Windows crash on H100 and B200 with nvImageCodec
+# 0.9.0 (nvImageCodec issue 55); the hardware decoder may change pixels (torchcodec issue 1634).
+UNPROBED = Decoding("image", "mixed")
+# Where no way of the GPU works: the CPU's decoder, and the GPU does the rest.
+HOST = Decoding("window", "host")
+# What is tried, in order of preference: of ways that are as fast, the first. Interpolated chroma
+# agrees with the CPU's; the hardware decoder may lose speed by it, so it is tried without, too.
+WAYS = (
+    UNPROBED,
+    Decoding("window", "mixed"),
+    Decoding("image", "mixed", DEFAULT_HW_LOAD),
+    Decoding("window", "mixed", DEFAULT_HW_LOAD),
+    Decoding("image", "mixed", DEFAULT_HW_LOAD, fancy_upsampling=False),
+    Decoding("window", "mixed", DEFAULT_HW_LOAD, fancy_upsampling=False),
+)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What the probe saw of one way.
+
+    verdict: "ok"; "crash" (the process ended or hung); "changed" (other pixels when repeated);
+    "differs" (from the CPU's pixels, beyond the tolerance); "not tried".
+    """
+
+    verdict: Literal["ok", "crash", "changed", "differs", "not tried"]
+    images_per_sec: float | None = None
+    said: str = ""  # the reason, or the figures
+
+
+BROKEN = ("crash", "changed", "differs")
+Report = dict[str, Trial]  # str(way) -> what was seen of it, on one kind of machine
+
+
+def choose(config: Config, reports: Sequence[Report], recorded: str | None) -> tuple[Decoding, str]:
+    """The way that all machines take, and why.
+
+    reports: of each kind of machine in the world. recorded: str() of the run's way so far, if any.
+
+    Raises:
+        UserError: the config asks for a way that is broken on one of them.
+    """
+    part, load = config.data.decode, config.data.hw_decoder_load
+    trials: dict[Decoding, list[Trial]] = {}  # of the ways that the config leaves
+    for way in WAYS:
+        if part in ("auto", way.part) and (load is None or bool(load) == bool(way.hw_decoder_load)):
+            asked = replace(way, hw_decoder_load=load) if load else way
+            trials[asked] = [report[str(way)] for report in reports]
+    # The slowest machine sets the pace.
+    speeds = {
+        way: min(trial.images_per_sec or 0.0 for trial in seen)
+        for way, seen in trials.items()
+        if all(trial.verdict == "ok" for trial in seen)
+    }
+    for way in speeds:
+        if str(way) == recorded:
+            return way, "as this run has had it, and sound here"
+    for way, speed in speeds.items():
+        if speed >= FAST_ENOUGH * max(speeds.values()):
+            return way, f"{speed:,.0f} images/s when this GPU's decoders were probed"
+    broken = [trial for seen in trials.values() for trial in seen if trial.verdict in BROKEN]
+    if not broken:
+        return next(iter(trials)), "not probed"
+    why = f"{broken[0].verdict}: {broken[0].said}"
+    if part == "auto" and load is None:
+        return HOST, f"the CPU's decoder, as none of this GPU's is sound ({why})"
+    key, nearest = ("data.decode", "auto") if load is None else ("data.hw_decoder_load", None)
+    raise config.invalid(key, f"was found broken when this GPU was probed ({why})", nearest)

@@ -1,0 +1,194 @@
+"""Tries one way of decoding in this process, which may not survive it. probe.py starts it.
+
+    python -m resnet_dist.data.probe_way NUMBER_IN_WAYS --device cuda:0 [--images 64] [--seconds 1]
+
+Prints READY once the device works, and then what it saw: a Trial as one line of JSON.
+"""
+
+import argparse
+import io
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, replace
+
+import numpy as np
+import torch
+from PIL import Image as Pillow
+from torch import Tensor
+
+from resnet_dist.config import DataConfig
+from resnet_dist.data.augment import Request, train_windows
+from resnet_dist.data.cache import Image
+from resnet_dist.data.dali import Batch, Loader
+from resnet_dist.data.decoding import WAYS, Decoding, Trial
+from resnet_dist.data.index import Index
+from resnet_dist.data.reader import Reader
+
+READY = "ready"
+HEIGHT_PX, WIDTH_PX = 375, 500  # ImageNet's mean size
+QUALITY = 90
+EXIF_ORIENTATION = 0x0112
+MAX_DECODE_THREADS = 16
+BATCHES = 4  # different ones, each repeated ROUNDS times
+ROUNDS = 8
+# In grey levels after the resize. Repeating chroma where the CPU interpolates it leaves 2.2 on the
+# mean and 26 at most on these images, another IDCT 1.0 and 5 (libjpeg-turbo's own variants). A
+# block or an image that is wrong leaves much more.
+MEAN_TOLERANCE, MAX_TOLERANCE = 4.0, 40.0
+BORDER_PX = 4  # taps beyond the border: DALI repeats the edge, and the CPU's resize leaves them out
+LAG_SIZE = 4096  # of the matrices that keep a GPU busy behind the decoder, as training does
+
+
+class KnownJpegs:
+    """Photo-like JPEGs in memory, the same in every process, in place of a data set's reader."""
+
+    blank = Reader.blank
+
+    def __init__(self, count: int) -> None:
+        self._images = [_jpeg(number) for number in range(count)]
+        turned = [number % 8 >= 4 for number in range(count)]  # orientations 5 to 8
+        sizes = [(WIDTH_PX, HEIGHT_PX) if turn else (HEIGHT_PX, WIDTH_PX) for turn in turned]
+        self.index = Index(
+            classes=("known",),
+            labels=np.zeros(count, np.int64),
+            sizes=np.array(sizes, np.int32),
+            paths=tuple(f"known/{number}.jpg" for number in range(count)),
+            pixels=None,
+            fingerprint="known",
+        )
+
+    def read(self, sample: int) -> Image:
+        return Image(self._images[sample], trusted=True)
+
+    def read_ahead(self, samples: np.ndarray) -> Callable[[], list[Image]]:
+        return lambda: [self.read(sample) for sample in samples.tolist()]
+
+
+def _jpeg(number: int) -> np.ndarray:
+    """Every kind in turn: EXIF orientations, chroma subsampling, progressive, restarts, grey."""
+    rng = np.random.default_rng(number)
+    coarse = Pillow.fromarray(rng.integers(0, 256, (47, 63, 3), np.uint8))
+    smooth = np.asarray(coarse.resize((WIDTH_PX, HEIGHT_PX), Pillow.Resampling.BICUBIC), np.int16)
+    pixels = np.clip(smooth + rng.integers(-4, 5, smooth.shape), 0, 255).astype(np.uint8)
+    photo = Pillow.fromarray(pixels)
+    if number % 16 == 9:
+        photo = photo.convert("L")
+    exif = Pillow.Exif()
+    exif[EXIF_ORIENTATION] = 1 + number % 8
+    file = io.BytesIO()
+    photo.save(
+        file,
+        "JPEG",
+        quality=QUALITY,
+        exif=exif.tobytes(),
+        progressive=number % 16 == 5,
+        subsampling=0 if number % 4 == 3 else 2,  # 4:4:4, else 4:2:0
+        restart_marker_rows=number % 3,
+    )
+    return np.frombuffer(file.getvalue(), np.uint8)
+
+
+def try_way(way: Decoding, device: torch.device, images: int, seconds: float) -> Trial:
+    """Decodes the same batches again and again, behind a consumer that lags, and then for speed.
+
+    images: in a batch. Crashes where the way does.
+
+    Raises:
+        RuntimeError: DALI refuses.
+    """
+    known = KnownJpegs(images)
+    threads = min(MAX_DECODE_THREADS, len(os.sched_getaffinity(0)))
+    data = DataConfig(train_crop="random_resized", decode_threads=threads)
+    samples = np.arange(images)
+    requests = [
+        Request(samples, train_windows(data, 0, epoch, samples, known.index.sizes))
+        for epoch in range(BATCHES)
+    ]
+
+    def decoded(where: torch.device, how: Decoding, rounds: int) -> Iterator[Batch]:
+        loader = Loader(
+            known.index,
+            data,
+            device=where,
+            dtype=torch.float32,
+            max_batch_size=images,
+            reader=known,  # type: ignore[arg-type]
+            decoding=how,
+        )
+        return loader.batches(requests * rounds)
+
+    first, changed = repeat((batch.images for batch in decoded(device, way, ROUNDS)), device)
+    if changed:
+        return Trial("changed", said=f"{changed} of {BATCHES * (ROUNDS - 1)} batches, repeated")
+    cpu = [batch.images for batch in decoded(torch.device("cpu"), Decoding(), 1)]
+    trial = compare([images.cpu() for images in first], cpu, data.std)
+    if trial.verdict != "ok":
+        return trial
+    began, count = time.perf_counter(), 0
+    while (took := time.perf_counter() - began) < seconds:
+        for _ in decoded(device, way, ROUNDS):
+            count += images
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    return replace(trial, images_per_sec=round(count / took, 1))
+
+
+def repeat(batches: Iterable[Tensor], device: torch.device) -> tuple[list[Tensor], int]:
+    """The first BATCHES of images, and how many of their repetitions are other pixels.
+
+    On a GPU a consumer lags behind the decoder, as training does: a decoder that frees or fills
+    memory too early shows only so.
+    """
+    first: list[Tensor] = []
+    changed = torch.zeros((), dtype=torch.int64, device=device)
+    busy = torch.randn(LAG_SIZE, LAG_SIZE, device=device) if device.type == "cuda" else None
+    for number, images in enumerate(batches):
+        if busy is not None:
+            busy = (busy @ busy).clamp_(-1, 1)
+        if number < BATCHES:
+            first.append(images.clone())
+        else:
+            changed += (images != first[number % BATCHES]).any()
+    return first, int(changed)  # CPU-GPU sync point
+
+
+def compare(ours: list[Tensor], cpu: list[Tensor], std: Sequence[float]) -> Trial:
+    """Whether normalized images are the CPU's, but for rounding.
+
+    ours, cpu: float32 [B, 3, H, W] each, in host memory.
+    """
+    grey_levels = 255 * torch.tensor(std)[:, None, None]
+    inner = slice(BORDER_PX, -BORDER_PX)
+    off = torch.cat(
+        [(a - b).abs()[:, :, inner, inner] * grey_levels for a, b in zip(ours, cpu, strict=True)]
+    )
+    mean, most = off.flatten(1).mean(dim=1).max().item(), off.max().item()
+    is_near = mean <= MEAN_TOLERANCE and most <= MAX_TOLERANCE  # False where one is NaN
+    said = f"at most {most:.1f} grey levels from the CPU's pixels, {mean:.2f} on an image's mean"
+    return Trial("ok" if is_near else "differs", said=said)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("way", type=int)
+    parser.add_argument("--device", type=torch.device, required=True)
+    parser.add_argument("--images", type=int, default=64)
+    parser.add_argument("--seconds", type=float, default=1.0)
+    given = parser.parse_args()
+    if given.device.type == "cuda":
+        # Whether this process may use the GPU at all: not the decoder's fault if not.
+        torch.cuda.set_device(given.device)
+        torch.zeros(2**28, dtype=torch.uint8, device=given.device)
+        torch.cuda.synchronize(given.device)
+        torch.cuda.empty_cache()
+    print(READY, flush=True)
+    way = WAYS[given.way]
+    if given.device.type == "cpu":  # shows that the probe works, and nothing else
+        way = Decoding(way.part)
+    print(json.dumps(asdict(try_way(way, given.device, given.images, given.seconds))), flush=True)
+
+
+if __name__ == "__main__":
+    main()
