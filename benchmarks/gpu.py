@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from stages import OUTPUT, Runner, Stage
+from stages import LOGS, OUTPUT, Runner, Stage
 
 REPO = Path(__file__).resolve().parent.parent
 LADDER = (
@@ -31,7 +31,7 @@ LADDER = (
     *("ema", "sync-batchnorm", "deterministic"),
 )
 PHOTOS = (2048, 256)  # train, val
-SMALL_PHOTOS = (32, 8)
+SMALL_PHOTOS = (40, 10)
 SMALL_LIMIT_SECONDS = 170
 
 
@@ -59,13 +59,14 @@ def main() -> None:
                 filter(None, [str(site), str(REPO), os.environ.get("PYTHONPATH")])
             )
         }
-        if gpu is None:
-            env["CUDA_VISIBLE_DEVICES"] = ""
+        if gpu is None:  # one thread: so another program on the machine is not felt as much
+            env |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         limit = given.limit or (SMALL_LIMIT_SECONDS if small else 560)
         runner = Runner(results_path(given.output, gpu), scratch, limit, env)
         work = [*preparation(given.offline, site), *stages(scratch, gpu is not None, small)]
         if given.tune:
-            work.append(tune(scratch, small))
+            command = loader(scratch / "photos", scratch / "runs", small, "--tune")
+            work.append(Stage("loader, tuned", command, 600, lines=8))
         try:
             for stage in work:
                 runner.run(stage, REPO)
@@ -85,7 +86,7 @@ def stages(scratch: Path, gpu: bool, small: bool) -> list[Stage]:
     photos, runs = scratch / "photos", scratch / "runs"
     counts = SMALL_PHOTOS if small else PHOTOS
     size = ("--small",) if small else ()
-    tests = ("tests/test_dropout.py",) if small else ("--limit", 180)
+    tests = ("--logs", LOGS, *(("tests/test_dropout.py",) if small else ("--limit", 180)))
     step = ("--batch-size", 4, "--steps", 2, "--small") if small else ()
     two_ranks = torchrun(2, "train", "configs/quickstart.yaml", f"data.root={photos}")
     two_ranks += ("name=two-ranks", f"tracking.run_root={runs}", "tracking.mlflow=false")
@@ -93,10 +94,10 @@ def stages(scratch: Path, gpu: bool, small: bool) -> list[Stage]:
     first = [
         Stage("environment", script("gpu_environment.py", OUTPUT), 60),
         Stage("photos", script("noise_photos.py", photos, *counts), 60),
-        Stage("decode probe", probe(gpu), 80, lines=8),
+        Stage("decode probe", probe(runs, gpu, small), 80, lines=6),
         Stage("GPU tests", script("gpu_tests.py", *tests), 200, lines=24),
         *(Stage(f"step, {rung}", ladder(rung, *step), 60) for rung in LADDER),
-        Stage("loader", loader(photos, small, "--no-peers"), 120, line=loader_line),
+        Stage("loader", loader(photos, runs, small, "--no-peers"), 120, line=loader_line),
         Stage("one rank", script("gpu_one_rank.py", *size, "--output", OUTPUT), 60),
         Stage("two ranks, gloo", two_ranks, 60),
         Stage("train", script("gpu_train.py", "speed", photos, runs, *size, *output()), 120),
@@ -116,27 +117,27 @@ def stages(scratch: Path, gpu: bool, small: bool) -> list[Stage]:
             product("bench", "deterministic", "--runs", 2, "--steps", 10, *output()),
             80,
         ),
-        Stage("loader, peers too", loader(photos, small), 240, line=loader_line),
+        Stage("loader, peers too", loader(photos, runs, small), 240, line=loader_line),
     ]
 
 
-def tune(scratch: Path, small: bool) -> Stage:
-    return Stage("loader, tuned", loader(scratch / "photos", small, "--tune"), 600, lines=8)
-
-
-def probe(gpu: bool) -> tuple[str, ...]:
-    device = "cuda" if gpu else "cpu"
-    return python("-m", "resnet_dist.data.probe", "--device", device, *output())
+def probe(runs: Path, gpu: bool, small: bool) -> tuple[str, ...]:
+    """What it sees is kept where the stages after it look."""
+    device = "cuda:0" if gpu else "cpu"
+    size = ("--images", 4, "--seconds", 0.1) if small else ()
+    command = ("-m", "resnet_dist.data.probe", "--device", device, "--keep", runs / ".index")
+    return python(*command, *size, *output())
 
 
 def ladder(rung: str, *options: object) -> tuple[str, ...]:
     return script("gpu_ladder.py", rung, *options, *output())
 
 
-def loader(photos: Path, small: bool, *options: object) -> tuple[str, ...]:
+def loader(photos: Path, runs: Path, small: bool, *options: object) -> tuple[str, ...]:
     """At the batch of a large GPU; a single round."""
+    options = ("--runs", 1, "--run-root", runs, *options)
     size = ("--batch-size", 4, "--images", 16) if small else ("--batch-size", 256, "--images", 4096)
-    return product("bench", "loader", photos, *size, "--runs", 1, *options, *output())
+    return product("bench", "loader", photos, *size, *options, *output())
 
 
 def loader_line(figures: dict[str, Any]) -> str:

@@ -91,7 +91,9 @@ def train(
         f"optim.milestones_iterations=[{steps - 1}]",
     ]
     command = [sys.executable, "-m", "resnet_dist", "train", "configs/imagenet/resnet50.yaml"]
-    subprocess.run([*command, *settings, *(SMALL if small else []), *overrides], check=True)
+    done = subprocess.run([*command, *settings, *(SMALL if small else []), *overrides])
+    if done.returncode != 0:  # it has said why
+        sys.exit(done.returncode)
 
 
 def differences(where: str, one: Any, other: Any) -> Iterator[str]:

@@ -33,8 +33,11 @@ def is_here(module: str) -> bool:
 
 def unpack(archive: Path, site: Path) -> None:
     try:
-        with lzma.open(archive) as raw, tarfile.open(fileobj=raw, mode="r|") as tar:
-            tar.extractall(site, filter="data")
+        with lzma.open(archive) as raw:
+            with tarfile.open(fileobj=raw, mode="r|") as tar:
+                tar.extractall(site, filter="data")
+            while raw.read(1 << 20):  # to xz's checksum, at its end
+                pass
     except (lzma.LZMAError, EOFError, tarfile.TarError) as error:
         sys.exit(f"{archive}: damaged ({error}); carry it here again")
 

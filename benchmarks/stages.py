@@ -6,6 +6,7 @@ Standard library only: what runs them must not depend on what they try.
 import contextlib
 import json
 import os
+import re
 import resource
 import shlex
 import signal
@@ -18,8 +19,11 @@ from pathlib import Path
 from typing import Any
 
 OUTPUT = "OUTPUT"  # in a command: the JSON file that its figures go to
+LOGS = "LOGS"  # in a command: a folder for more logs than its output
 MARK = "RESNET_DIST_STAGE"  # in the environment of all processes of a stage
 STACKS_SECONDS = 5  # for a stage at its limit to write where it stands
+ERRORS = r"(resnet-dist|Fatal Python error|[\w.]*(Error|Exception))"
+ERROR_LINE = re.compile(rf"^(\[?rank ?\d+\]?: *)?{ERRORS}: \S.*$", re.MULTILINE)
 ROW = "{:24}  {:20}  {:>5}  {}"
 
 
@@ -69,7 +73,8 @@ class Runner:
         """Runs it, unless less than half of its limit is left for all stages."""
         output = self._scratch / "figures.json"
         output.unlink(missing_ok=True)
-        command = [str(output) if word == OUTPUT else word for word in stage.command]
+        places = {OUTPUT: str(output), LOGS: str(self._scratch / "logs" / stage.name)}
+        command = [places.get(word, word) for word in stage.command]
         began = time.monotonic()
         if self.seconds_left < stage.limit_seconds / 2:
             outcome, said = "not started", [f"{max(0, self.seconds_left):.0f} s left"]
@@ -110,15 +115,18 @@ class Runner:
         mark = uuid.uuid4().hex
         out, err = self._scratch / "stdout", self._scratch / "stderr"
         with open(out, "wb") as stdout, open(err, "wb") as stderr:
-            process = subprocess.Popen(
-                command,
-                cwd=cwd,
-                env={**self._env, MARK: mark},
-                stdin=subprocess.DEVNULL,
-                stdout=stdout,
-                stderr=stderr,
-                start_new_session=True,
-            )
+            try:
+                process = subprocess.Popen(
+                    command,
+                    cwd=cwd,
+                    env={**self._env, MARK: mark},
+                    stdin=subprocess.DEVNULL,
+                    stdout=stdout,
+                    stderr=stderr,
+                    start_new_session=True,
+                )
+            except OSError as error:
+                return f"failed ({error.strerror})", []
             try:
                 process.wait(limit_seconds)
                 outcome = outcome_of(process.returncode)
@@ -134,9 +142,10 @@ class Runner:
                     process.wait(STACKS_SECONDS)
         with open(self._log, "a") as log:
             print(f"\n== {stage.name}: {outcome}\n+ {shlex.join(command)}", file=log)
-            print(text_of(out), text_of(err), sep="\n", file=log)
+            more = sorted((self._scratch / "logs" / stage.name).rglob("*.log"))
+            print(*(text_of(path) for path in (out, err, *more)), sep="\n", file=log)
         said = last_lines(text_of(out), stage.lines)
-        return outcome, said if outcome == "ok" else [*said, *last_lines(text_of(err), 1)]
+        return outcome, said if outcome == "ok" else [*said, *why(text_of(err))]
 
 
 def outcome_of(returncode: int) -> str:
@@ -163,7 +172,13 @@ def text_of(path: Path) -> str:
 
 
 def last_lines(text: str, count: int) -> list[str]:
-    return [line.rstrip() for line in text.splitlines() if line.strip()][-count:]
+    return [line.rstrip() for line in text.splitlines() if re.search(r"\w", line)][-count:]
+
+
+def why(errors: str) -> list[str]:
+    """The last line that names an error, or the last one: launchers say more after it."""
+    named = [match[0] for match in ERROR_LINE.finditer(errors)]
+    return named[-1:] or last_lines(errors, 1)
 
 
 def describe(record: Record) -> str:

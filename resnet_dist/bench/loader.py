@@ -38,6 +38,8 @@ class Settings:
     threads: int
     images: int  # timed in each run
     runs: int
+    # In whose .index runs keep what the probe of a GPU's decoders saw; None: it is probed anew.
+    run_root: str | None = None
 
     @property
     def warm_batches(self) -> int:
@@ -123,7 +125,7 @@ def side_by_side(folder: Path, shards: Path, settings: Settings) -> list[Loader]
             batch_size=settings.batch_size,
             batches=settings.timed_batches + 2 * settings.warm_batches,
             device="cuda" if gpu else "cpu",
-            run_root=str(folder),
+            run_root=settings.run_root or str(folder),
         )
         agreed_decoding(work.config, work.world)  # a GPU is probed here, not while it is timed
         in_shards = replace(work, data=replace(files, format="shards", root=str(shards)))
