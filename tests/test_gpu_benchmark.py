@@ -22,11 +22,11 @@ folder.mkdir(parents=True)
 print("1 failed")
 raise ValueError("no such thing")
 """
-# A process in another session, as torchrun's workers are: it must go, too.
-HANGS = """
+# In another session, as torchrun's workers are, and it ignores what it can: it must go, too.
+CHILD = "import signal, time; signal.signal(signal.SIGABRT, signal.SIG_IGN); time.sleep(100)"
+HANGS = f"""
 import pathlib, subprocess, sys, time
-child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"],
-                         start_new_session=True)
+child = subprocess.Popen([sys.executable, "-c", {CHILD!r}], start_new_session=True)
 pathlib.Path(sys.argv[1]).write_text(str(child.pid))
 print("waiting", flush=True)
 time.sleep(100)
