@@ -1,131 +1,194 @@
-"""The GPU proof in one command: GPU tests, the quickstart, ResNet-50 at 224 px, the loader alone,
-side by side with DALI's own and torchvision's, and what saving and deterministic mode cost.
+"""Everything that one GPU machine can tell about this project in ten minutes, in one command.
 
-    python benchmarks/gpu.py [data.root=/data/imagenet] [key.sub=value ...]
+    python benchmarks/gpu.py                          # on the GPU machine
+    python benchmarks/gpu.py --small --device cpu     # a rehearsal: it shows that this runs
 
-Writes benchmarks/results/<device>.json: img/s and data-wait % by logging step, with the versions
-that made them; the other figures go to loader-, checkpoint- and deterministic-<device>.json.
-Without data.root it trains on JPEGs of 500 x 375 pixels that it makes itself (smooth noise: to
-decode, about as dear as photos).
-Overrides go to the ResNet-50 run. Without a GPU everything runs on the CPU, which shows that this
-script works and nothing else.
+A GPU machine without internet gets what it lacks from a folder that is packed elsewhere:
+
+    python benchmarks/offline_pack.py FOLDER          # where there is internet; then carry it over
+    python benchmarks/gpu.py --offline FOLDER         # on the GPU machine; nothing is installed
+
+Each stage is a process of its own with a time limit of its own, and the next one runs whatever
+became of it. --limit governs what still starts. After each stage all that is known is written to
+DIR/<gpu>-<date>.json, and its whole output to .log beside it; a table comes last. The exit code is
+0 if every stage went well.
 """
 
-import json
+import argparse
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-import torch
-from PIL import Image
+from stages import LOGS, OUTPUT, Runner, Stage
 
 REPO = Path(__file__).resolve().parent.parent
-RESULTS = REPO / "benchmarks" / "results"
-CLASSES, TRAIN_PER_CLASS, VAL_PER_CLASS = 10, 512, 32
-RESNET50 = ["name=resnet50", "optim.warmup_epochs=0.5", "train.epochs=4", "train.log_every_steps=5"]
+LADDER = (
+    *("nchw-fp32", "channels-last", "tf32", "bf16", "fused"),
+    *("ema", "sync-batchnorm", "deterministic"),
+)
+PHOTOS = (2048, 256)  # train, val
+SMALL_PHOTOS = (40, 10)
+SMALL_LIMIT_SECONDS = 170
 
 
-def main(overrides: list[str]) -> None:
-    gpu = torch.cuda.is_available()
-    device = torch.cuda.get_device_name(0) if gpu else platform.processor() or "cpu"
-    ranks = max(1, torch.cuda.device_count())
-    name = "-".join(device.lower().split())
-    with tempfile.TemporaryDirectory() as folder:
-        scratch = Path(folder)
-        if not any(text.startswith("data.root=") for text in overrides):
-            make_photos(scratch / "photos")
-            overrides = [f"data.root={scratch}/photos", *overrides]
-        tests = run([sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests"])
-        run([sys.executable, "-m", "resnet_dist", "prepare", "digits", f"{scratch}/digits"])
-        digits = [f"data.root={scratch}/digits"]
-        result = {
-            "device": device,
-            "ranks": ranks,
-            "python": platform.python_version(),
-            **{p: version(p) for p in ("torch", "torchvision", "nvidia-dali-cuda130")},
-            "gpu_tests": tests.splitlines()[-1],
-            "quickstart": train(scratch, 2, "configs/quickstart.yaml", digits),
-            "resnet50": train(
-                scratch, ranks, "configs/imagenet/resnet50.yaml", [*RESNET50, *overrides]
-            ),
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: a GPU if there is one")
+    parser.add_argument("--small", action="store_true", help="a rehearsal; always so on a CPU")
+    parser.add_argument("--limit", type=float, metavar="SECONDS", help="default: 560; small: 170")
+    parser.add_argument("--output", type=Path, default=REPO / "benchmarks/results", metavar="DIR")
+    parser.add_argument("--offline", type=Path, metavar="FOLDER", help="of offline_pack.py")
+    parser.add_argument("--tune", action="store_true", help="the fastest loader settings, too")
+    given = parser.parse_args()
+    gpu = None if given.device == "cpu" else name_of_gpu()
+    if given.device == "cuda" and gpu is None:
+        parser.error("--device cuda: nvidia-smi names no GPU; rehearse with --small --device cpu")
+    small = given.small or gpu is None
+    given.output.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="resnet-dist-gpu-") as name:
+        scratch = Path(name)
+        site = scratch / "site"
+        env = {
+            "PYTHONPATH": os.pathsep.join(
+                filter(None, [str(site), str(REPO), os.environ.get("PYTHONPATH")])
+            )
         }
-        RESULTS.mkdir(exist_ok=True)
-        bench_loader(overrides, RESULTS / f"loader-{name}.json")
-        bench_exactness(scratch, ranks, name)
-    path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"written: {path}")
+        if gpu is None:  # one thread: so another program on the machine is not felt as much
+            env |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        limit = given.limit or (SMALL_LIMIT_SECONDS if small else 560)
+        runner = Runner(results_path(given.output, gpu), scratch, limit, env)
+        work = [*preparation(given.offline, site), *stages(scratch, gpu is not None, small)]
+        if given.tune:
+            command = loader(scratch / "photos", scratch / "runs", small, "--tune")
+            work.append(Stage("loader, tuned", command, 600, lines=8))
+        try:
+            for stage in work:
+                runner.run(stage, REPO)
+        finally:
+            print(f"\n{runner.table()}\n\nwritten: {runner.path}")
+    sys.exit(any(one.outcome != "ok" for one in runner.records))
 
 
-def train(scratch: Path, ranks: int, config: str, overrides: list[str]) -> dict[str, object]:
-    """Trains, and returns what the journal says of it."""
-    began = time.monotonic()
-    fixed = [f"tracking.run_root={scratch}/runs", "tracking.mlflow=false"]
-    command = ["torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    command += ["-m", "resnet_dist", "train", config, *overrides, *fixed]
-    run([sys.executable, "-m", *command])
-    run_dir = max((scratch / "runs").glob("*/journal.jsonl"), key=os.path.getmtime).parent
-    steps: dict[int, dict[str, float]] = {}
-    for line in (run_dir / "journal.jsonl").read_text().splitlines():
-        record = json.loads(line)
-        steps.setdefault(record["step"], {}).update(record["metrics"])
-    return {
-        "command": " ".join(["train", config, *overrides]).replace(str(scratch), "SCRATCH"),
-        "seconds": round(time.monotonic() - began, 1),
-        "images_per_sec": [round(m["perf/images_per_sec"], 1) for m in steps.values()],
-        "data_wait_pct": [round(m["perf/data_wait_pct"], 1) for m in steps.values()],
-        "last": steps[max(steps)],
-    }
+def preparation(offline: Path | None, site: Path) -> list[Stage]:
+    if offline is None:
+        return []
+    return [Stage("offline packages", script("offline_unpack.py", offline.resolve(), site), 60)]
 
 
-def bench_loader(overrides: list[str], output: Path) -> None:
-    """Over the photos of data.root, at the batch of a large GPU; and its fastest settings."""
-    (root,) = (text.partition("=")[2] for text in overrides if text.startswith("data.root="))
-    bench = [sys.executable, "-m", "resnet_dist", "bench", "loader", root]
-    run([*bench, "--batch-size", "256", "--output", str(output)])
-    run([*bench, "--batch-size", "256", "--tune"])
+def stages(scratch: Path, gpu: bool, small: bool) -> list[Stage]:
+    """In their order: what is most worth knowing first. The last ones run if time is left."""
+    photos, runs = scratch / "photos", scratch / "runs"
+    counts = SMALL_PHOTOS if small else PHOTOS
+    size = ("--small",) if small else ()
+    tests = ("--logs", LOGS, *(("tests/test_dropout.py",) if small else ("--limit", 180)))
+    step = ("--batch-size", 4, "--steps", 2, "--small") if small else ()
+    two_ranks = torchrun(2, "train", "configs/quickstart.yaml", f"data.root={photos}")
+    two_ranks += ("name=two-ranks", f"tracking.run_root={runs}", "tracking.mlflow=false")
+    two_ranks += ("train.deterministic=true", "train.iterations=4", "train.global_batch_size=16")
+    first = [
+        Stage("environment", script("gpu_environment.py", OUTPUT), 60),
+        Stage("photos", script("noise_photos.py", photos, *counts), 60),
+        Stage("decode probe", probe(runs, gpu, small), 80, lines=6),
+        Stage("GPU tests", script("gpu_tests.py", *tests), 200, lines=24),
+        *(Stage(f"step, {rung}", ladder(rung, *step), 60) for rung in LADDER),
+        Stage("loader", loader(photos, runs, small, "--no-peers"), 120, line=loader_line),
+        Stage("one rank", script("gpu_one_rank.py", *size, "--output", OUTPUT), 60),
+        Stage("two ranks, gloo", two_ranks, 60),
+        Stage("train", script("gpu_train.py", "speed", photos, runs, *size, *output()), 120),
+        Stage("resume", script("gpu_train.py", "resume", photos, runs, *size, *output()), 120),
+    ]
+    compiled = Stage("step, compiled", ladder("compiled", *step), 150)  # mostly the compiler's
+    if small:
+        return [*first, compiled]
+    return [
+        *first,
+        compiled,
+        *(Stage(f"step, fused, {n}", ladder("fused", "--batch-size", n), 60) for n in (512, 1024)),
+        Stage("step, fp16", ladder("fp16"), 60),
+        Stage("checkpoint", product("bench", "checkpoint", scratch, "--runs", 3, *output()), 120),
+        Stage(
+            "deterministic",
+            product("bench", "deterministic", "--runs", 2, "--steps", 10, *output()),
+            80,
+        ),
+        Stage("loader, peers too", loader(photos, runs, small), 240, line=loader_line),
+    ]
 
 
-def bench_exactness(scratch: Path, ranks: int, name: str) -> None:
-    """What saving costs, and deterministic mode."""
-    bench = ["-m", "resnet_dist", "bench"]
-    output = ["--output", f"{RESULTS}/checkpoint-{name}.json"]
-    run([sys.executable, *bench, "checkpoint", str(scratch), *output])
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    output = ["--output", f"{RESULTS}/deterministic-{name}.json"]
-    run([sys.executable, *torchrun, *bench, "deterministic", *output])
+def probe(runs: Path, gpu: bool, small: bool) -> tuple[str, ...]:
+    """What it sees is kept where the stages after it look."""
+    device = "cuda:0" if gpu else "cpu"
+    size = ("--images", 4, "--seconds", 0.1) if small else ()
+    command = ("-m", "resnet_dist.data.probe", "--device", device, "--keep", runs / ".index")
+    return python(*command, *size, *output())
 
 
-def run(command: list[str]) -> str:
-    """Runs from the checkout, shows and returns the output; a failure ends this script."""
-    print("+", *command, flush=True)
-    done = subprocess.run(command, cwd=REPO, stdout=subprocess.PIPE, text=True)
-    print(done.stdout, flush=True)
-    no_tests_collected = 5  # pytest's code where all are deselected
-    if done.returncode not in (0, no_tests_collected):
-        sys.exit(done.returncode)
-    return done.stdout
+def ladder(rung: str, *options: object) -> tuple[str, ...]:
+    return script("gpu_ladder.py", rung, *options, *output())
 
 
-def make_photos(root: Path) -> None:
-    rng = np.random.default_rng(0)
-    for split, count in (("train", TRAIN_PER_CLASS), ("val", VAL_PER_CLASS)):
-        for label in range(CLASSES):
-            folder = root / split / f"class{label}"
-            folder.mkdir(parents=True)
-            for number in range(count):
-                coarse = Image.fromarray(rng.integers(0, 256, (47, 63, 3), np.uint8))
-                fine = rng.integers(-12, 13, (375, 500, 3))
-                smooth = np.asarray(coarse.resize((500, 375), Image.Resampling.BICUBIC), np.int16)
-                pixels = np.clip(smooth + fine, 0, 255).astype(np.uint8)
-                Image.fromarray(pixels).save(folder / f"{number}.jpg", quality=90)
+def loader(photos: Path, runs: Path, small: bool, *options: object) -> tuple[str, ...]:
+    """At the batch of a large GPU; a single round."""
+    options = ("--runs", 1, "--run-root", runs, *options)
+    size = ("--batch-size", 4, "--images", 16) if small else ("--batch-size", 256, "--images", 4096)
+    return product("bench", "loader", photos, *size, *options, *output())
+
+
+def loader_line(figures: dict[str, Any]) -> str:
+    return "; ".join(
+        f"{one['loader']}, {one['train_crop']}: {one['images_per_sec']:,.0f} img/s"
+        for one in figures["loaders"]
+    )
+
+
+def product(*arguments: object) -> tuple[str, ...]:
+    return python("-m", "resnet_dist", *arguments)
+
+
+def torchrun(ranks: int, *arguments: object) -> tuple[str, ...]:
+    launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}")
+    return python(*launcher, "-m", "resnet_dist", *arguments)
+
+
+def script(name: str, *arguments: object) -> tuple[str, ...]:
+    return python(REPO / "benchmarks" / name, *arguments)
+
+
+def python(*arguments: object) -> tuple[str, ...]:
+    return sys.executable, *map(str, arguments)
+
+
+def output() -> tuple[str, str]:
+    return "--output", OUTPUT
+
+
+def name_of_gpu() -> str | None:
+    """Without torch, which may be what does not work."""
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    names = done.stdout.split("\n") if done.returncode == 0 else []
+    return names[0].strip() or None if names else None
+
+
+def results_path(folder: Path, gpu: str | None) -> Path:
+    """One that is not there yet."""
+    machine = gpu or f"{len(os.sched_getaffinity(0))}-core-cpu"
+    stem = "-".join([*machine.lower().split(), time.strftime("%Y-%m-%d")])
+    path, number = folder / f"{stem}.json", 1
+    while path.exists():
+        number += 1
+        path = folder / f"{stem}-{number}.json"
+    return path
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -183,13 +183,15 @@ def _bench_loader(arguments: argparse.Namespace) -> None:
 
     threads = arguments.threads or cores_per_gpu()
     images = arguments.images or IMAGES_PER_THREAD * threads
-    settings = Settings(arguments.batch_size, threads, images, arguments.runs)
+    sizes = arguments.batch_size, threads, images, arguments.runs
+    settings = Settings(*sizes, run_root=arguments.run_root)
     if arguments.tune and arguments.shards is not None:
         raise UserError("command line: --shards does not go with --tune")
     if arguments.tune:
         tune(arguments.data, settings, arguments.output)
     else:
-        bench_loader(arguments.data, arguments.shards, settings, arguments.output)
+        with_peers = not arguments.no_peers
+        bench_loader(arguments.data, arguments.shards, settings, arguments.output, with_peers)
 
 
 def _bench_memory(arguments: argparse.Namespace) -> None:
@@ -432,6 +434,14 @@ def _add_bench(bench: argparse.ArgumentParser) -> None:
     )
     loader.add_argument(
         "--tune", action="store_true", help="find the fastest settings; prints them as YAML"
+    )
+    loader.add_argument(
+        "--run-root",
+        metavar="RUNS",
+        help="where runs keep what the probe of a GPU's decoders saw; default: it is probed anew",
+    )
+    loader.add_argument(
+        "--no-peers", action="store_true", help="ours alone; with --runs 1 it takes a minute"
     )
 
     memory = benches.add_parser("memory", help="memory held in each epoch of loading")

@@ -109,7 +109,9 @@ class TrainConfig:
     global_batch_size: int = 256
     # The most images one rank takes through the network at once: what fits in its memory.
     max_local_batch_size: int = 128
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    # fp32 is IEEE float32 on every device. tf32: a GPU rounds the factors of float32 products to
+    # ten bits of mantissa; a CPU does not.
+    precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
     # The same command gives the same bits: kernels, autotuning and the order of sums are fixed.
     deterministic: bool = False
     # Weights averaged over the steps, w = d * w + (1 - d) * weights, are what is evaluated (so the

@@ -2,12 +2,25 @@
 
 import torch
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {
+    "fp32": torch.float32,
+    "tf32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Weights and BN statistics stay fp32; convolutions run in `precision`."""
-    return torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
+    """Weights and BN statistics stay float32; convolutions run in `precision`.
+
+    float32 is IEEE's, but for "tf32": there a GPU rounds the factors of products to TF32's ten bits
+    of mantissa. (cuDNN does so by default, and cuBLAS does not.) That is a switch of the process,
+    not of the context that is returned: the backward pass comes after it.
+    """
+    products = "tf32" if precision == "tf32" else "ieee"
+    torch.backends.cuda.matmul.fp32_precision = products
+    torch.backends.cudnn.conv.fp32_precision = products  # type: ignore[attr-defined]
+    return torch.autocast(device.type, DTYPES[precision], enabled=precision in ("bf16", "fp16"))
 
 
 def grad_scaler(device: torch.device, precision: str) -> torch.amp.GradScaler:

@@ -116,6 +116,13 @@ def test_loaders_side_by_side(
     assert "torchvision, same windows" in capsys.readouterr().out
 
 
+def test_loaders_of_ours_alone(tiny_folder: Path, tmp_path: Path) -> None:
+    runs = ["--run-root", str(tmp_path / "runs")]
+    loaders = figures(tmp_path, "loader", str(tiny_folder), *TOY, *runs, "--no-peers")["loaders"]
+    names = [one["loader"] for one in loaders if "cache" not in one["loader"]]
+    assert names == ["ours, files", "ours, shards"] * 2
+
+
 def test_tuned_settings_are_a_config(
     tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -176,6 +176,22 @@ def test_equals_batchnorm_on_the_joined_batch(shapes: tuple[tuple[int, int, int]
             assert all(map(torch.equal, ranks[0].buffers, other.buffers)), case
 
 
+def train_forced(rank: int, world_size: int, case: Case) -> Result:
+    layer = convert_sync_batchnorm(case.layer())
+    assert isinstance(layer, SyncBatchNorm2d)
+    layer.forward = layer.forward_joined
+    with recorded_collectives() as calls:
+        result = train(layer, [step[rank] for step in case.steps()])
+    assert [name for name, _ in calls] == ["all_reduce"] * 4  # each way in both steps
+    return result
+
+
+def test_forced_in_a_group_of_one_it_is_batchnorm() -> None:
+    case = Case(((3, 4, 4),))
+    found = errors(run_ranks(train_forced, 1, case), reference(case))
+    assert max(found.values()) <= 1e-12, found
+
+
 def test_mean_far_larger_than_the_spread() -> None:
     cases = [Case(UNEQUAL_3, torch.float32, offset) for offset in (1e4, 1e5, 1e6)]
     by_rank = run_ranks(train_cases, 3, cases)

@@ -38,6 +38,8 @@ class Settings:
     threads: int
     images: int  # timed in each run
     runs: int
+    # In whose .index runs keep what the probe of a GPU's decoders saw; None: it is probed anew.
+    run_root: str | None = None
 
     @property
     def warm_batches(self) -> int:
@@ -70,8 +72,17 @@ class Loader:
     work: Work
 
 
-def bench_loader(data: Path, shards: Path | None, settings: Settings, output: Path | None) -> None:
-    """Prints the table, and writes the figures to `output`. shards: of the same photos; None: made.
+def bench_loader(
+    data: Path,
+    shards: Path | None,
+    settings: Settings,
+    output: Path | None,
+    with_peers: bool = True,
+) -> None:
+    """Prints the table, and writes the figures to `output`.
+
+    shards: of the same photos; None: they are made. with_peers: torchvision's, DALI's and
+    libjpeg-turbo's too.
 
     Raises:
         UserError: no photos in `data`, or shards that cannot be used.
@@ -82,6 +93,8 @@ def bench_loader(data: Path, shards: Path | None, settings: Settings, output: Pa
             shards = as_shards(folder)
             stack.callback(shutil.rmtree, shards)
         loaders = side_by_side(folder, shards, settings)
+        if not with_peers:
+            loaders = [loader for loader in loaders if loader.stream == "ours"]
         warm_page_cache(folder, shards)
         runs = interleave(loaders, settings)
     rows = [summary(loader, runs, loaders) for loader in loaders]
@@ -112,7 +125,7 @@ def side_by_side(folder: Path, shards: Path, settings: Settings) -> list[Loader]
             batch_size=settings.batch_size,
             batches=settings.timed_batches + 2 * settings.warm_batches,
             device="cuda" if gpu else "cpu",
-            run_root=str(folder),
+            run_root=settings.run_root or str(folder),
         )
         agreed_decoding(work.config, work.world)  # a GPU is probed here, not while it is timed
         in_shards = replace(work, data=replace(files, format="shards", root=str(shards)))

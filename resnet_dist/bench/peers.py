@@ -43,7 +43,7 @@ class Work:
     batch_size: int
     batches: int
     device: str  # "cpu" or "cuda"
-    run_root: str  # a temporary folder; what the probe of a GPU's decoders saw is kept in it
+    run_root: str  # what the probe of a GPU's decoders saw is kept in it
 
     @property
     def threads(self) -> int:

@@ -36,7 +36,7 @@ def tune(data: Path, settings: Settings, output: Path | None) -> None:
             batch_size=settings.batch_size,
             batches=settings.timed_batches + 2 * settings.warm_batches,
             device="cuda" if torch.cuda.is_available() else "cpu",
-            run_root=str(folder),
+            run_root=settings.run_root or str(folder),
         )
         for knob, values in knobs(best).items():
             loaders = [

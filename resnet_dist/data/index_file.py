@@ -120,7 +120,7 @@ def load_index_file(path: Path, top: Path) -> Index:
         if any(column.null_count for column in columns.values()) or not len(batch):
             raise ValueError("holes in it")
         labels = _view(columns["label"], np.int64)
-        sizes = _view(columns["size"].flatten(), np.int32).reshape(-1, 2)
+        sizes = _view(columns["size"].values, np.int32).reshape(-1, 2)
         nbytes = _view(columns["nbytes"], np.int64) if "nbytes" in columns else None
         classes = tuple(metadata["classes"])
         if labels.min() < 0 or labels.max() >= len(classes):

@@ -1,6 +1,6 @@
 """Tries each way of decoding on this GPU, once per GPU and versions, and keeps what it saw.
 
-    python -m resnet_dist.data.probe [--device cuda:0] [--output FILE]
+    python -m resnet_dist.data.probe [--device cuda:0] [--output FILE] [--keep RUN_ROOT/.index]
 
 The sums of what is known: nvImageCodec 0.9.0 ends the process on an H100 or B200 when it decodes
 windows (nvImageCodec issue 55); the hardware JPEG decoder changed pixels in 134 of 200 repeats on
@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -177,11 +178,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda", 0))
     parser.add_argument("--output", type=Path, help="also as JSON")
+    parser.add_argument(
+        "--keep", type=Path, help="a folder for runs to find it in, RUN_ROOT/.index"
+    )
     parser.add_argument("--images", type=int, default=64, help="in a batch")
     parser.add_argument("--seconds", type=float, default=1.0, help="of the speed of a way")
     given = parser.parse_args()
     options = ["--images", str(given.images), "--seconds", str(given.seconds)]
-    report, _ = probe(given.device, options)
+    try_all = partial(probe, options=options)
+    if given.keep is None:
+        report, _ = try_all(given.device)
+    else:
+        report = report_of(given.device, given.keep, print, try_all)
     for name, trial in report.items():
         print(describe(name, trial))
     if given.output is not None:

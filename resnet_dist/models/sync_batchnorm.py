@@ -142,6 +142,10 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
             raise ValueError("SyncBatchNorm2d: this rank is not a member of its process group")
         if dist.get_world_size(self.process_group) == 1:
             return super().forward(input)
+        return self.forward_joined(input)
+
+    def forward_joined(self, input: Tensor) -> Tensor:
+        """As in training with a second rank, also where there is none. A collective."""
         self._check_input_dim(input)
         mean, var, count = _group_statistics(input, self.process_group)
         if self.running_mean is not None and self.running_var is not None:

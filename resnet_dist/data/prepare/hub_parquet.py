@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from resnet_dist.data.prepare.images import ParquetRows, unreadable
 from resnet_dist.errors import UserError
@@ -44,6 +43,8 @@ def list_parquet(folder: Path, split: str) -> HubSplit:
     Raises:
         UserError: a missing or damaged file, or a row without a label.
     """
+    import pyarrow.parquet as pq  # only this source needs it
+
     files = _files(folder, HUB_SPLITS[split])
     labels: list[np.ndarray] = []
     names: list[str] = []

@@ -1,0 +1,179 @@
+"""One rung of the ladder: ResNet-50's training step with one thing more than on the rung below.
+
+    python benchmarks/gpu_ladder.py RUNG [--batch-size 256] [--steps 20] [--small] [--output FILE]
+
+Each of the last five rungs is `fused` and one thing: they are not on top of each other.
+"""
+
+import argparse
+import json
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from noise_job import NoiseJob, force_synchronized_batchnorm
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from resnet_dist import distributed
+from resnet_dist.models.sync_batchnorm import convert_sync_batchnorm
+
+HOST_STEPS = 3
+TOP_KERNELS = 12
+
+
+@dataclass(frozen=True)
+class Rung:
+    precision: str = "bf16"
+    channels_last: bool = True
+    fused: bool = True  # SGD in a few launches
+    ema: bool = False
+    sync_batchnorm: bool = False  # its arithmetic, in a group of this rank alone
+    deterministic: bool = False
+    compiled: bool = False
+
+
+RUNGS = {
+    "nchw-fp32": Rung("fp32", channels_last=False, fused=False),
+    "channels-last": Rung("fp32", fused=False),
+    "tf32": Rung("tf32", fused=False),
+    "bf16": Rung(fused=False),
+    "fused": Rung(),
+    "ema": Rung(ema=True),
+    "sync-batchnorm": Rung(sync_batchnorm=True),
+    "deterministic": Rung(deterministic=True),
+    "compiled": Rung(compiled=True),
+    "fp16": Rung("fp16"),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("rung", choices=RUNGS)
+    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--small", action="store_true", help="ResNet-18 at 64 px")
+    parser.add_argument("--output", type=Path, metavar="FILE.json")
+    given = parser.parse_args()
+    figures = measure(RUNGS[given.rung], given.batch_size, given.steps, given.small)
+    figures = {"rung": given.rung, **figures}
+    if given.output is not None:
+        given.output.write_text(json.dumps(figures, indent=1) + "\n")
+    print(describe(figures))
+
+
+def measure(rung: Rung, batch_size: int, steps: int, small: bool) -> dict[str, Any]:
+    world = distributed.start()
+    overrides = [
+        f"train.precision={rung.precision}",
+        f"train.deterministic={str(rung.deterministic).lower()}",
+        f"train.ema_decay={0.9999 if rung.ema else 'null'}",
+    ]
+    job = NoiseJob(world, batch_size, overrides, small=small, channels_last=rung.channels_last)
+    if not rung.fused:
+        for group in job.state.optimizer.param_groups:
+            group["fused"], group["foreach"] = False, True
+    if rung.sync_batchnorm:  # all of its arithmetic and its calls, and no other rank to wait for
+        backend = "nccl" if world.device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        force_synchronized_batchnorm(convert_sync_batchnorm(job.state.model))
+    if rung.compiled:
+        job.compile()
+
+    first_seconds = seconds_of(job, 1, world.device)
+    seconds_of(job, steps // 4, world.device)
+    seconds = seconds_of(job, steps, world.device) / steps
+    figures = {
+        "batch_size": batch_size,
+        "px": job.px,
+        "ms_per_step": round(1000 * seconds, 3),
+        "images_per_sec": round(batch_size / seconds, 1),
+        "host_queue_ms": round(1000 * host_seconds(job, world.device), 3),
+        "first_step_seconds": round(first_seconds, 2),
+        "loss": round(job.mean_loss(), 4),
+    }
+    if world.device.type == "cuda":
+        figures["peak_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+        figures["host_syncs"] = host_syncs(job)
+    return figures | profiled(job, world.device)
+
+
+def seconds_of(job: NoiseJob, steps: int, device: torch.device) -> float:
+    synchronize(device)
+    began = time.perf_counter()
+    for _ in range(steps):
+        job.step()
+    synchronize(device)
+    return time.perf_counter() - began
+
+
+def host_seconds(job: NoiseJob, device: torch.device) -> float:
+    """What the host needs to queue a step, on a GPU that has nothing else to do: with many steps in
+    its queue the host would wait for a place in it."""
+    times = []
+    for _ in range(HOST_STEPS):
+        synchronize(device)
+        began = time.perf_counter()
+        job.step()
+        times.append(time.perf_counter() - began)
+    return median(times)
+
+
+def host_syncs(job: NoiseJob) -> int:
+    """How often the host waits for the GPU in a step, as far as torch notices."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            torch.cuda.set_sync_debug_mode("warn")
+            job.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return sum("called a synchronizing CUDA operation" in str(one.message) for one in caught)
+
+
+def profiled(job: NoiseJob, device: torch.device) -> dict[str, Any]:
+    """Launches of a step, and where its time goes: GPU kernels; on a CPU operators."""
+    gpu = device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]
+    with profile(activities=activities, acc_events=True) as seen:
+        job.step()
+        synchronize(device)
+    events = seen.key_averages()
+    launched = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch")
+    times = {
+        event.key: (event.self_device_time_total if gpu else event.self_cpu_time_total, event.count)
+        for event in events
+        if (event.device_type == DeviceType.CUDA) == gpu and not event.is_user_annotation
+    }
+    top = sorted(times, key=lambda name: times[name], reverse=True)[:TOP_KERNELS]
+    return {
+        "launches": sum(e.count for e in events if e.key.startswith(launched)) if gpu else None,
+        "top_kernels": [
+            {"name": name[:120], "ms": round(times[name][0] / 1000, 3), "calls": times[name][1]}
+            for name in top
+        ],
+    }
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def describe(figures: dict[str, Any]) -> str:
+    text = f"{figures['ms_per_step']:.1f} ms, {figures['images_per_sec']:,.0f} img/s, "
+    text += f"host {figures['host_queue_ms']:.1f} ms"
+    if "peak_memory_gib" in figures:
+        text += f", {figures['host_syncs']} syncs, {figures['launches']:,} launches"
+        text += f", peak {figures['peak_memory_gib']:.1f} GiB"
+    first = figures["top_kernels"][0]
+    return f"{text}; first step {figures['first_step_seconds']:.1f} s; most: {first['name'][:40]}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""The GPU benchmark goes on whatever becomes of a stage, and writes what it knows."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.stages import LOGS, OUTPUT, Runner, Stage
+
+REPO = Path(__file__).resolve().parent.parent
+TELLS = "import json, sys; json.dump({'speed': 7}, open(sys.argv[1], 'w')); print('a'); print('b')"
+LOGS_AND_FAILS = """
+import pathlib, sys
+folder = pathlib.Path(sys.argv[1])
+folder.mkdir(parents=True)
+(folder / "more.log").write_text("more of it")
+print("1 failed")
+raise ValueError("no such thing")
+"""
+# In another session, as torchrun's workers are, and it ignores what it can: it must go, too.
+CHILD = "import signal, time; signal.signal(signal.SIGABRT, signal.SIG_IGN); time.sleep(100)"
+HANGS = f"""
+import pathlib, subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", {CHILD!r}], start_new_session=True)
+pathlib.Path(sys.argv[1]).write_text(str(child.pid))
+print("waiting", flush=True)
+time.sleep(100)
+"""
+
+
+def stage(
+    name: str, code: str, *arguments: object, limit_seconds: float = 60, **kwargs: Any
+) -> Stage:
+    command = (sys.executable, "-c", code, *map(str, arguments))
+    return Stage(name, command, limit_seconds, **kwargs)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "results" / "gpu.json"
+
+
+@pytest.fixture
+def runner(path: Path, tmp_path: Path) -> Runner:
+    path.parent.mkdir()
+    (tmp_path / "scratch").mkdir()
+    return Runner(path, tmp_path / "scratch", 300, {})
+
+
+def written(path: Path) -> list[dict[str, Any]]:
+    stages: list[dict[str, Any]] = json.loads(path.read_text())["stages"]
+    return stages
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_a_crash_a_failure_and_a_hang_cost_one_stage_each(
+    runner: Runner, path: Path, tmp_path: Path
+) -> None:
+    child = tmp_path / "child"
+    stages = [
+        stage("crash", "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"),
+        stage("failure", LOGS_AND_FAILS, LOGS),
+        stage("hang", HANGS, child, limit_seconds=3),
+        Stage("no program", ("/no/such/program",), 60),
+        stage("good", TELLS, OUTPUT, lines=2),
+        stage("figures", TELLS, OUTPUT, line=lambda figures: f"{figures['speed']} img/s"),
+    ]
+    for number, one in enumerate(stages, 1):
+        runner.run(one, REPO)
+        assert [done["stage"] for done in written(path)] == [s.name for s in stages[:number]]
+
+    crash, failure, hang, missing, good, figures = written(path)
+    assert crash["outcome"] == "crashed (SIGSEGV)"
+    assert failure["outcome"] == "failed (exit code 1)"
+    assert failure["said"] == ["1 failed", "ValueError: no such thing"]
+    assert hang["outcome"] == "over its limit"
+    assert hang["said"][0] == "waiting"
+    assert hang["seconds"] < 30
+    deadline = time.monotonic() + 10
+    while is_running(int(child.read_text())) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not is_running(int(child.read_text()))
+    assert missing["outcome"] == "failed (No such file or directory)"
+    assert (good["outcome"], good["said"], good["figures"]) == ("ok", ["a", "b"], {"speed": 7})
+    assert figures["said"] == ["7 img/s"]
+
+    log = path.with_suffix(".log").read_text()
+    assert "Segmentation fault" in log
+    assert "more of it" in log
+    assert "Fatal Python error: Aborted" in log  # and where in the code it hung
+    rows = runner.table().splitlines()
+    assert [row.split("  ")[0].strip() for row in rows[2:]] == [
+        *("crash", "failure", "", "hang", "", "no program", "good", "", "figures")
+    ]
+
+
+def test_stages_for_which_no_time_is_left_do_not_start(path: Path, tmp_path: Path) -> None:
+    path.parent.mkdir()
+    late = Runner(path, tmp_path, 4, {})
+    assert late.run(stage("long", "raise SystemExit(1)"), REPO).outcome == "not started"
+    short = late.run(stage("short", "import time; time.sleep(60)", limit_seconds=6), REPO)
+    assert short.outcome == "over its limit"
+    assert short.seconds < 6  # that of all stages
+    assert [one["outcome"] for one in written(path)] == ["not started", "over its limit"]
+
+
+def test_the_outcome_of_a_launcher_names_its_child_s_signal(runner: Runner) -> None:
+    outcomes = [runner.run(stage("one", f"raise SystemExit({code})"), REPO) for code in (134, 3)]
+    assert [one.outcome for one in outcomes] == ["crashed (SIGABRT)", "failed (exit code 3)"]
+
+
+def test_a_gpu_that_is_not_there_is_one_line(tmp_path: Path) -> None:
+    command = [sys.executable, "benchmarks/gpu.py", "--device", "cuda", "--output", str(tmp_path)]
+    env = os.environ | {"PATH": str(tmp_path)}  # no nvidia-smi
+    done = subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "--device cuda: nvidia-smi names no GPU" in done.stderr
+    assert not list(tmp_path.iterdir())
