@@ -19,6 +19,7 @@ from resnet_dist.config import Config, to_dict
 from resnet_dist.ema import AveragedNetwork, weights_for_use
 from resnet_dist.errors import UserError
 from resnet_dist.meter import NO_SUMS
+from resnet_dist.optim import load_optimizer_state
 from resnet_dist.plan import LrMemory
 
 FORMAT = 3
@@ -29,7 +30,7 @@ class TrainState:
     """All that changes in training. No loader, schedule or RNG state exists: see DESIGN.md."""
 
     model: nn.Module  # unwrapped
-    optimizer: torch.optim.Optimizer
+    optimizer: torch.optim.SGD
     scaler: torch.amp.GradScaler
     step: int = 0  # optimizer steps done
     evaluated_step: int = 0  # of the last evaluation; one may be owed: see train.run
@@ -56,7 +57,7 @@ class TrainState:
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         self.model.load_state_dict(saved["model"])
-        self.optimizer.load_state_dict(saved["optimizer"])
+        load_optimizer_state(self.optimizer, saved["optimizer"])
         self.scaler.load_state_dict(saved["scaler"])
         self.step, self.evaluated_step = saved["step"], saved["evaluated_step"]
         self.best_acc1, self.best_step = saved["best"]["acc1"], saved["best"]["step"]

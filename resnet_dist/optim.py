@@ -1,5 +1,7 @@
 """The optimizer: parameter groups by structure, SGD."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -7,8 +9,13 @@ from resnet_dist.config import OptimConfig
 from resnet_dist.models.parts import parts
 
 
-def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.SGD:
+def build_optimizer(
+    model: nn.Module, optim: OptimConfig, fused: bool | None = None
+) -> torch.optim.SGD:
     """SGD with momentum. Its lr is set before each step from `Plan.lr_at`.
+
+    fused: a few kernel launches per step, and in fp16 no look at the host whether the gradients
+    overflowed; None: where the parameters are on a GPU.
 
     Two groups, weights and norms with biases, for each factor in optim.lr_scales. Parameters that
     need no gradient are left out: weight decay would move them.
@@ -33,7 +40,36 @@ def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.SGD:
             {"params": weights, "weight_decay": optim.weight_decay, "lr_scale": scale},
             {"params": norms_and_biases, "weight_decay": norm_decay, "lr_scale": scale},
         ]
-    return torch.optim.SGD(groups, lr=0.0, momentum=optim.momentum, nesterov=optim.nesterov)
+    if fused is None:
+        fused = all(parameter.is_cuda for parameter in trained)
+    optimizer = torch.optim.SGD(
+        groups, lr=0.0, momentum=optim.momentum, nesterov=optim.nesterov, fused=fused or None
+    )
+    _start_momentum(optimizer)
+    return optimizer
+
+
+def load_optimizer_state(optimizer: torch.optim.SGD, saved: dict[str, Any]) -> None:
+    """`load_state_dict`, but how a step is computed stays as it was built for this machine."""
+    own = [(group["fused"], group["foreach"]) for group in optimizer.param_groups]
+    optimizer.load_state_dict(saved)
+    for group, (fused, foreach) in zip(optimizer.param_groups, own, strict=True):
+        group["fused"], group["foreach"] = fused, foreach
+    _start_momentum(optimizer)
+
+
+def _start_momentum(optimizer: torch.optim.SGD) -> None:
+    """Zeros where a fused optimizer has no momentum yet.
+
+    torch's own first fused step takes memory as it finds it, and leaves it so where fp16's
+    gradients overflow, as they do in first steps: the next step would go on from garbage.
+    """
+    for group in optimizer.param_groups:
+        if group["fused"] and group["momentum"]:
+            for parameter in group["params"]:
+                state = optimizer.state[parameter]
+                if state.get("momentum_buffer") is None:
+                    state["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

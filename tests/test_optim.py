@@ -1,5 +1,7 @@
 """Weight decay by structure, the lr by part."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -8,7 +10,7 @@ from resnet_dist.config import OptimConfig
 from resnet_dist.models.build import build_model
 from resnet_dist.models.depths import DEPTHS, PARTS
 from resnet_dist.models.parts import freeze, parts
-from resnet_dist.optim import build_optimizer, set_lr
+from resnet_dist.optim import build_optimizer, load_optimizer_state, set_lr
 
 
 @pytest.mark.parametrize("name", ["resnet20", "resnet50"])
@@ -84,3 +86,67 @@ def test_every_parameter_is_in_one_part(name: str) -> None:
     assert tuple(found) == PARTS[DEPTHS[name].form]
     held = [id(p) for modules in found.values() for m in modules for p in m.parameters()]
     assert sorted(held) == sorted(id(p) for p in model.parameters())
+
+
+# --------------------------------------------------------------------------------------------------
+# The fused form, which a GPU takes. torch has it for a CPU, too.
+
+
+def trained(fused: bool, steps: int, saved: dict[str, Any] | None = None) -> tuple[Any, Any]:
+    """A small layer and its optimizer after some steps."""
+    torch.manual_seed(0)
+    model = nn.Linear(3, 4)
+    optimizer = build_optimizer(model, OptimConfig(weight_decay=0.1), fused=fused)
+    if saved is not None:
+        model.load_state_dict(saved["model"])
+        load_optimizer_state(optimizer, saved["optimizer"])
+    set_lr(optimizer, 0.1)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(torch.ones(2, 3)).square().sum().backward()
+        optimizer.step()
+    return model, optimizer
+
+
+def test_the_fused_form_takes_the_same_steps() -> None:
+    plain, fused = trained(False, 4)[0], trained(True, 4)[0]
+    torch.testing.assert_close(fused.weight, plain.weight)
+    torch.testing.assert_close(fused.bias, plain.bias)
+
+
+@pytest.mark.parametrize("was", [True, False])
+@pytest.mark.parametrize("now", [True, False])
+def test_a_checkpoint_does_not_say_how_this_machine_steps(was: bool, now: bool) -> None:
+    """torch would restore `fused` and `foreach`, from a GPU to a CPU and from before to now."""
+    model, optimizer = trained(was, 2)
+    saved = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    built = build_optimizer(nn.Linear(3, 4), OptimConfig(), fused=now)
+    resumed, again = trained(now, 2, saved)
+    for group, own in zip(again.param_groups, built.param_groups, strict=True):
+        assert (group["fused"], group["foreach"]) == (own["fused"], own["foreach"])
+    torch.testing.assert_close(resumed.weight, trained(False, 4)[0].weight)
+
+
+def test_a_checkpoint_whose_momentum_was_dropped_goes_on_from_zero() -> None:
+    model, optimizer = trained(False, 2)
+    saved = {"model": model.state_dict(), "optimizer": optimizer.state_dict() | {"state": {}}}
+    results = [trained(fused, 2, saved)[0].weight for fused in (True, False)]
+    torch.testing.assert_close(*results)
+
+
+def test_a_first_step_that_fp16_skips_leaves_no_garbage() -> None:
+    """torch's fused SGD would leave momentum as it found the memory."""
+    model = nn.Linear(64, 64)
+    optimizer = build_optimizer(model, OptimConfig(weight_decay=0), fused=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    set_lr(optimizer, 0.1)
+    before = model.weight.detach().clone()
+    for gradient in (float("inf"), 0.0):
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, gradient)
+        scaler.scale(torch.zeros(()))  # as the loss is, in a step
+        scaler.step(optimizer)
+        scaler.update()
+    assert scaler.get_scale() == 1.0  # halved once: the first step was skipped
+    assert torch.equal(model.weight, before)
+    assert all(not state["momentum_buffer"].any() for state in optimizer.state.values())
