@@ -5,8 +5,13 @@ which torchrun sets and every other launcher exports. Without them the world is 
 """
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from threading import Event, Thread
 from typing import Any, TypeVar, cast
 
 import torch
@@ -16,6 +21,9 @@ from torch import Tensor
 from resnet_dist.errors import UserError
 
 T = TypeVar("T")
+# Others wait so long for the rank that looks at 1.28 M files on a slow disk; for all else, torch's
+# half hour counts.
+PATIENCE = timedelta(hours=2)
 
 
 @dataclass(frozen=True)
@@ -28,6 +36,8 @@ class World:
     local_size: int
     device: torch.device
     group: dist.ProcessGroup | None = None  # for tensors on `device`; None: the default, gloo
+    host_group: dist.ProcessGroup | None = None  # for flags and objects; None: the default, gloo
+    patient_group: dist.ProcessGroup | None = None  # in place of host_group in `patiently`
 
     @property
     def is_main(self) -> bool:
@@ -39,17 +49,49 @@ class World:
 
     def any(self, flag: bool) -> bool:
         """True on every rank if it is true on one. Over gloo: the GPU is not waited for."""
+        return self.start_any(flag)()
+
+    def start_any(self, flag: bool) -> Callable[[], bool]:
+        """Starts `any`; what is returned waits for the answer, on every rank, and gives it.
+
+        Meanwhile the ranks may do other things together: gloo tells collectives apart by the order
+        in which they are started, which is the same on every rank.
+        """
         if self.size == 1:
-            return flag
+            return lambda: flag
         raised = torch.tensor(int(flag))
-        dist.all_reduce(raised, dist.ReduceOp.MAX)
-        return bool(raised)
+        work = dist.all_reduce(raised, dist.ReduceOp.MAX, self.host_group, async_op=True)
+
+        def answer() -> bool:
+            work.wait()
+            return bool(raised)
+
+        return answer
+
+    @contextmanager
+    def patiently(self, what: str, say_every_seconds: float = 30.0) -> Iterator["World"]:
+        """The world for what may take long on some ranks, such as reading headers from a slow disk:
+        the others wait for up to PATIENCE, and rank 0 says that it is still at `what`."""
+        began, is_done = time.monotonic(), Event()
+
+        def tell() -> None:
+            while not is_done.wait(say_every_seconds):
+                seconds = time.monotonic() - began
+                print(f"{what}: {seconds:.0f} s so far", file=sys.stderr, flush=True)
+
+        thread = Thread(target=tell, daemon=True, name="patience")
+        if self.is_main:
+            thread.start()
+        try:
+            yield replace(self, host_group=self.patient_group or self.host_group)
+        finally:
+            is_done.set()
 
     def gather(self, value: T) -> list[T]:
         """Each rank's value, by rank, on every rank. Over gloo, pickled."""
         values: list[Any] = [value] * self.size
         if self.size > 1:
-            dist.all_gather_object(values, value)
+            dist.all_gather_object(values, value, self.host_group)
         return values
 
     def on_main(self, function: Callable[[], T]) -> T:
@@ -63,9 +105,9 @@ class World:
             except Exception as failure:  # the others must not wait for an answer for ever
                 known = isinstance(failure, UserError)
                 text = str(failure) if known else f"rank 0: {type(failure).__name__}: {failure}"
-                dist.broadcast_object_list([None, (known, text)], src=0)
+                dist.broadcast_object_list([None, (known, text)], 0, self.host_group)
                 raise
-        dist.broadcast_object_list(answer, src=0)
+        dist.broadcast_object_list(answer, 0, self.host_group)
         if answer[1] is not None:
             known, text = answer[1]
             raise UserError(text) if known else RuntimeError(text)
@@ -171,7 +213,8 @@ def start() -> World:
     group: Any = None
     if device.type == "cuda" and len(set(gpus)) == size:
         group = dist.new_group(backend="nccl")
-    return World(rank, local_rank, size, local_size, device, group)
+    patient_group: Any = dist.new_group(backend="gloo", timeout=PATIENCE)
+    return World(rank, local_rank, size, local_size, device, group, None, patient_group)
 
 
 def start_alone(verb: str) -> World:

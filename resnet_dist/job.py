@@ -2,7 +2,7 @@
 
 import inspect
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
 
@@ -233,14 +233,6 @@ def train_batches(job: Job) -> Generator[Batch]:
     config, plan, world = job.config, job.plan, job.world
     requests = train_requests(config, plan, job.train_index, world.rank, job.state.step)
     return job.train_loader.batches(requests)
-
-
-def take(batches: Iterator[Batch], count: int) -> tuple[list[Batch], str | None]:
-    """The next `count` batches, or why there are none: not to be raised on one rank alone."""
-    try:
-        return [next(batches) for _ in range(count)], None
-    except UserError as error:
-        return [], str(error)
 
 
 def evaluate_now(job: Job) -> Score:

@@ -20,7 +20,8 @@ from resnet_dist.determinism import agree_after_step, fix_algorithms
 from resnet_dist.errors import UserError
 from resnet_dist.evaluate import Score
 from resnet_dist.interrupt import Interrupt
-from resnet_dist.job import Job, build, evaluate_now, restore, save, tags, take, train_batches
+from resnet_dist.job import Job, build, evaluate_now, restore, save, tags, train_batches
+from resnet_dist.lookahead import look_ahead
 from resnet_dist.meter import Meter
 from resnet_dist.models.dropout import set_dropout_keys
 from resnet_dist.optim import set_lr
@@ -92,15 +93,17 @@ def run(
         save(job, meter)
     batches = train_batches(job)
     startup.mark("rest")
+    upcoming = look_ahead(job, batches, meter, interrupt)
+    startup.mark("first batch")
     for step in range(state.step, plan.total_steps):
-        with meter.waiting():
-            passes, failure = take(batches, plan.accumulation)
-        startup.mark("first batch")
-        # Hosts meet here; the GPUs are not waited for.
-        if world.any(interrupt.requested or failure is not None):
+        # Asked a step ago: the hosts hardly wait for each other here, and never for a GPU.
+        if upcoming.is_stop():
             save(job, meter)
-            world.raise_any(failure)
+            world.raise_any(upcoming.failure)
             return Outcome.PREEMPTED, score
+        passes = upcoming.passes
+        if not plan.evals_after(step + 1):
+            upcoming = look_ahead(job, batches, meter, interrupt)
         lr = plan.lr_at(step, state.lr_memory)
         set_lr(state.optimizer, lr)
         correct = train_step(job, passes, meter)
@@ -129,6 +132,9 @@ def run(
             if plan.saves_after(state.step) or state.best_step == state.step or bad.too_many:
                 save(job, meter)
             bad.check_budget()
+        if plan.evals_after(state.step):
+            upcoming = look_ahead(job, batches, meter, interrupt)
+    upcoming.is_stop()  # too late to matter; but no rank leaves while another asks
     return Outcome.FINISHED, score
 
 

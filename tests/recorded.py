@@ -61,15 +61,18 @@ class Run:
 
 
 class StopsBefore(Interrupt):
-    """Requests a stop when `step` is about to begin; the loop asks once per step."""
+    """Requests a stop before `step`; the loop asks once per step, while the one before it runs."""
 
     def __init__(self, step: int | None) -> None:
         super().__init__()
-        self.step, self.next_step = step, 0
+        self.step: int | None = step
+        self.next_step: int | None = None  # that the loop asks about
 
     @property
     def requested(self) -> bool:
-        return self.step is not None and self.next_step >= self.step
+        assert self.next_step is not None
+        self.next_step += 1
+        return self.step is not None and self.next_step - 1 >= self.step
 
 
 def record(config: Config, stop_before: int | None = None, *, float64: bool = False) -> Run:
@@ -82,7 +85,8 @@ def record(config: Config, stop_before: int | None = None, *, float64: bool = Fa
     train_requests, train_step = job_module.train_requests, train_module.train_step
 
     def noted_requests(*arguments: Any) -> Iterator[Request]:
-        interrupt.next_step = arguments[-1]
+        if interrupt.next_step is None:
+            interrupt.next_step = arguments[-1]
         asked.clear()
         for request in train_requests(*arguments):
             asked.append(request)
@@ -91,9 +95,7 @@ def record(config: Config, stop_before: int | None = None, *, float64: bool = Fa
     def noted_step(job: Job, passes: list[Batch], *rest: Any) -> Tensor:
         assert job.state.step not in run.steps
         run.steps[job.state.step] = [_pass(asked.popleft(), batch) for batch in passes]
-        result = train_step(job, passes, *rest)
-        interrupt.next_step += 1
-        return result
+        return train_step(job, passes, *rest)
 
     with ExitStack() as patches:
         patch = patches.enter_context(pytest.MonkeyPatch.context())

@@ -20,7 +20,8 @@ from resnet_dist.ema import AveragedNetwork
 from resnet_dist.evaluate import evaluate_checkpoint
 from resnet_dist.export import export
 from resnet_dist.interrupt import Interrupt
-from resnet_dist.job import Job, build, evaluate_now, take, train_batches
+from resnet_dist.job import Job, build, evaluate_now, train_batches
+from resnet_dist.lookahead import take
 from resnet_dist.meter import Meter
 from resnet_dist.models import vgg
 from resnet_dist.models.build import build_model

@@ -204,14 +204,14 @@ def test_a_failure_of_the_last_save_is_told_on_all_ranks(
 
 
 class CtrlCTwice(Interrupt):
-    """At the poll after step 2, whose checkpoint is then being written."""
+    """Asked after step 2, whose checkpoint is then being written, of the step after the next."""
 
     polls = 0
 
     @property
     def requested(self) -> bool:
         self.polls += 1
-        if self.polls == 3:
+        if self.polls == 4:
             raise KeyboardInterrupt
         return False
 

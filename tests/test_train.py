@@ -27,11 +27,12 @@ from resnet_dist.errors import UserError
 from resnet_dist.evaluate import Score, evaluate_checkpoint
 from resnet_dist.interrupt import Interrupt
 from resnet_dist.job import Job, build
+from resnet_dist.lookahead import take
 from resnet_dist.meter import Meter
 from resnet_dist.models import vgg
 from resnet_dist.optim import set_lr
 from resnet_dist.plan import Plan
-from resnet_dist.train import remember, take, train, train_step
+from resnet_dist.train import remember, train, train_step
 
 
 def run(rank: int, world_size: int, config: Config) -> str:

@@ -32,7 +32,8 @@ from resnet_dist import checkpoint, distributed
 from resnet_dist.config import Config
 from resnet_dist.config_file import load_config
 from resnet_dist.data.dali import Batch
-from resnet_dist.job import build, take, train_batches
+from resnet_dist.job import build, train_batches
+from resnet_dist.lookahead import take
 from resnet_dist.meter import Meter
 from resnet_dist.plan import Plan
 from resnet_dist.train import train_step

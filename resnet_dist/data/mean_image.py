@@ -48,6 +48,7 @@ def mean_image(index: Index, config: Config, world: World) -> np.ndarray | None:
             total.add_(images.round().to(torch.int64).sum(dim=0))
             readable.add_(is_real.sum())
 
-    world.on_all(add_up)
+    with world.patiently("mean image") as patient:
+        patient.on_all(add_up)
     mean = world.sum(total).double() / (FIXED_POINT * world.sum(readable))
     return mean.permute(1, 2, 0).float().cpu().numpy()  # CPU-GPU sync point

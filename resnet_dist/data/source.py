@@ -42,7 +42,8 @@ def load_index(config: Config, split: str, world: World) -> Index:
     """
     root, cache = Path(config.data.root), _kept_in(config)
     held = config.data.holdout_images
-    index = agreed_index(config.data.format, root, "train" if held else split, cache, world)
+    with world.patiently(f"data index, {split}") as patient:
+        index = agreed_index(config.data.format, root, "train" if held else split, cache, patient)
     index = without(index, world.on_main(lambda: set_aside(index, root, read_quarantine(root))))
     if not held:
         return index
@@ -110,11 +111,14 @@ def make_loader(
         cores = len(os.sched_getaffinity(0)) // world.local_size
         data = replace(data, decode_threads=min(max(1, cores), MAX_DECODE_THREADS))
     reader: Reader | DecodedCache | None = None
-    if data.cache == "decoded":
-        reader = _decoded_cache(index, data, world)
-    elif data.cache == "encoded":
-        assert index.nbytes is not None
-        reader = Reader(index, data.read_threads, EncodedCache(index.nbytes, world))
+    if data.cache != "none":
+        # Memory for all images is reserved page by page, and filled with their pixels.
+        with world.patiently(f"data.cache={data.cache}") as patient:
+            if data.cache == "decoded":
+                reader = _decoded_cache(index, data, patient)
+            else:
+                assert index.nbytes is not None
+                reader = Reader(index, data.read_threads, EncodedCache(index.nbytes, patient))
     return Loader(
         index,
         data,
