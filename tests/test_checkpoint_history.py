@@ -230,7 +230,7 @@ class FolderInTheWay(Interrupt):
     def requested(self) -> bool:
         self.polls += 1
         if self.polls == 3:
-            self.folder.mkdir()
+            self.folder.mkdir(parents=True)
         return False
 
 
@@ -238,7 +238,7 @@ def test_a_best_checkpoint_that_was_not_saved_is_not_claimed(
     tiny_config: Callable[..., Config], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Nor is `best` left at what was the best before it."""
-    settings = ["optim.base_lr=1e-9", "train.save_every_iterations=3"]  # the first one is the best
+    settings = ["optim.base_lr=1e-9", "train.save_every_iterations=1"]  # the first one is the best
     config = tiny_config(*settings)
     assert train(config, "test", FolderInTheWay(config.run_dir)).name == "FINISHED"
     said = capsys.readouterr().out
