@@ -17,9 +17,11 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     of mantissa. (cuDNN does so by default, and cuBLAS does not.) That is a switch of the process,
     not of the context that is returned: the backward pass comes after it.
     """
-    products = "tf32" if precision == "tf32" else "ieee"
-    torch.backends.cuda.matmul.fp32_precision = products
-    torch.backends.cudnn.conv.fp32_precision = products  # type: ignore[attr-defined]
+    is_tf32 = precision == "tf32"
+    # Not the newer `fp32_precision` of each part: torch.export and torch.compile ask by these names
+    # (torch 2.14), and end in an error where the two are of different minds.
+    torch.backends.cuda.matmul.allow_tf32 = is_tf32
+    torch.backends.cudnn.allow_tf32 = is_tf32
     return torch.autocast(device.type, DTYPES[precision], enabled=precision in ("bf16", "fp16"))
 
 

@@ -32,7 +32,7 @@ class Trained:
     def decoding(self, world: World) -> Decoding:
         """The way in which its training images were decoded, where that is sound here. A
         collective; raises what agreed_decoding raises."""
-        return agreed_decoding(self.config, world, self.saved["decoder"])[0]
+        return agreed_decoding(self.config, world, self.saved.get("decoder"))[0]
 
     def write(self, folder: Path) -> None:
         """The checkpoint with the network as it is now, in a new folder. For one rank only.

@@ -15,7 +15,8 @@ from resnet_dist.startup import Startup, process_began
 
 CPU = torch.device("cpu")
 LINE = r"first step (\d+\.\d) s after the start: (.+)"
-PARTS = ["imports", "process group", "data index", "checkpoint", "network and optimizer", "loaders"]
+PARTS = ["imports", "process group", "data index", "checkpoint", "decoder"]
+PARTS += ["network and optimizer", "loaders"]
 PARTS += ["rest", "first batch", "first step"]
 
 
