@@ -273,7 +273,45 @@ def test_good_images_are_decoded_once(index: Index) -> None:
     assert once.built == 1
     write(index.paths[3], None)  # nor does a file that is gone reach the decoder
     list(once.batches(train_stream(index)))
-    assert once.built == 2 + 1  # to see that the stand-in can be decoded
+    assert once.built == 2  # whether the stand-in can be decoded is tried apart
+
+
+def test_untrusted_images_are_tried_once_in_one_small_pipeline(
+    index: Index, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[tuple[int, int, int | None]] = []  # of each pipeline: batch, threads, GPU
+    seen: list[Pipeline] = []
+    tried = 0
+    build, feed_input = Pipeline.build, Pipeline.feed_input
+
+    def noted_build(pipe: Pipeline) -> None:
+        size = (pipe.max_batch_size, pipe.num_threads, pipe.device_id)
+        build(pipe)
+        if pipe not in seen:
+            seen.append(pipe)
+            built.append(size)
+
+    def noted_feed(*args: object) -> None:
+        nonlocal tried
+        tried += 1
+        feed_input(*args)
+
+    monkeypatch.setattr(Pipeline, "build", noted_build)
+    monkeypatch.setattr(Pipeline, "feed_input", noted_feed)
+    for number in range(8):
+        with Image.open(io.BytesIO(jpeg(number))) as photo:
+            photo.save(index.paths[number], "BMP")
+    bmp = Path(index.paths[2]).read_bytes()
+    write(index.paths[2], bmp[: len(bmp) // 2])
+    one = loader(index)
+    for _ in range(3):
+        list(one.batches(train_stream(index)))
+    assert list(one.bad) == [2]
+    assert tried <= 8 + 3  # the BMPs, and what may stand in for the one that is cut
+    # One a stream; and for the trials one, and one more after what it could not decode.
+    assert sorted(set(built)) == [(1, 1, None), (32, 2, None)]
+    assert [batch for batch, _, _ in built].count(1) == 2
+    assert len(built) == 3 + 2
 
 
 def test_a_stand_in_that_is_bad_itself(index: Index) -> None:

@@ -23,6 +23,7 @@ from resnet_dist.data.dali_graphs import decode_graph, image_graph, raw_graph
 from resnet_dist.data.decoding import Decoding
 from resnet_dist.data.feed import BLANK_LABEL, BLANK_PX, Feed, Work
 from resnet_dist.data.headers import why_undecodable
+from resnet_dist.data.image_check import ImageCheck
 from resnet_dist.data.index import Index
 from resnet_dist.data.reader import Reader
 from resnet_dist.data.resample import Resampler
@@ -94,7 +95,7 @@ class Loader:
         self._feed: Feed | None = None
         if index.pixels is None:
             reader = reader or Reader(index, data.read_threads)
-            self._feed = Feed(index, reader, data.max_bad_samples, self._why_undecodable)
+            self._feed = Feed(index, reader, data.max_bad_samples, ImageCheck())
 
     @cached_property
     def _resampler(self) -> Resampler:
@@ -258,13 +259,13 @@ class Loader:
         good = work.at(0)
         assert self._feed is not None
         good.put(0, BLANK_LABEL, whole_images(np.full((1, 2), BLANK_PX)), self._feed.blank)
-        return self._why_undecodable(good) is None
+        return not self._failures([good])
 
     def _failures(self, singles: list[Work]) -> dict[int, str]:
         """Which of these, with one image each, cannot be decoded, and why."""
         failures: dict[int, str] = {}
         graph = self._graph_for(singles[0].windows)
-        executor = self._executor | {"batch_size": 1, "prefetch_queue_depth": 1}
+        executor = self._executor | {"batch_size": 1, "num_threads": 1, "prefetch_queue_depth": 1}
         done = 0
         left: Iterator[Work]
         alive: deque[tuple[Any, ...]] = deque(maxlen=3)
@@ -286,11 +287,6 @@ class Loader:
                 failures[done] = why_undecodable(singles[done].images[0].tobytes())
                 done += 1
         return failures
-
-    def _why_undecodable(self, single: Work) -> str | None:
-        if self._source == "decoded":
-            return None
-        return self._failures([single]).get(0)
 
     def _image_inputs(self, work: Work) -> tuple[Any, ...]:
         """Images, and the part of each that plays a part, unless it is all."""

@@ -13,6 +13,13 @@ from resnet_dist.data.decoding import Decoding
 
 
 @pipeline_def
+def check_graph() -> Any:
+    """A whole image, on the CPU, that is fed by name."""
+    encoded = fn.external_source(name="image", dtype=types.UINT8, ndim=1)
+    return fn.decoders.image(encoded, device="cpu")
+
+
+@pipeline_def
 def decode_graph(poll: Callable[[], Any], source: str, cut: bool, decoding: Decoding) -> Any:
     """Pixels of windows, or of whole images."""
     dtypes, ndim = _image_types(source, cut)

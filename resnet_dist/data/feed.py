@@ -1,18 +1,19 @@
 """What the decoder is given: images that were read ahead, and stand-ins for those that are bad.
 
-A stand-in is a function of (seed, epoch, sample) alone, and whether one is needed depends on the
-bytes that the window takes: who finds a bad image, and when, changes no batch. Only a quarantine,
-made by hand or by `verify`, also sets aside what could be decoded in part.
+A stand-in is a function of (seed, epoch, sample) alone. Whether one is needed depends on the bytes
+that the window takes, or on all bytes of an image that is not trusted or that stands in itself: who
+finds a bad image, and when, changes no batch. Only a quarantine, made by hand or by `verify`, also
+sets aside what could be decoded in part.
 """
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from resnet_dist.data.augment import Request, Windows, unchanged
-from resnet_dist.data.cache import BLANK_PX, DecodedCache, Result
+from resnet_dist.data.cache import BLANK_PX, DecodedCache, Image, Result
 from resnet_dist.data.headers import UnreadableImage
 from resnet_dist.data.index import Index
 from resnet_dist.data.reader import Reader
@@ -30,6 +31,8 @@ class Work:
     shown: np.ndarray  # int64 [B]: the request's samples, or what stands in for them
     windows: Windows
     images: list[np.ndarray]  # [B], as the reader gives them; none where pixels are in memory
+    # (place, sample) of what was shown and failed: not to be put there again.
+    failed: set[tuple[int, int]] = field(default_factory=set)
 
     def at(self, place: int) -> "Work":
         """The image at `place` alone."""
@@ -49,13 +52,14 @@ class Feed:
         index: Index,
         reader: Reader | DecodedCache,
         max_bad_samples: int,
-        why_undecodable: Callable[[Work], str | None],
+        check: Callable[[np.ndarray], str | None],
     ) -> None:
-        """why_undecodable: decodes the one image of a Work, and says what is wrong with it."""
+        """check: decodes an encoded image, and says what is wrong with it."""
         self._index = index
         self._reader = reader
         self._max_bad_samples = max_bad_samples
-        self._why_undecodable = why_undecodable
+        self._check = check
+        self._checked: dict[int, str | None] = {}  # what `check` said of samples
         self.blank = reader.blank
         self.bad: dict[int, str] = {}  # samples that were asked for in vain so far, and why
 
@@ -82,14 +86,23 @@ class Feed:
             if isinstance(result, UnreadableImage):
                 self.mend(work, place, str(result))
             elif not result.trusted:
-                why = self._why_undecodable(work.at(place))
+                why = self._why_undecodable(int(request.samples[place]), result)
                 if why is not None:
                     self.mend(work, place, why)
         return work
 
+    def _why_undecodable(self, sample: int, image: Image) -> str | None:
+        """Of its bytes; each sample is decoded once for it."""
+        if image.data.ndim == 3:  # pixels
+            return None
+        if sample not in self._checked:
+            self._checked[sample] = self._check(image.data)
+        return self._checked[sample]
+
     def mend(self, work: Work, place: int, why: str) -> None:
         """Puts something else in the place of a bad image."""
         sample = int(work.request.samples[place])
+        work.failed.add((place, int(work.shown[place])))
         self.bad.setdefault(sample, why)
         if len(self.bad) > self._max_bad_samples:
             raise UserError(too_many_bad(self.bad, self._index, self._max_bad_samples))
@@ -99,12 +112,14 @@ class Feed:
             return
         for attempt in range(MAX_STAND_INS):
             other, window = work.request.stand_in(sample, attempt)
+            if (place, other) in work.failed:
+                continue
             try:
                 image = self._reader.read(other)
             except UnreadableImage:
                 continue
-            work.put(place, other, window, image.data)
-            if self._why_undecodable(work.at(place)) is None:
+            if self._why_undecodable(other, image) is None:
+                work.put(place, other, window, image.data)
                 return
         raise UserError(
             f"{self._index.paths[sample]}: {why}; nor could any of {MAX_STAND_INS} other images "
