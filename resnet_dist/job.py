@@ -223,7 +223,7 @@ def save(job: Job, meter: Meter) -> None:
         "saved_at": time.strftime("%Y-%m-%d %H:%M %Z"),
     }
     if job.world.is_main:
-        # CPU-GPU sync point in fp16, for the scaler's scale; each step of fp16 has one, too.
+        # CPU-GPU sync point in fp16, for the scaler's scale.
         job.saver.save(checkpoint.content_of(job.state, job.config, facts))
 
 

@@ -24,11 +24,11 @@ class Meter:
             self.sums += saved[world.rank].to(world.device)
         elif world.rank == 0:
             self.sums += saved.sum(0).to(world.device)
-        self.images_before_start = saved[:, 2].sum().item()  # on the host: no sync
+        self.images_before_start = self.sums[2].clone()
 
     def _restart(self) -> None:
         self.sums = torch.zeros(3, dtype=torch.float64, device=self.world.device)
-        self.images_before_start = 0.0
+        self.images_before_start = torch.zeros_like(self.sums[2])
         self.wait_seconds = 0.0
         self.started = time.monotonic()
 
@@ -62,10 +62,11 @@ class Meter:
     def drain(self) -> dict[str, float]:
         """Figures over all ranks, and a new start. A collective, and a CPU-GPU sync point."""
         waited = torch.tensor([self.wait_seconds], dtype=torch.float64, device=self.world.device)
-        sums = self.world.sum(torch.cat([self.sums, waited]))
-        loss_sum, correct, images, wait_seconds = sums.tolist()  # CPU-GPU sync point
+        sums = torch.cat([self.sums, self.images_before_start[None], waited])
+        # CPU-GPU sync point
+        loss_sum, correct, images, before, wait_seconds = self.world.sum(sums).tolist()
         seconds = time.monotonic() - self.started
-        measured = images - self.images_before_start
+        measured = images - before
         self._restart()
         self.last_loss = loss_sum / images
         return {

@@ -152,7 +152,7 @@ def train_step(job: Job, passes: Iterable[Batch], meter: Meter) -> Tensor:
         job.model.require_backward_grad_sync = accumulated == plan.accumulation - 1  # type: ignore[assignment]
         if job.dropouts:
             places = plan.places(job.world.rank, accumulated)
-            set_dropout_keys(job.dropouts, config.seed, state.step, places)
+            set_dropout_keys(job.dropouts, config.seed, state.step, places, job.world.device)
         with autocast(job.world.device, config.train.precision):
             logits = job.model(batch.images)
             loss_sum = F.cross_entropy(

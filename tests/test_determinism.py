@@ -350,7 +350,7 @@ def test_gpu_gradients_are_the_same_bits(
 
     def gradient() -> Tensor:
         model.zero_grad()
-        set_dropout_keys(dropouts, 0, 0, range(16))
+        set_dropout_keys(dropouts, 0, 0, range(16), torch.device("cuda"))
         with torch.autocast("cuda", precision, enabled=precision != torch.float32):
             loss = nn.functional.cross_entropy(model(images), labels)
         loss.backward()

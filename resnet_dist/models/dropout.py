@@ -22,24 +22,27 @@ class KeyedDropout(nn.Module):
         """layer: tells the masks of a network's dropout layers apart."""
         super().__init__()
         self.layer, self.p = layer, p
-        self.keys: Tensor | None = None  # int64 [B], on the CPU
+        self.keys: Tensor | None = None  # int64 [B], on the device of x
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return x
         assert self.keys is not None
         counters = torch.arange(1, x.shape[1] + 1, device=x.device) * GOLDEN_GAMMA
-        keys = _mix(self.keys ^ self.layer).to(x.device, non_blocking=True)
-        bits = _mix(keys[:, None] + counters)
+        bits = _mix(_mix(self.keys ^ self.layer)[:, None] + counters)
         kept = _shifted(bits, 11) >= int(self.p * 2**53)  # the upper 53 bits
         return x * kept / (1 - self.p)
 
 
-def set_dropout_keys(layers: Iterable[KeyedDropout], seed: int, step: int, places: range) -> None:
-    """Before a forward pass of the images at `places` of the global batch of `step`."""
-    positions = torch.arange(places.start, places.stop)  # on the CPU: a few hundred numbers
-    key = torch.zeros_like(positions)
-    for word in (seed, step, positions):
+def set_dropout_keys(
+    layers: Iterable[KeyedDropout], seed: int, step: int, places: range, device: torch.device
+) -> None:
+    """Before a forward pass, on `device`, of the images at `places` of the global batch of `step`.
+
+    No sync: a copy of keys from the host's pageable memory might wait for the GPU.
+    """
+    key = torch.zeros((), dtype=torch.int64)  # a scalar of the host, which kernels take as it is
+    for word in (seed, step, torch.arange(places.start, places.stop, device=device)):
         key = _mix(key ^ word)
     for layer in layers:
         layer.keys = key

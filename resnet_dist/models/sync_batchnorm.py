@@ -48,7 +48,7 @@ def _group_statistics(x: Tensor, group: dist.ProcessGroup | None) -> tuple[Tenso
     if local_count > 0:  # an empty local batch keeps its zero row; its mean would be NaN
         var, mean = torch.var_mean(x.to(dtype), dim=_REDUCED, correction=0)
         own = rows[dist.get_rank(group)]
-        own[0] = local_count
+        own[0].fill_(local_count)  # an assignment might copy the number from the host
         own[1 : channels + 1] = mean
         own[channels + 1 :] = var * local_count
     dist.all_reduce(rows, group=group)
