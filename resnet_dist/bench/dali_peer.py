@@ -18,7 +18,7 @@ def dali_reader(
 ) -> Iterator[torch.Tensor]:
     """Endless batches [B, H, W, 3] of random_resized crops: float32, on a GPU float16."""
     gpu = device == "cuda"
-    pipe = _graph(
+    pipe = peer_graph(
         index,
         data,
         batch_size=batch_size,
@@ -32,7 +32,7 @@ def dali_reader(
 
 
 @pipeline_def
-def _graph(index: Index, data: DataConfig) -> tuple[object, object]:
+def peer_graph(index: Index, data: DataConfig) -> tuple[object, object]:
     gpu = Pipeline.current().device_id is not None
     encoded, labels = fn.readers.file(
         files=list(index.paths), labels=index.labels.tolist(), random_shuffle=True
