@@ -104,13 +104,15 @@ def stages(scratch: Path, gpu: bool, small: bool) -> list[Stage]:
         Stage("resume", script("gpu_train.py", "resume", photos, runs, *size, *output()), 120),
     ]
     compiled = Stage("step, compiled", ladder("compiled", *step), 150)  # mostly the compiler's
+    batch_copy = Stage("batch copy", script("gpu_batch_copy.py", *step, *output()), 60)
     if small:
-        return [*first, compiled]
+        return [*first, compiled, batch_copy]
     return [
         *first,
         compiled,
         *(Stage(f"step, fused, {n}", ladder("fused", "--batch-size", n), 60) for n in (512, 1024)),
         Stage("step, fp16", ladder("fp16"), 60),
+        batch_copy,
         Stage("checkpoint", product("bench", "checkpoint", scratch, "--runs", 3, *output()), 120),
         Stage(
             "deterministic",

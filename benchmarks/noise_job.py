@@ -77,9 +77,9 @@ class NoiseJob:
         backend = "inductor" if self._job.world.device.type == "cuda" else "aot_eager"
         self._job.model = torch.compile(self._job.model, backend=backend)
 
-    def step(self) -> None:
-        """One optimizer step, which the host does not wait for."""
-        train_step(self._job, [self._batch], self._meter)
+    def step(self, batch: Batch | None = None) -> None:
+        """One optimizer step, which the host does not wait for. batch: in place of its own."""
+        train_step(self._job, [batch or self._batch], self._meter)
 
     def mean_loss(self) -> float:
         """Of the steps since the last call. CPU-GPU sync point."""

@@ -178,6 +178,11 @@ class Loader:
         return _Graph(image_graph, source | normalisation, self._window_inputs)
 
     def _made_by_dali(self, work: Iterator[Work], graph: _Graph) -> Iterator[Batch]:
+        # The tensors are DALI's memory, whose reuse no stream orders. When torch is done with one,
+        # DALI 2.4 passes it to a thread of its own, which synchronizes the whole device, for about
+        # every batch, before it frees it. This thread does not wait, but the capture of a CUDA
+        # graph may fail by it. Copies in torch's own memory would need none of this:
+        # benchmarks/gpu_batch_copy.py measures what they cost.
         for _, (images, labels) in self._run(work, graph):
             yield Batch(
                 # [B, H, W, 3] seen as [B, 3, H, W]: channels_last without a copy.
@@ -225,7 +230,7 @@ class Loader:
             try:
                 while True:
                     # Waits on the host for DALI's CPU threads, not for the GPU: the current CUDA
-                    # stream is made to wait for the batch, and orders the reuse of its memory.
+                    # stream is made to wait for the batch.
                     outputs = pipe.run(_current_stream(self._device))
                     yield polled.popleft(), outputs
             except StopIteration:
