@@ -4,10 +4,12 @@ import io
 import os
 import resource
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import pytest
@@ -17,10 +19,11 @@ from PIL import Image
 
 from resnet_dist import distributed
 from resnet_dist.config import Config, DataConfig
-from resnet_dist.data.augment import Request, Windows, eval_windows
+from resnet_dist.data.augment import Request, eval_windows
 from resnet_dist.data.cache import BLANK_GREY, SPARE_BYTES, EncodedCache, shared_bytes
-from resnet_dist.data.dali import Batch, Loader, _Graph
-from resnet_dist.data.feed import Work
+from resnet_dist.data.image_check import ImageCheck
+from resnet_dist.data.dali import Batch, Loader
+from resnet_dist.data.decoding import HOST, UNPROBED, Decoding
 from resnet_dist.data.headers import UnreadableImage, screen
 from resnet_dist.data.index import Index, Shards
 from resnet_dist.data.reader import Reader
@@ -29,6 +32,7 @@ from resnet_dist.data.stream import train_request
 from resnet_dist.errors import UserError
 
 IMAGES, HEIGHT, WIDTH = 24, 60, 90
+ROWS_PER_STRIP = 278  # TIFF tag
 DATA = DataConfig(
     scale_px=(40, 56), crop_px=32, eval_resize_px=40, eval_crop_px=32, decode_threads=2
 )
@@ -58,28 +62,48 @@ def index(tmp_path: Path) -> Index:
     )
 
 
-class CountingLoader(Loader):
-    """Counts its pipelines: more than one per stream is a decode too many."""
+class Pipelines:
+    """Batch size, threads and GPU of each DALI pipeline that was built."""
 
-    built = 0
+    def __init__(self) -> None:
+        self.made: list[tuple[int, int, int | None]] = []
+        self._seen: WeakSet[Pipeline] = WeakSet()
 
-    def _graph_for(self, windows: Windows) -> _Graph:
-        graph = super()._graph_for(windows)
-
-        def define(*args: object, **kwargs: object) -> Pipeline:
-            self.built += 1
-            return graph.define(*args, **kwargs)
-
-        return replace(graph, define=define)
+    def note(self, pipe: Pipeline) -> None:
+        if pipe not in self._seen:
+            self._seen.add(pipe)
+            self.made.append((pipe.max_batch_size, pipe.num_threads, pipe.device_id))
 
 
-def loader(index: Index, data: DataConfig = DATA, max_batch_size: int = 32) -> CountingLoader:
-    return CountingLoader(
+SMALL = (1, 1, None)
+
+
+@pytest.fixture
+def pipelines(monkeypatch: pytest.MonkeyPatch) -> Pipelines:
+    noted, build = Pipelines(), Pipeline.build
+
+    def noted_build(self: Pipeline) -> None:
+        noted.note(self)
+        build(self)
+
+    monkeypatch.setattr(Pipeline, "build", noted_build)
+    return noted
+
+
+def loader(
+    index: Index,
+    data: DataConfig = DATA,
+    max_batch_size: int = 32,
+    device: str = "cpu",
+    decoding: Decoding = Decoding(),  # noqa: B008 (it is frozen)
+) -> Loader:
+    return Loader(
         index,
         data,
-        device=torch.device("cpu"),
+        device=torch.device(device),
         dtype=torch.float32,
         max_batch_size=max_batch_size,
+        decoding=decoding,
     )
 
 
@@ -113,6 +137,13 @@ def spoiled(number: int) -> dict[str, bytes | None]:
         "another size": other_size.getvalue(),
         "GIF": b"GIF89a" + bytes(40),
     }
+
+
+# What a decoder may still see a part of, or, of a JPEG without tables, think that it does.
+CUT_IN_THE_SCAN = {
+    *("cut after the scan's header", "cut in the middle", "cut near the end"),
+    "no quantization tables",
+}
 
 
 def write(path: str, data: bytes | None) -> None:
@@ -205,13 +236,20 @@ def test_formats_whose_damage_crashes_dali_go_alone(tmp_path: Path) -> None:
     assert not screen(bmp.getvalue(), size)
 
 
-def test_a_decoder_that_fails_is_not_a_bad_image(index: Index) -> None:
-    class Broken(CountingLoader):
-        def _failures(self, singles: list[Work]) -> dict[int, str]:
-            return dict.fromkeys(range(len(singles)), "as with a GPU in an error state")
+def test_a_decoder_that_fails_is_not_a_bad_image(
+    index: Index, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Pipeline.run
 
+    def broken_alone(self: Pipeline, *args: Any, **kwargs: Any) -> Any:
+        """As with a GPU in an error state."""
+        if self.max_batch_size == 1:
+            raise RuntimeError("an illegal memory access was encountered")
+        return run(self, *args, **kwargs)
+
+    monkeypatch.setattr(Pipeline, "run", broken_alone)
     write(index.paths[3], spoiled(3)["cut in the middle"])
-    broken = Broken(index, DATA, device=torch.device("cpu"), dtype=torch.float32, max_batch_size=32)
+    broken = loader(index)
     request = Request(np.arange(IMAGES), eval_windows(DATA, index.sizes))
     with pytest.raises(RuntimeError, match="decode"):
         list(broken.batches([request]))
@@ -267,54 +305,117 @@ def test_all_kinds_in_one_batch(index: Index) -> None:
     assert batch.labels.tolist() == [-1] * len(kinds) + list(range(len(kinds), IMAGES))
 
 
-def test_good_images_are_decoded_once(index: Index) -> None:
+def test_good_images_are_decoded_once(index: Index, pipelines: Pipelines) -> None:
     once = loader(index)
     list(once.batches(train_stream(index)))
-    assert once.built == 1
+    assert len(pipelines.made) == 1
     write(index.paths[3], None)  # nor does a file that is gone reach the decoder
     list(once.batches(train_stream(index)))
-    assert once.built == 2  # whether the stand-in can be decoded is tried apart
+    assert len(pipelines.made) == 2 + 1  # to see that the stand-in can be decoded
+    assert pipelines.made[2] == SMALL
 
 
-def test_untrusted_images_are_tried_once_in_one_small_pipeline(
-    index: Index, monkeypatch: pytest.MonkeyPatch
+def reencode(index: Index, samples: Sequence[int], kind: str, **options: Any) -> list[bytes]:
+    """Writes images anew, losslessly. Returns the files' content."""
+    contents = []
+    for sample in samples:
+        with Image.open(io.BytesIO(Path(index.paths[sample]).read_bytes())) as image:
+            image.save(index.paths[sample], kind, **options)
+        contents.append(Path(index.paths[sample]).read_bytes())
+    return contents
+
+
+def test_what_is_not_trusted_is_tried_once_in_one_small_pipeline_on_the_cpu(
+    index: Index, pipelines: Pipelines
 ) -> None:
-    built: list[tuple[int, int, int | None]] = []  # of each pipeline: batch, threads, GPU
-    seen: list[Pipeline] = []
-    tried = 0
-    build, feed_input = Pipeline.build, Pipeline.feed_input
-
-    def noted_build(pipe: Pipeline) -> None:
-        size = (pipe.max_batch_size, pipe.num_threads, pipe.device_id)
-        build(pipe)
-        if pipe not in seen:
-            seen.append(pipe)
-            built.append(size)
-
-    def noted_feed(*args: object) -> None:
-        nonlocal tried
-        tried += 1
-        feed_input(*args)
-
-    monkeypatch.setattr(Pipeline, "build", noted_build)
-    monkeypatch.setattr(Pipeline, "feed_input", noted_feed)
-    for number in range(8):
-        with Image.open(io.BytesIO(jpeg(number))) as photo:
-            photo.save(index.paths[number], "BMP")
-    bmp = Path(index.paths[2]).read_bytes()
-    write(index.paths[2], bmp[: len(bmp) // 2])
-    one = loader(index)
-    for _ in range(3):
-        list(one.batches(train_stream(index)))
-    assert list(one.bad) == [2]
-    assert tried <= 8 + 3  # the BMPs, and what may stand in for the one that is cut
-    # One a stream; and for the trials one, and one more after what it could not decode.
-    assert sorted(set(built)) == [(1, 1, None), (32, 2, None)]
-    assert [batch for batch, _, _ in built].count(1) == 2
-    assert len(built) == 3 + 2
+    reencode(index, range(IMAGES), "PNG")
+    expected = list(loader(index).batches(train_stream(index)))
+    for kind in ("BMP", "TIFF"):
+        reencode(index, range(IMAGES), kind)
+        pipelines.made.clear()
+        tried = loader(index)
+        got = list(tried.batches(train_stream(index)))
+        assert all(equal(a, b) for a, b in zip(got, expected, strict=True))
+        assert pipelines.made[1:] == [SMALL]
+        list(tried.batches(train_stream(index)))
+        assert len(pipelines.made) == 2 + 1
+        assert not tried.bad
 
 
-def test_a_stand_in_that_is_bad_itself(index: Index) -> None:
+@pytest.mark.parametrize(
+    "way",
+    [Decoding(), *(pytest.param(way, marks=pytest.mark.gpu) for way in (UNPROBED, HOST))],
+    ids=str,
+)
+def test_bad_images_and_odd_formats_on_either_device(
+    index: Index, way: Decoding, pipelines: Pipelines
+) -> None:
+    """A GPU's decoder may be content with a JPEG of which the CPU's is not; with nothing else."""
+    kinds = dict(enumerate(spoiled(0)))
+    for number, kind in kinds.items():
+        write(index.paths[number], spoiled(number)[kind])
+    odd = range(len(kinds), IMAGES)
+    bmp, tiff, *_ = odd
+    reencode(index, [bmp], "BMP")
+    (content,) = reencode(index, [tiff], "TIFF")
+    write(index.paths[tiff], content[: len(content) // 2])
+    device = "cpu" if way.device == "cpu" else "cuda"
+    mended = loader(index, device=device, decoding=way)
+    requests = [train_request(CONFIG, index, epoch, np.arange(IMAGES)) for epoch in (0, 1, 0)]
+    first, _, again = mended.batches(requests)
+    assert first.images.device.type == device
+    assert equal(first, again)
+    in_its_scan = {number for number, kind in kinds.items() if kind in CUT_IN_THE_SCAN}
+    assert {*kinds, tiff} - in_its_scan <= set(mended.bad) <= {*kinds, tiff}
+    for number in set(odd) - {tiff}:
+        assert first.labels[number] == number
+    # None of the pipelines that had one image to decode had more threads than it needs.
+    assert {one[1] for one in pipelines.made if one[0] == 1} == {1}
+
+
+def windows_at(tops: Sequence[int], samples: Sequence[int], index: Index) -> Request:
+    """Training images seen through windows that are 20 pixels high."""
+    request = train_request(CONFIG, index, 0, np.array(samples))
+    roi = np.array([[top, 20, top + 20, 60] for top in tops], np.float64)
+    return request._replace(windows=replace(request.windows, roi=roi))
+
+
+@pytest.mark.parametrize("top", [0, HEIGHT - 20])
+def test_of_what_is_not_trusted_all_is_tried(index: Index, top: int) -> None:
+    """The decoder is content with the upper part of a TIFF that ends too early; a sample that was
+    replaced in one window is replaced in all."""
+    (content,) = reencode(index, [5], "TIFF", tiffinfo={ROWS_PER_STRIP: 4})
+    write(index.paths[5], content[: len(content) // 2])
+    mended = loader(index)
+    requests = [
+        windows_at([top] * len(samples), samples, index) for samples in ([5], [4, 5, 6], [5, 5])
+    ]
+    got = list(mended.batches(requests))
+    assert list(mended.bad) == [5]
+    other, _ = requests[0].stand_in(5, 0)  # type: ignore[misc]
+    assert [batch.labels.tolist() for batch in got] == [
+        [other],
+        [4, other, 6],
+        [other] * 2,
+    ]
+
+
+def test_what_an_image_is_replaced_for_does_not_depend_on_its_company(index: Index) -> None:
+    """Number 2 ends too early, below its window; number 5 within its own."""
+    for number in (2, 5):
+        write(index.paths[number], jpeg(number)[: len(jpeg(number)) * 3 // 4])
+    (expected,) = loader(index).batches([windows_at([0], [2], index)])
+    for samples in ([0, 1, 2, 3, 4, 5, 6, 7], [0, 2, 7], [5, 2]):
+        tops = [HEIGHT - 20 if sample == 5 else 0 for sample in samples]
+        mended = loader(index)
+        (got,) = mended.batches([windows_at(tops, samples, index)])
+        assert list(mended.bad) == ([5] if 5 in samples else [])
+        assert got.labels[samples.index(2)] == 2
+        assert torch.equal(got.images[samples.index(2)], expected.images[0])
+
+
+def test_a_stand_in_that_is_bad_itself(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found before it is used, or, if only the loader's own decoder refuses it, when it is."""
     request = train_request(CONFIG, index, 0, np.arange(8))
     first, second = (request.stand_in(5, attempt)[0] for attempt in (0, 1))  # type: ignore[misc]
     assert 5 not in (first, second)
@@ -323,6 +424,11 @@ def test_a_stand_in_that_is_bad_itself(index: Index) -> None:
         write(index.paths[first], jpeg(first)[: scan_start(jpeg(first)) + 20])
         batch = next(iter(loader(index).batches([request])))
         assert batch.labels[5] == second
+        with monkeypatch.context() as patch:
+            patch.setattr(ImageCheck, "__call__", lambda *_: None)
+            late = loader(index)
+            assert equal(next(iter(late.batches([request]))), batch)
+            assert list(late.bad) == [5]
         for number in (5, first):
             Path(index.paths[number]).write_bytes(jpeg(number))
 
