@@ -21,10 +21,10 @@ from resnet_dist import distributed
 from resnet_dist.config import Config, DataConfig
 from resnet_dist.data.augment import Request, eval_windows
 from resnet_dist.data.cache import BLANK_GREY, SPARE_BYTES, EncodedCache, shared_bytes
-from resnet_dist.data.image_check import ImageCheck
 from resnet_dist.data.dali import Batch, Loader
 from resnet_dist.data.decoding import HOST, UNPROBED, Decoding
 from resnet_dist.data.headers import UnreadableImage, screen
+from resnet_dist.data.image_check import ImageCheck
 from resnet_dist.data.index import Index, Shards
 from resnet_dist.data.reader import Reader
 from resnet_dist.data.source import make_loader
