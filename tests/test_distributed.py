@@ -1,7 +1,11 @@
 """The verbs that all ranks say together, and the request to stop."""
 
+import io
 import os
 import signal
+import time
+from contextlib import redirect_stderr
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -69,6 +73,43 @@ def test_a_node_is_its_own_ranks() -> None:
     assert run_ranks(sum_within_the_node, 4, init_process_group=False) == [1.0, 1.0, 5.0, 5.0]
 
 
+def wait_for_a_slow_disk(rank: int, world_size: int, rendezvous: Path) -> tuple[list[int], str]:
+    dist.init_process_group(
+        "gloo",
+        f"file://{rendezvous}",
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=2),
+    )
+    world = distributed.start()
+    said = io.StringIO()
+
+    def slowly() -> int:
+        time.sleep(5 * rank)
+        return rank
+
+    with (
+        redirect_stderr(said),
+        world.patiently("data index, train", say_every_seconds=1) as patient,
+    ):
+        ranks = patient.gather(patient.on_all(slowly))
+    with pytest.raises(RuntimeError, match=r"(?i)timed out|timeout|closed"):  # the usual limit
+        world.on_all(slowly)
+    distributed.stop()
+    return ranks, said.getvalue()
+
+
+def test_a_slow_disk_has_a_limit_of_its_own(tmp_path: Path) -> None:
+    said_by_0, said_by_1 = run_ranks(
+        wait_for_a_slow_disk, 2, tmp_path / "rendezvous", init_process_group=False
+    )
+    assert said_by_0[0] == said_by_1[0] == [0, 1]
+    first, *others = said_by_0[1].splitlines()
+    assert first == "data index, train: 1 s so far"
+    assert others
+    assert said_by_1[1] == ""
+
+
 def leave_with_ddp_alive(rank: int, world_size: int, rendezvous: Path) -> None:
     """DDP goes last, when the function returns, as in train()."""
     dist.init_process_group("gloo", f"file://{rendezvous}", rank=rank, world_size=world_size)
@@ -80,8 +121,8 @@ def leave_with_ddp_alive(rank: int, world_size: int, rendezvous: Path) -> None:
 
 
 def leave_often(rank: int, world_size: int, folder: Path) -> None:
-    for time in range(100):
-        leave_with_ddp_alive(rank, world_size, folder / str(time))
+    for number in range(100):
+        leave_with_ddp_alive(rank, world_size, folder / str(number))
 
 
 def test_a_run_that_is_done_ends(tmp_path: Path) -> None:
