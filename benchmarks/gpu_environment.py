@@ -12,7 +12,9 @@ import torch
 
 PACKAGES = (
     *("torch", "torchvision", "triton", "numpy", "pillow", "pyarrow", "pytest"),
-    *("nvidia-dali-cuda130", "nvidia-nvimgcodec-cu13", "nvidia-nvjpeg", "mlflow", "submitit"),
+    *("nvidia-dali-cuda130", "nvidia-nvimgcodec-cu13", "nvidia-nvjpeg"),
+    # The same for CUDA 12.
+    *("nvidia-dali-cuda120", "nvidia-nvimgcodec-cu12", "nvidia-nvjpeg-cu12", "mlflow", "submitit"),
 )
 
 
