@@ -45,15 +45,16 @@ def main(argv: list[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
     except ModuleNotFoundError as error:
-        _refuse(not_installed(error))
+        # On one node, perhaps: its first rank speaks.
+        _refuse(not_installed(error), speaks=os.environ.get("LOCAL_RANK", "0") == "0")
     except UserError as error:
-        _refuse(error)
+        # The same on every rank: rank 0 speaks for all.
+        _refuse(error, speaks=os.environ.get("RANK", "0") == "0")
 
 
-def _refuse(error: UserError) -> None:
-    # A UserError is the same on every rank: rank 0 speaks for all. The others linger, as torchrun
-    # ends all ranks when the first one leaves.
-    if os.environ.get("RANK", "0") == "0":
+def _refuse(error: UserError, speaks: bool) -> None:
+    # The others linger, as torchrun ends all ranks when the first one leaves.
+    if speaks:
         print(f"resnet-dist: {error}", file=sys.stderr, flush=True)
     else:
         time.sleep(OTHER_RANKS_LINGER_SECONDS)

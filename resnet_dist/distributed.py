@@ -21,8 +21,10 @@ from torch import Tensor
 from resnet_dist.errors import UserError
 
 T = TypeVar("T")
-# Others wait so long for the rank that looks at 1.28 M files on a slow disk; for all else, torch's
-# half hour counts.
+# How long ranks wait for one that reads, or saves, on a disk that hangs. Over NCCL, too, whose own
+# ten minutes end all processes without a save.
+LIMIT = timedelta(minutes=30)
+# The same for one that looks at 1.28 M files on a slow disk.
 PATIENCE = timedelta(hours=2)
 
 
@@ -146,7 +148,7 @@ class World:
         if self.local_size == 1:
             return None
         backend = None if self.group is None else "nccl"
-        group, _ = dist.new_subgroups(self.local_size, backend=backend)
+        group, _ = dist.new_subgroups(self.local_size, backend=backend, timeout=LIMIT)
         return group
 
 
@@ -206,13 +208,13 @@ def start() -> World:
         for name in ("MASTER_ADDR", "MASTER_PORT"):
             if not os.environ.get(name):
                 raise UserError(f"environment: {name} is not set; start the ranks with torchrun")
-        dist.init_process_group("gloo", rank=rank, world_size=size)
+        dist.init_process_group("gloo", rank=rank, world_size=size, timeout=LIMIT)
     # The default group is gloo, for flags and objects on the CPU; gradients and BN statistics go
     # over NCCL, which refuses two ranks on one GPU: there gloo carries them too, slowly.
     gpus = _gpus_of_all_ranks(device, size)
     group: Any = None
     if device.type == "cuda" and len(set(gpus)) == size:
-        group = dist.new_group(backend="nccl")
+        group = dist.new_group(backend="nccl", timeout=LIMIT)
     patient_group: Any = dist.new_group(backend="gloo", timeout=PATIENCE)
     return World(rank, local_rank, size, local_size, device, group, None, patient_group)
 

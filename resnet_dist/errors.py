@@ -8,8 +8,10 @@ class UserError(Exception):
 
 
 # What pip calls a package that Python imports under another name.
+DALI = "nvidia-dali-cuda130 (for CUDA 12 as README.md says)"
 PIP_NAMES = {
-    "nvidia": "nvidia-dali-cuda130 (for CUDA 12 as README.md says)",
+    "nvidia": DALI,
+    "nvidia.dali": DALI,  # CUDA's libraries lie in `nvidia` too
     "PIL": "pillow",
     "sklearn": "scikit-learn",
     "yaml": "pyyaml",
@@ -17,12 +19,13 @@ PIP_NAMES = {
 
 
 def not_installed(error: ModuleNotFoundError) -> UserError:
-    """The line for a package that is missing. Raises `error` itself if it is a part of this one."""
+    """The line for a package that is missing. Raises `error` itself if only a part of one is."""
     name = error.name or ""
-    top = name.partition(".")[0]
-    if top in ("", "resnet_dist"):
+    if not name or ("." in name and name not in PIP_NAMES):
         raise error
-    return UserError(f"Python package {name}: not installed; pip install {PIP_NAMES.get(top, top)}")
+    return UserError(
+        f"Python package {name}: not installed; pip install {PIP_NAMES.get(name, name)}"
+    )
 
 
 def invalid_value(origin: str, key: str, value: Any, why: str, nearest: object) -> UserError:

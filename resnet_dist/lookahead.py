@@ -5,9 +5,9 @@ ranks know it when the step is done, and none has waited for another's answer. I
 of one more step's batches: 77 MB for 256 images of 224 pixels in half precision.
 """
 
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 
 from resnet_dist.data.dali import Batch
 from resnet_dist.errors import UserError
@@ -34,9 +34,12 @@ def look_ahead(job: Job, batches: Iterator[Batch], meter: Meter, interrupt: Inte
 
 
 def take(batches: Iterator[Batch], count: int) -> tuple[list[Batch], str | None]:
-    """The next `count` batches, fewer at the end of the run; or none, and why: not to be raised on
-    one rank alone, for which the others would wait."""
+    """The next `count` batches; or none, and why: raised on one rank alone, the others would wait
+    for it, and nothing would be saved."""
     try:
-        return list(islice(batches, count)), None
+        return [next(batches) for _ in range(count)], None
     except UserError as error:
         return [], str(error)
+    except Exception as error:  # a bug, or a GPU that fails
+        traceback.print_exc()
+        return [], f"{type(error).__name__}: {error}"

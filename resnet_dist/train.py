@@ -21,7 +21,7 @@ from resnet_dist.errors import UserError
 from resnet_dist.evaluate import Score
 from resnet_dist.interrupt import Interrupt
 from resnet_dist.job import Job, build, evaluate_now, restore, save, tags, train_batches
-from resnet_dist.lookahead import look_ahead
+from resnet_dist.lookahead import Upcoming, look_ahead
 from resnet_dist.meter import Meter
 from resnet_dist.models.dropout import set_dropout_keys
 from resnet_dist.optim import set_lr
@@ -86,22 +86,22 @@ def run(
     bad.share(job.val_index, job.val_index.bad)
     bad.check_budget()
     if plan.evals_after(state.step) and state.evaluated_step < state.step:
-        # The last try ended in this evaluation: too many images could not be read.
-        score = scored(job, meter, bad)
-        tracker.log(state.step, score.metrics())
-        progress.say(f"epoch {plan.epoch_at(state.step):.2f}  val {score}")
+        # The last try was stopped before this evaluation, or could not read too many of its images.
+        score = evaluated(job, meter, bad, tracker, progress)
         save(job, meter)
     batches = train_batches(job)
     startup.mark("rest")
-    upcoming = look_ahead(job, batches, meter, interrupt)
-    startup.mark("first batch")
+    upcoming: Upcoming | None = None
     for step in range(state.step, plan.total_steps):
+        if upcoming is None:  # at the start, and after an evaluation
+            upcoming = look_ahead(job, batches, meter, interrupt)
+            startup.mark("first batch")
         # Asked a step ago: the hosts hardly wait for each other here, and never for a GPU.
         if upcoming.is_stop():
             save(job, meter)
             world.raise_any(upcoming.failure)
             return Outcome.PREEMPTED, score
-        passes = upcoming.passes
+        passes, upcoming = upcoming.passes, None
         if not plan.evals_after(step + 1):
             upcoming = look_ahead(job, batches, meter, interrupt)
         lr = plan.lr_at(step, state.lr_memory)
@@ -122,19 +122,20 @@ def run(
             progress.update(state.step, metrics)
         with meter.paused():
             if plan.evals_after(state.step):
-                batches.close()  # training's and evaluation's buffers do not exist together
-                score = scored(job, meter, bad)
+                # An evaluation may take longer than who stops us waits: it is made up for later.
+                if world.any(interrupt.requested):
+                    save(job, meter)
+                    return Outcome.PREEMPTED, score
+                # Training's and evaluation's buffers do not exist together.
+                passes.clear()
+                batches.close()
+                score = evaluated(job, meter, bad, tracker, progress)
                 batches = train_batches(job)
-                tracker.log(state.step, score.metrics())
-                progress.say(f"epoch {plan.epoch_at(state.step):.2f}  val {score}")
-            if plan.logs_after(state.step) or plan.evals_after(state.step):
+            elif plan.logs_after(state.step):
                 tracker.log(state.step, {"data/bad_samples": bad.count})
             if plan.saves_after(state.step) or state.best_step == state.step or bad.too_many:
                 save(job, meter)
             bad.check_budget()
-        if plan.evals_after(state.step):
-            upcoming = look_ahead(job, batches, meter, interrupt)
-    upcoming.is_stop()  # too late to matter; but no rank leaves while another asks
     return Outcome.FINISHED, score
 
 
@@ -177,8 +178,10 @@ def train_step(job: Job, passes: Iterable[Batch], meter: Meter) -> Tensor:
     return correct
 
 
-def scored(job: Job, meter: Meter, bad: BadSamples) -> Score:
-    """The score, remembered. If too many images cannot be read the state is saved first."""
+def evaluated(
+    job: Job, meter: Meter, bad: BadSamples, tracker: Tracker, progress: Progress
+) -> Score:
+    """The score, remembered and told. Where too many images cannot be read the state is saved."""
     try:
         score = evaluate_now(job)
     except UserError:  # the same on all ranks
@@ -186,6 +189,10 @@ def scored(job: Job, meter: Meter, bad: BadSamples) -> Score:
         raise
     bad.share(job.val_index, job.val_loader.bad)
     remember(job, score)
+    step = job.state.step
+    tracker.log(step, score.metrics())
+    tracker.log(step, {"data/bad_samples": bad.count})
+    progress.say(f"epoch {job.plan.epoch_at(step):.2f}  val {score}")
     return score
 
 

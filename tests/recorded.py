@@ -20,6 +20,7 @@ from resnet_dist.data.augment import Request
 from resnet_dist.data.dali import Batch
 from resnet_dist.interrupt import Interrupt
 from resnet_dist.job import Job
+from resnet_dist.lookahead import Upcoming
 
 Journal = list[tuple[int, dict[str, float]]]  # step, metrics
 
@@ -61,18 +62,17 @@ class Run:
 
 
 class StopsBefore(Interrupt):
-    """Requests a stop before `step`; the loop asks once per step, while the one before it runs."""
+    """Requests a stop before `step`, when the loop looks ahead to it: past an evaluation."""
 
     def __init__(self, step: int | None) -> None:
         super().__init__()
         self.step: int | None = step
-        self.next_step: int | None = None  # that the loop asks about
+        self.ahead: int | None = None  # the step that was looked ahead to last
 
     @property
     def requested(self) -> bool:
-        assert self.next_step is not None
-        self.next_step += 1
-        return self.step is not None and self.next_step - 1 >= self.step
+        assert self.ahead is not None
+        return self.step is not None and self.ahead >= self.step
 
 
 def record(config: Config, stop_before: int | None = None, *, float64: bool = False) -> Run:
@@ -83,14 +83,17 @@ def record(config: Config, stop_before: int | None = None, *, float64: bool = Fa
     """
     run, asked, interrupt = Run(), deque[Request](), StopsBefore(stop_before)
     train_requests, train_step = job_module.train_requests, train_module.train_step
+    look_ahead = train_module.look_ahead
 
     def noted_requests(*arguments: Any) -> Iterator[Request]:
-        if interrupt.next_step is None:
-            interrupt.next_step = arguments[-1]
         asked.clear()
         for request in train_requests(*arguments):
             asked.append(request)
             yield request
+
+    def noted_look_ahead(job: Job, *rest: Any) -> Upcoming:
+        interrupt.ahead = job.state.step if interrupt.ahead is None else interrupt.ahead + 1
+        return look_ahead(job, *rest)
 
     def noted_step(job: Job, passes: list[Batch], *rest: Any) -> Tensor:
         assert job.state.step not in run.steps
@@ -100,6 +103,7 @@ def record(config: Config, stop_before: int | None = None, *, float64: bool = Fa
     with ExitStack() as patches:
         patch = patches.enter_context(pytest.MonkeyPatch.context())
         patch.setattr(job_module, "train_requests", noted_requests)
+        patch.setattr(train_module, "look_ahead", noted_look_ahead)
         patch.setattr(train_module, "train_step", noted_step)
         if float64:
             patches.enter_context(double_precision())

@@ -1,7 +1,10 @@
 """All ranks stop before the same step, whichever of them is asked to, or has no data for it."""
 
+import io
+import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import redirect_stderr
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,46 +14,78 @@ from multirank import run_ranks
 
 from resnet_dist import checkpoint, checkpoint_list, distributed
 from resnet_dist.config import Config
+from resnet_dist.data.augment import Request
+from resnet_dist.data.dali import Batch, Loader
 from resnet_dist.errors import UserError
 from resnet_dist.interrupt import Interrupt
 from resnet_dist.train import train
 
 STEPS = 6  # with an evaluation after the third and the last
+# The steps before which the loop asks whether to stop: before and after an evaluation, too.
+ASKS = [0, 1, 2, 3, 3, 4, 5, 6]
 
 
 class At(Interrupt):
-    """Does something when the loop asks about `step`, on one rank: once per step, beforehand."""
+    """Does something when the loop asks for the time `ask`, counted from 0, on one rank."""
 
-    def __init__(self, step: int, action: Callable[[], bool]) -> None:
+    def __init__(self, ask: int, action: Callable[[], bool]) -> None:
         super().__init__()
-        self.step, self.action, self.asked = step, action, -1
+        self.ask, self.action, self.asked = ask, action, -1
 
     @property
     def requested(self) -> bool:
         self.asked += 1
-        return self.asked == self.step and self.action()
+        return self.asked == self.ask and self.action()
 
 
-def train_and_stop(rank: int, world_size: int, config: Config, asked: int, step: int) -> str:
-    """Rank `asked` alone is asked to stop before `step`, and once."""
+def train_and_stop(rank: int, world_size: int, config: Config, asked: int, ask: int) -> str:
+    """Rank `asked` alone is asked to stop, and once."""
     action = (lambda: True) if rank == asked else (lambda: False)
-    return train(config, "test", At(step, action)).name
+    return train(config, "test", At(ask, action)).name
 
 
-@pytest.mark.parametrize("step", range(STEPS + 1))
+@pytest.mark.parametrize("ask", range(len(ASKS)))
 @pytest.mark.parametrize(("world_size", "asked"), [(2, 1), (3, 2), (2, 0)])
 def test_all_ranks_stop_before_the_same_step(
-    tiny_config: Callable[..., Config], world_size: int, asked: int, step: int
+    tiny_config: Callable[..., Config], world_size: int, asked: int, ask: int
 ) -> None:
-    """At the last step, too, when it is too late to stop: no rank waits for another for ever."""
     config = tiny_config("train.log_every_steps=2")
     outcomes = run_ranks(
-        train_and_stop, world_size, config, asked, step, init_process_group=False, timeout_s=100
+        train_and_stop, world_size, config, asked, ask, init_process_group=False, timeout_s=100
     )
-    assert outcomes == ["PREEMPTED" if step < STEPS else "FINISHED"] * world_size
+    assert outcomes == ["PREEMPTED"] * world_size
     newest = checkpoint_list.latest(config.run_dir)
     assert newest is not None
-    assert checkpoint.load(newest)["step"] == step
+    assert checkpoint.load(newest)["step"] == ASKS[ask]
+
+
+@pytest.mark.parametrize("ask", [3, 7])
+def test_a_stop_does_not_wait_for_an_evaluation(
+    tiny_config: Callable[..., Config], ask: int
+) -> None:
+    """Which is made up for, and so nothing is told apart from a run that was not stopped."""
+    config, whole = (
+        tiny_config(f"name={name}", "train.deterministic=true", "train.log_every_steps=1")
+        for name in ("stopped", "whole")
+    )
+    run_ranks(train_and_stop, 1, whole, 0, len(ASKS), init_process_group=False)
+    assert run_ranks(train_and_stop, 1, config, 0, ask, init_process_group=False) == ["PREEMPTED"]
+    evaluations = [step for step, metrics in journal(config) if "val/acc1" in metrics]
+    assert evaluations == ([] if ASKS[ask] == 3 else [3])
+    assert run_ranks(train_and_stop, 1, config, 0, len(ASKS), init_process_group=False) == [
+        "FINISHED"
+    ]
+    assert journal(config) == journal(whole)
+
+
+def journal(config: Config) -> list[tuple[int, dict[str, float]]]:
+    """Steps and metrics, but for speeds."""
+    lines = map(json.loads, (config.run_dir / "journal.jsonl").read_text().splitlines())
+    return [
+        (line["step"], {k: v for k, v in line["metrics"].items() if not k.startswith("perf/")})
+        for line in lines
+        if "metrics" in line
+    ]
 
 
 def train_and_lose(rank: int, world_size: int, config: Config, roots: list[Path], step: int) -> str:
@@ -88,6 +123,35 @@ def test_a_rank_that_loses_its_data_ends_all_with_its_reason(
     newest = checkpoint_list.latest(config.run_dir)
     assert newest is not None
     assert step <= checkpoint.load(newest)["step"] < STEPS
+
+
+def train_on_a_bug(rank: int, world_size: int, config: Config) -> tuple[str, str]:
+    """The loader of rank 1 fails at its third batch, as if out of memory."""
+    batches = Loader.batches
+
+    def failing(loader: Loader, requests: Iterable[Request]) -> Iterator[Batch]:
+        for number, batch in enumerate(batches(loader, requests)):
+            if rank == 1 and number == 2:
+                raise MemoryError("no room")
+            yield batch
+
+    said = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stderr(said):
+        patch.setattr(Loader, "batches", failing)
+        with pytest.raises(UserError) as failure:
+            train(config, "test", Interrupt())
+    distributed.stop()
+    return str(failure.value), said.getvalue()
+
+
+def test_nothing_is_lost_by_a_bug_in_one_rank_s_data(tiny_config: Callable[..., Config]) -> None:
+    config = tiny_config("train.log_every_steps=50", "train.eval_every_epochs=2")
+    ends = run_ranks(train_on_a_bug, 2, config, init_process_group=False)
+    assert [reason for reason, _ in ends] == ["rank 1: MemoryError: no room"] * 2
+    assert ["Traceback" in said for _, said in ends] == [False, True]
+    newest = checkpoint_list.latest(config.run_dir)
+    assert newest is not None
+    assert checkpoint.load(newest)["step"] == 2
 
 
 def ask_while_others_are_asked(rank: int, world_size: int) -> list[object]:

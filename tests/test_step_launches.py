@@ -3,12 +3,14 @@ operations it starts.
 
 Under FakeTensorMode tensors have shapes and no values: whatever would read one on the host
 (`.item()`, `bool(tensor)`, a branch) raises. A process group that is pretended, too, takes the
-place of the other ranks. DDP is not there: its exchange, in C++, wants real tensors.
+place of the other ranks. DDP is not there: its exchange, in C++, wants real tensors. (On GPUs its
+logger waits for events of its own, in the first ten steps and in every hundredth.)
 
 Most steps are pretended to be on a CPU, whole; branches that only CUDA tensors take are not seen.
 Some are pretended to be on a GPU, also where there is none. There each copy between host and GPU is
-seen as well; but the backward pass is left out, as torch's engine wants a GPU that is there, and
-what CUDA's kernels do inside is not seen: that is for the tests marked `gpu`.
+seen as well, except for indices that are on the host; but the backward pass is left out, as torch's
+engine wants a GPU that is there, and what CUDA's kernels do inside is not seen: that is for the
+tests marked `gpu`.
 
 An operation is a kernel launch on a GPU, a few more where it has several kernels; views, and
 questions to the dispatcher, are none. Clipping is counted tensor by tensor: torch takes its grouped
