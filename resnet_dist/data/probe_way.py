@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
+from itertools import cycle
 
 import numpy as np
 import torch
@@ -107,7 +108,7 @@ def try_way(way: Decoding, device: torch.device, images: int, seconds: float) ->
         for epoch in range(BATCHES)
     ]
 
-    def decoded(where: torch.device, how: Decoding, rounds: int) -> Iterator[Batch]:
+    def decoded(where: torch.device, how: Decoding, requests: Iterable[Request]) -> Iterator[Batch]:
         loader = Loader(
             known.index,
             data,
@@ -117,21 +118,23 @@ def try_way(way: Decoding, device: torch.device, images: int, seconds: float) ->
             reader=known,  # type: ignore[arg-type]
             decoding=how,
         )
-        return loader.batches(requests * rounds)
+        return loader.batches(requests)
 
-    first, changed = repeat((batch.images for batch in decoded(device, way, ROUNDS)), device)
+    repeated = decoded(device, way, requests * ROUNDS)
+    first, changed = repeat((batch.images for batch in repeated), device)
     if changed:
         return Trial("changed", said=f"{changed} of {BATCHES * (ROUNDS - 1)} batches, repeated")
-    cpu = [batch.images for batch in decoded(torch.device("cpu"), Decoding(), 1)]
+    cpu = [batch.images for batch in decoded(torch.device("cpu"), Decoding(), requests)]
     trial = compare([images.cpu() for images in first], cpu, data.std)
     if trial.verdict != "ok":
         return trial
+    endless = decoded(device, way, cycle(requests))
+    for _ in range(BATCHES):  # what is decoded ahead, and the start
+        next(endless)
     began, count = time.perf_counter(), 0
     while (took := time.perf_counter() - began) < seconds:
-        for _ in decoded(device, way, ROUNDS):
-            count += images
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        next(endless)
+        count += images
     return replace(trial, images_per_sec=round(count / took, 1))
 
 
