@@ -171,8 +171,9 @@ def describe(figures: dict[str, Any]) -> str:
     if "peak_memory_gib" in figures:
         text += f", {figures['host_syncs']} syncs, {figures['launches']:,} launches"
         text += f", peak {figures['peak_memory_gib']:.1f} GiB"
-    first = figures["top_kernels"][0]
-    return f"{text}; first step {figures['first_step_seconds']:.1f} s; most: {first['name'][:40]}"
+    most = [kernel["name"][:40] for kernel in figures["top_kernels"][:1]]
+    text += f"; first step {figures['first_step_seconds']:.1f} s"
+    return f"{text}; most: {most[0] if most else 'the profiler saw no kernels'}"
 
 
 if __name__ == "__main__":

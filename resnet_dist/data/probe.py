@@ -115,6 +115,8 @@ def probe(device: torch.device, options: Sequence[str] = ()) -> tuple[Report, bo
     Returns what was seen, and whether it says something about the decoders, so that it is worth
     keeping: a GPU that this process may not use, or a request to stop, says nothing.
     """
+    if device.type == "cuda" and device.index is None:  # another process has another current one
+        device = torch.device("cuda", torch.cuda.current_device())
     report: Report = {}
     is_whole = True
     ends = time.monotonic() + LIMIT_SECONDS
@@ -125,7 +127,10 @@ def probe(device: torch.device, options: Sequence[str] = ()) -> tuple[Report, bo
             continue
         command = [sys.executable, "-m", "resnet_dist.data.probe_way", str(number)]
         command += ["--device", str(device), *options]
-        report[str(way)] = run_apart(command, min(left, WAY_LIMIT_SECONDS))
+        trial = run_apart(command, min(left, WAY_LIMIT_SECONDS))
+        if left < WAY_LIMIT_SECONDS and trial.said.startswith("hung"):
+            trial = Trial("not tried", said="no time was left")  # it was not given its due
+        report[str(way)] = trial
         if report[str(way)].verdict == "not tried":
             is_whole = False
     return report, is_whole
