@@ -3,8 +3,10 @@
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
+import sysconfig
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -25,6 +27,9 @@ def main(output: str | None) -> None:
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "packages": {package: version_of(package) for package in PACKAGES},
+        # torch.compile needs both.
+        "c_compiler": os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"),
+        "python_headers": Path(sysconfig.get_paths()["include"], "Python.h").exists(),
         # DALI warns where it finds none.
         "npp": npp_libraries(),
         "gpu": None,

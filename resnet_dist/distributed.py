@@ -116,7 +116,8 @@ class World:
         return answer[0]
 
     def on_all(self, function: Callable[[], T]) -> T:
-        """Runs `function` on every rank; if it fails on one, all raise that rank's UserError."""
+        """Runs `function` on every rank; if it fails on one, that rank raises its error, and all
+        others a UserError that tells of it."""
         if self.size == 1:
             return function()
         result, failure = None, None
@@ -124,6 +125,9 @@ class World:
             result = function()
         except UserError as error:
             failure = str(error)
+        except Exception as error:  # the others must not wait for this rank for ever
+            self.gather(f"{type(error).__name__}: {error}")
+            raise
         self.raise_any(failure)
         return cast(T, result)
 

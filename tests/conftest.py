@@ -1,5 +1,6 @@
 """Who sees the GPUs; a tiny image folder and configs over it; the final table of equalities."""
 
+import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -81,10 +82,39 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture(scope="session")
+def decoding_reports(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what the probe of this GPU's decoders saw.
+
+    $DECODING_REPORTS names one that is there already: each test may be a process of its own.
+    """
+    if "DECODING_REPORTS" in os.environ:
+        return Path(os.environ["DECODING_REPORTS"])
+    import torch  # not all tests need it
+
+    from resnet_dist.data.probe import report_of
+
+    folder = tmp_path_factory.mktemp("decoding")
+    report_of(torch.device("cuda", 0), folder, print)
+    return folder
+
+
 @pytest.fixture
-def tiny_yaml(tiny_folder: Path, tmp_path: Path) -> Path:
+def run_root(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """For runs. A GPU is not probed again for each test: that takes a minute."""
+    root = tmp_path / "runs"
+    if is_for_gpu(request.node):
+        kept = root / ".index"
+        kept.mkdir(parents=True)
+        for path in request.getfixturevalue("decoding_reports").glob("decoding-*.json"):
+            shutil.copy(path, kept)
+    return root
+
+
+@pytest.fixture
+def tiny_yaml(tiny_folder: Path, tmp_path: Path, run_root: Path) -> Path:
     path = tmp_path / "tiny.yaml"
-    path.write_text(f"{TINY_CONFIG}data.root: {tiny_folder}\ntracking.run_root: {tmp_path}/runs\n")
+    path.write_text(f"{TINY_CONFIG}data.root: {tiny_folder}\ntracking.run_root: {run_root}\n")
     return path
 
 

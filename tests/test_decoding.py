@@ -4,7 +4,7 @@ import io
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -71,6 +71,16 @@ def test_a_run_keeps_its_way_where_it_is_sound(asking: Callable[..., Config]) ->
         assert choose(asking(), [seen], str(way))[0] == way
     assert choose(asking(), [seen], str(IMAGE_HW))[0] == WINDOW
     assert choose(asking(), [seen], "cpu")[0] == WINDOW
+    # Sound elsewhere, and no time was left for it here.
+    untried = report(w0=5000.0, w1=Trial("not tried"))
+    assert choose(asking(), [untried, seen], str(WINDOW))[0] == WINDOW
+    assert "not probed" in choose(asking(), [untried], str(WINDOW))[1]
+    del untried[str(WINDOW)]
+    assert choose(asking(), [untried], str(WINDOW))[0] == WINDOW
+    assert choose(asking(), [untried, report(w1=SEGFAULT)], str(WINDOW))[0] == IMAGE
+    # The CPU's decoder, of a machine where none of the GPU's was sound.
+    assert choose(asking(), [seen], str(HOST))[0] == HOST
+    assert choose(asking("data.decode=image"), [seen], str(HOST))[0] == IMAGE
     with_load = asking("data.hw_decoder_load=0.3")
     way = replace(WINDOW_HW, hw_decoder_load=0.3)
     assert choose(with_load, [seen], str(way))[0] == way
@@ -111,6 +121,14 @@ def test_where_no_way_is_sound_the_cpu_decodes(asking: Callable[..., Config]) ->
     assert "SIGSEGV" in why
 
 
+def test_what_was_not_tried_is_not_broken(asking: Callable[..., Config]) -> None:
+    some = report(w0=Trial("not tried"), w1=SEGFAULT)
+    some |= {str(way): Trial("changed") for way in WAYS[2:]}
+    assert choose(asking(), [some], None) == (UNPROBED, "not probed")
+    assert choose(asking("data.decode=image"), [some], None) == (UNPROBED, "not probed")
+    assert choose(asking(), [{}], None) == (UNPROBED, "not probed")
+
+
 def test_without_a_probe_the_whole_image_and_no_hardware_decoder(
     asking: Callable[..., Config],
 ) -> None:
@@ -143,7 +161,7 @@ def test_a_process_that_others_end_says_nothing_of_the_decoder(name: str) -> Non
 def test_a_hang_is_ended_and_told() -> None:
     began = time.monotonic()
     trial = run("import time; print('ready', flush=True); time.sleep(600)", limit_seconds=2)
-    assert trial == Trial("crash", said="hung: no end after 2 s")
+    assert trial == Trial("hung", said="no end after 2 s")
     assert time.monotonic() - began < 60
     assert run("import time; time.sleep(600)", limit_seconds=1).verdict == "not tried"
 
@@ -155,6 +173,73 @@ def test_errors_of_the_decoder_and_of_the_gpu() -> None:
     assert run("raise RuntimeError('no such device')").verdict == "not tried"
     assert run("print('ready'); raise RuntimeError('CUDA out of memory')").verdict == "not tried"
     assert run("print('ready')").verdict == "crash"  # it ended well, and said nothing
+
+
+DALI_FAILS = """
+import sys
+import numpy as np
+from nvidia.dali import fn, pipeline_def
+print("ready", flush=True)
+
+@pipeline_def(batch_size=1, num_threads=1, device_id=None)
+def fails():
+    images = fn.external_source(lambda: [np.zeros(10, np.uint8)])
+    return fn.decoders.image(images) if sys.argv[1] == "image" else fn.python_function(
+        images, function=out_of_memory, device="cpu")
+
+def out_of_memory(images):
+    raise MemoryError("cudaErrorMemoryAllocation")
+
+fails(exec_dynamic=False).run()
+"""
+
+
+def test_dalis_reason_is_not_its_last_line() -> None:
+    trial = run_apart([sys.executable, "-c", DALI_FAILS, "image"], 60.0)
+    assert trial.verdict == "crash"
+    assert "nvImageCodec failure" in trial.said
+    trial = run_apart([sys.executable, "-c", DALI_FAILS, "memory"], 60.0)
+    assert trial.verdict == "not tried"
+
+
+def test_a_process_that_cannot_start_says_nothing_of_the_decoder() -> None:
+    trial = run_apart(["/no/such/program"], 60.0)
+    assert trial.verdict == "not tried"
+    assert "No such file" in trial.said
+
+
+def test_a_way_ends_at_its_limit_also_if_nobody_waits_for_it() -> None:
+    """As one that hangs in C does: no Python code runs then."""
+    program = (
+        "import sys, time, resnet_dist.data.probe_way as w;"
+        "w.try_way = lambda *_: time.sleep(600);"
+        "sys.argv = ['', '0', '--device', 'cpu', '--limit', '1']; w.main()"
+    )
+    assert run(program) == Trial("not tried", said="the process ended with SIGALRM")
+
+
+def test_a_way_gets_all_of_its_time_or_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "WAY_LIMIT_SECONDS", 1.0)  # a way hangs, as far as it shows
+    seen = probe.probe(CPU, WAYS[:4], limit_seconds=2.9)
+    assert list(seen) == [str(way) for way in WAYS[:4]]
+    lacked_time = [trial.said == "no time was left" for trial in seen.values()]
+    assert lacked_time == [False, False, True, True]
+
+
+def test_an_image_that_a_way_refuses_is_told_with_the_decoders_reason() -> None:
+    program = (
+        "import sys, numpy as np, resnet_dist.data.probe_way as w\n"
+        "from resnet_dist.data.cache import Image\n"
+        "class Damaged(w.KnownJpegs):\n"
+        "    def read(self, sample):\n"
+        "        is_good, bad = sample != 3, Image(np.zeros(9, np.uint8), True)\n"
+        "        return super().read(sample) if is_good else bad\n"
+        "w.KnownJpegs = Damaged\n"
+        "sys.argv = ['', '0', '--device', 'cpu', '--images', '8']; w.main()"
+    )
+    trial = run(program)
+    assert trial.verdict == "crash"
+    assert "nvImageCodec failure" in trial.said
 
 
 def test_the_probe_itself_on_a_cpu(tmp_path: Path) -> None:
@@ -235,34 +320,53 @@ def test_the_known_images_are_of_every_kind() -> None:
 def test_a_report_is_kept_and_read(tmp_path: Path) -> None:
     said: list[str] = []
     seen = report(w0=2000.0, w1=SEGFAULT)
-    first = report_of(CPU, tmp_path, said.append, lambda device: (seen, True))
+    first = report_of(CPU, tmp_path, said.append, WAYS, lambda device, ways: seen)
     assert first == seen
     assert any("SIGSEGV" in line for line in said)
     (path,) = tmp_path.glob("decoding-*.json")
     assert json.loads(path.read_text())["versions"] == probe.versions_of(CPU)
     said.clear()
-    again = report_of(CPU, tmp_path, said.append, lambda device: pytest.fail("probed again"))
+    again = report_of(
+        CPU, tmp_path, said.append, WAYS, lambda device, ways: pytest.fail("probed again")
+    )
     assert again == seen
     assert not said
+
+
+def test_only_what_is_missing_is_tried(tmp_path: Path) -> None:
+    """A config leaves some; the time was not enough; a disk was slow, so that the first hung."""
+    asked: list[list[Decoding]] = []
+    now = report(w0=Trial("hung"), w1=2000.0, w2=SEGFAULT, w3=Trial("not tried"))
+    now |= {str(WINDOW_HW_PLAIN): Trial("hung")}
+
+    def try_ways(device: torch.device, ways: Sequence[Decoding]) -> Report:
+        asked.append(list(ways))
+        return {str(way): now[str(way)] for way in ways}
+
+    first = [WINDOW_HW, IMAGE, WINDOW]  # IMAGE hangs, and nothing else has come to an end
+    seen = report_of(CPU, tmp_path, print, first, try_ways)
+    assert seen == {str(way): now[str(way)] for way in first}
+    seen = report_of(CPU, tmp_path, print, WAYS, try_ways)
+    assert asked == [first, [IMAGE, IMAGE_HW, WINDOW_HW, IMAGE_HW_PLAIN, WINDOW_HW_PLAIN]]
+    assert seen == now
+    now[str(IMAGE)] = now[str(WINDOW_HW)] = Trial("ok", 100.0)
+    seen = report_of(CPU, tmp_path, print, WAYS, try_ways)
+    assert asked[2:] == [[IMAGE, WINDOW_HW]]
+    assert seen == report(w1=2000.0, w2=SEGFAULT, w5=Trial("hung"))
+    report_of(CPU, tmp_path, print, WAYS, try_ways)
+    assert len(asked) == 3
 
 
 @pytest.mark.parametrize("damage", ["", "[]", "{}", '{"versions": 3}', "torn"])
 def test_a_damaged_report_is_made_anew(damage: str, tmp_path: Path) -> None:
     seen = report(w0=2000.0)
-    report_of(CPU, tmp_path, print, lambda device: (seen, True))
+    report_of(CPU, tmp_path, print, WAYS, lambda device, ways: seen)
     (path,) = tmp_path.glob("decoding-*.json")
     text = path.read_text()
     path.write_text(text[: len(text) // 2] if damage == "torn" else damage)
     other = report(w0=3000.0)
-    assert report_of(CPU, tmp_path, print, lambda device: (other, True)) == other
-    assert report_of(CPU, tmp_path, print, lambda device: (seen, True)) == other
-
-
-def test_what_says_nothing_is_not_kept(tmp_path: Path) -> None:
-    untried = {str(way): Trial("not tried") for way in WAYS}
-    assert report_of(CPU, tmp_path, print, lambda device: (untried, False)) == untried
-    seen = report(w0=2000.0)
-    assert report_of(CPU, tmp_path, print, lambda device: (seen, True)) == seen
+    assert report_of(CPU, tmp_path, print, WAYS, lambda device, ways: other) == other
+    assert report_of(CPU, tmp_path, print, WAYS, lambda device, ways: seen) == other
 
 
 def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
@@ -270,7 +374,7 @@ def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     said: list[str] = []
     seen = report(w0=2000.0)
     folder = tmp_path / "file" / "below"
-    assert report_of(CPU, folder, said.append, lambda device: (seen, True)) == seen
+    assert report_of(CPU, folder, said.append, WAYS, lambda device, ways: seen) == seen
     assert "warning" in said[-1]
     assert "probes again" in said[-1]
 
@@ -291,3 +395,24 @@ def _report_by_kind(rank: int, world_size: int, folder: Path) -> list[Report]:
         return report(w0=1000.0 + rank)
 
     return once_per_kind("H100" if rank % 2 == 0 else "A100", make, distributed.start())
+
+
+def test_a_probe_that_fails_keeps_no_rank_waiting(tmp_path: Path) -> None:
+    said = run_ranks(_failing_probe, 3, init_process_group=False)
+    assert said == ["UserError: rank 1: OSError: no room"] + [
+        "OSError: no room",
+        "UserError: rank 1: OSError: no room",
+    ]
+
+
+def _failing_probe(rank: int, world_size: int) -> str:
+    def make() -> Report:
+        if rank == 1:
+            raise OSError("no room")
+        return report()
+
+    try:
+        once_per_kind(f"kind {rank}", make, distributed.start())
+    except (OSError, UserError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"

@@ -239,11 +239,12 @@ def test_formats_whose_damage_crashes_dali_go_alone(tmp_path: Path) -> None:
 def test_a_decoder_that_fails_is_not_a_bad_image(
     index: Index, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = Pipeline.run
+    run, alone = Pipeline.run, []
 
     def broken_alone(self: Pipeline, *args: Any, **kwargs: Any) -> Any:
         """As with a GPU in an error state."""
         if self.max_batch_size == 1:
+            alone.append(self)
             raise RuntimeError("an illegal memory access was encountered")
         return run(self, *args, **kwargs)
 
@@ -254,6 +255,7 @@ def test_a_decoder_that_fails_is_not_a_bad_image(
     with pytest.raises(RuntimeError, match="decode"):
         list(broken.batches([request]))
     assert broken.bad == {}
+    assert len(alone) == 2  # one image, and then one that is known to be good; not all of them
 
 
 def test_a_pipe_is_not_waited_for(index: Index) -> None:

@@ -275,6 +275,6 @@ def test_on_a_cpu_what_is_decoded_is_recorded(trained: Callable[..., Config]) ->
 @pytest.mark.gpu
 def test_a_run_of_the_cpu_s_decoder_is_not_the_gpu_s(trained: Callable[..., Config]) -> None:
     recorded = checkpoint.load(newest(trained()))["decoder"]
-    assert recorded.startswith("gpu")
+    assert recorded != "cpu"
     rewrite(trained(), decoder="cpu")
     assert f"as these differ: decoder cpu -> {recorded}." in refused(trained())

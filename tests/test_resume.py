@@ -98,10 +98,10 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def config_of(root: Path, tmp_path: Path) -> Callable[..., Config]:
+def config_of(root: Path, tmp_path: Path, run_root: Path) -> Callable[..., Config]:
     """config_of("shards", "name=x", ...)"""
     yaml = tmp_path / "config.yaml"
-    yaml.write_text(f"{CONFIG}tracking.run_root: {tmp_path}/runs\n")
+    yaml.write_text(f"{CONFIG}tracking.run_root: {run_root}\n")
 
     def config_of(data_format: str, *overrides: str) -> Config:
         settings = [f"data.root={root / data_format}", *FORMATS[data_format], *overrides]

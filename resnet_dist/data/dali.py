@@ -250,12 +250,13 @@ class Loader:
         for work in polled:
             if self._feed is None:
                 break
-            failures = self._failures([work.at(place) for place in range(len(work.shown))])
-            if failures and not self._decodes_at_all(work):
-                break
-            for place, why in failures.items():
+            is_bad = False
+            for place, why in self._failures([work.at(p) for p in range(len(work.shown))]):
+                if not is_bad and not self._decodes_at_all(work):
+                    raise error
+                is_bad = True
                 self._feed.mend(work, place, why)
-            if failures:
+            if is_bad:
                 return
         raise error
 
@@ -264,11 +265,10 @@ class Loader:
         good = work.at(0)
         assert self._feed is not None
         good.put(0, BLANK_LABEL, whole_images(np.full((1, 2), BLANK_PX)), self._feed.blank)
-        return not self._failures([good])
+        return not any(self._failures([good]))
 
-    def _failures(self, singles: list[Work]) -> dict[int, str]:
+    def _failures(self, singles: list[Work]) -> Iterator[tuple[int, str]]:
         """Which of these, with one image each, cannot be decoded, and why."""
-        failures: dict[int, str] = {}
         graph = self._graph_for(singles[0].windows)
         executor = self._executor | {"batch_size": 1, "num_threads": 1, "prefetch_queue_depth": 1}
         done = 0
@@ -287,11 +287,11 @@ class Loader:
                     pipe.run()
                     done += 1
             except StopIteration:
-                break
+                return
             except RuntimeError:
-                failures[done] = why_undecodable(singles[done].images[0].tobytes())
-                done += 1
-        return failures
+                del pipe
+            yield done, why_undecodable(singles[done].images[0].tobytes())
+            done += 1
 
     def _image_inputs(self, work: Work) -> tuple[Any, ...]:
         """Images, and the part of each that plays a part, unless it is all."""

@@ -63,50 +63,67 @@ WAYS = (
 class Trial:
     """What the probe saw of one way.
 
-    verdict: "ok"; "crash" (the process ended or hung); "changed" (other pixels when repeated);
-    "differs" (from the CPU's pixels, beyond the tolerance); "not tried".
+    verdict: "ok"; "crash" (the process ended by itself, or DALI raised an error); "hung"; "changed"
+    (other pixels when repeated); "differs" (from the CPU's pixels, beyond the tolerance); "not
+    tried".
     """
 
-    verdict: Literal["ok", "crash", "changed", "differs", "not tried"]
+    verdict: Literal["ok", "crash", "hung", "changed", "differs", "not tried"]
     images_per_sec: float | None = None
     said: str = ""  # the reason, or the figures
 
 
-BROKEN = ("crash", "changed", "differs")
+UNTRIED = Trial("not tried")
+BROKEN = ("crash", "hung", "changed", "differs")
 Report = dict[str, Trial]  # str(way) -> what was seen of it, on one kind of machine
+
+
+def ways_left_by(config: Config) -> dict[Decoding, Decoding]:
+    """The ways that the config allows, as it asks for them -> as they are probed."""
+    part, load = config.data.decode, config.data.hw_decoder_load
+    return {
+        replace(way, hw_decoder_load=load) if load else way: way
+        for way in WAYS
+        if part in ("auto", way.part) and (load is None or bool(load) == bool(way.hw_decoder_load))
+    }
 
 
 def choose(config: Config, reports: Sequence[Report], recorded: str | None) -> tuple[Decoding, str]:
     """The way that all machines take, and why.
 
-    reports: of each kind of machine in the world. recorded: str() of the run's way so far, if any.
+    reports: of each kind of machine in the world; a way that one lacks was not tried there.
+    recorded: str() of the run's way so far, if any.
 
     Raises:
         UserError: the config asks for a way that is broken on one of them.
     """
-    part, load = config.data.decode, config.data.hw_decoder_load
-    trials: dict[Decoding, list[Trial]] = {}  # of the ways that the config leaves
-    for way in WAYS:
-        if part in ("auto", way.part) and (load is None or bool(load) == bool(way.hw_decoder_load)):
-            asked = replace(way, hw_decoder_load=load) if load else way
-            trials[asked] = [report[str(way)] for report in reports]
+    trials = {
+        asked: [report.get(str(way), UNTRIED) for report in reports]
+        for asked, way in ways_left_by(config).items()
+    }
+    load = config.data.hw_decoder_load
+    is_free = config.data.decode == "auto" and load is None
+    if is_free and recorded == str(HOST):
+        return HOST, "as this run has had it"
+    for way, seen in trials.items():
+        if str(way) == recorded and not any(trial.verdict in BROKEN for trial in seen):
+            is_sound = all(trial.verdict == "ok" for trial in seen)
+            return way, f"as this run has had it, {'and sound' if is_sound else 'not probed'} here"
     # The slowest machine sets the pace.
     speeds = {
         way: min(trial.images_per_sec or 0.0 for trial in seen)
         for way, seen in trials.items()
         if all(trial.verdict == "ok" for trial in seen)
     }
-    for way in speeds:
-        if str(way) == recorded:
-            return way, "as this run has had it, and sound here"
     for way, speed in speeds.items():
         if speed >= FAST_ENOUGH * max(speeds.values()):
             return way, f"{speed:,.0f} images/s when this GPU's decoders were probed"
-    broken = [trial for seen in trials.values() for trial in seen if trial.verdict in BROKEN]
+    safest, seen = next(iter(trials.items()))
+    broken = [trial for trial in seen if trial.verdict in BROKEN]
     if not broken:
-        return next(iter(trials)), "not probed"
+        return safest, "not probed"
     why = f"{broken[0].verdict}: {broken[0].said}"
-    if part == "auto" and load is None:
+    if is_free:
         return HOST, f"the CPU's decoder, as none of this GPU's is sound ({why})"
     key, nearest = ("data.decode", "auto") if load is None else ("data.hw_decoder_load", None)
     raise config.invalid(key, f"was found broken when this GPU was probed ({why})", nearest)

@@ -1,4 +1,4 @@
-"""Tries each way of decoding on this GPU, once per GPU and versions, and keeps what it saw.
+"""Tries ways of decoding on this GPU, once per GPU and versions, and keeps what it saw.
 
     python -m resnet_dist.data.probe [--device cuda:0] [--output FILE] [--keep RUN_ROOT/.index]
 
@@ -13,29 +13,37 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import IO
 
 import torch
 
 import resnet_dist
 from resnet_dist.data.dali import DALI_VERSION
-from resnet_dist.data.decoding import WAYS, Report, Trial
+from resnet_dist.data.decoding import WAYS, Decoding, Report, Trial
 from resnet_dist.data.index_file import replace_file
 from resnet_dist.data.probe_way import READY
 
-PROBE_VERSION = "1"  # another one is another question: what is kept is asked anew
+PROBE_VERSION = "2"  # another one is another question: what is kept is asked anew
 LIMIT_SECONDS = 60.0  # for all ways
 WAY_LIMIT_SECONDS = 20.0
+KILL_SECONDS = 5.0
 # The process's own fault. Other signals come from a scheduler, a user or the out-of-memory killer.
 FAULTS = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL)
+# Of torch, CUDA, nvJPEG and C++. It says something of this hour, and nothing of the decoder.
+OUT_OF_MEMORY = re.compile(
+    "out.of.memory|memory.?allocation|bad_alloc|alloc(ator)?.(failure|failed)", re.IGNORECASE
+)
 
 
 def versions_of(device: torch.device) -> dict[str, str]:
@@ -54,9 +62,16 @@ def versions_of(device: torch.device) -> dict[str, str]:
 def _driver() -> str:
     try:
         line = Path("/proc/driver/nvidia/version").read_text().splitlines()[0]
-    except (OSError, IndexError):
-        return "unknown"
-    return next((word for word in line.split() if word[:1].isdigit() and "." in word), "unknown")
+        words = [word for word in line.split() if word[:1].isdigit() and "." in word]
+    except (OSError, IndexError):  # a container or WSL without it
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        try:
+            words = subprocess.run(
+                command, capture_output=True, text=True, timeout=10
+            ).stdout.split()
+        except (OSError, subprocess.TimeoutExpired):
+            words = []
+    return next(iter(words), "unknown")
 
 
 def _version_of(*packages: str) -> str:
@@ -72,68 +87,81 @@ def report_of(
     device: torch.device,
     folder: Path,
     say: Callable[[str], None],
-    try_all: Callable[[torch.device], tuple[Report, bool]] | None = None,
+    ways: Sequence[Decoding] = WAYS,
+    try_ways: Callable[[torch.device, Sequence[Decoding]], Report] | None = None,
 ) -> Report:
-    """What the probe saw on this GPU: read from `folder`, or seen now and kept there."""
+    """What the probe saw of `ways`, and maybe of others, on this GPU.
+
+    What `folder` lacks is tried now, in the order of `ways`, and what is sure is kept there.
+    """
     found = versions_of(device)
     key = hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:16]
     path = folder / f"decoding-{key}.json"
     kept = _read(path, found)
-    if kept is not None:
+    missing = [way for way in ways if str(way) not in kept]
+    if not missing:
         return kept
     say(
-        f"probing the JPEG decoders of {found['gpu']} (driver {found['driver']}, DALI "
-        f"{found['dali']}), once, up to {LIMIT_SECONDS:.0f} s"
+        f"probing {len(missing)} of {len(WAYS)} JPEG decoders of {found['gpu']} (driver "
+        f"{found['driver']}, DALI {found['dali']}), once, up to {LIMIT_SECONDS:.0f} s"
     )
-    report, is_whole = (try_all or probe)(device)
-    for name, trial in report.items():
+    seen = (try_ways or probe)(device, missing)
+    for name, trial in seen.items():
         say(f"  {describe(name, trial)}")
-    if is_whole:
-        content = {"versions": found, "ways": {name: asdict(t) for name, t in report.items()}}
+    sure = _sure(seen)
+    if sure:
+        ways_seen = {name: asdict(trial) for name, trial in (_read(path, found) | sure).items()}
+        text = json.dumps({"versions": found, "ways": ways_seen}, indent=1) + "\n"
         try:
-            text = json.dumps(content, indent=1) + "\n"
             replace_file(path, lambda file: file.write(text.encode()))
         except OSError as error:
             say(f"warning: {path}: not kept: {error.strerror}; the next start probes again")
-    return report
+    return kept | seen
 
 
-def _read(path: Path, found: Mapping[str, str]) -> Report | None:
+def _sure(seen: Report) -> Report:
+    """Without what may be otherwise the next time: what was not tried, and what hung before any
+    other way had come to an end, as the libraries may have come from a slow disk."""
+    sure: Report = {}
+    for name, trial in seen.items():
+        if trial.verdict != "not tried" and (sure or trial.verdict != "hung"):
+            sure[name] = trial
+    return sure
+
+
+def _read(path: Path, found: Mapping[str, str]) -> Report:
+    """Empty where there is none, or it is damaged."""
     try:
         content = json.loads(path.read_text())
         if content["versions"] != found:
-            return None
-        report = {name: Trial(**trial) for name, trial in content["ways"].items()}
+            return {}
+        return {name: Trial(**trial) for name, trial in content["ways"].items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return None
-    return report if {str(way) for way in WAYS} <= report.keys() else None
+        return {}
 
 
-def probe(device: torch.device, options: Sequence[str] = ()) -> tuple[Report, bool]:
-    """Tries all ways, each in a process of its own. Takes at most LIMIT_SECONDS.
+def probe(
+    device: torch.device,
+    ways: Sequence[Decoding] = WAYS,
+    limit_seconds: float = LIMIT_SECONDS,
+    options: Sequence[str] = (),
+) -> Report:
+    """Tries ways of decoding, each in a process of its own that gets WAY_LIMIT_SECONDS.
 
-    Returns what was seen, and whether it says something about the decoders, so that it is worth
-    keeping: a GPU that this process may not use, or a request to stop, says nothing.
+    limit_seconds: for all of them. options: more of probe_way's arguments.
     """
     if device.type == "cuda" and device.index is None:  # another process has another current one
         device = torch.device("cuda", torch.cuda.current_device())
     report: Report = {}
-    is_whole = True
-    ends = time.monotonic() + LIMIT_SECONDS
-    for number, way in enumerate(WAYS):
-        left = ends - time.monotonic()
-        if left < 1:
+    ends = time.monotonic() + limit_seconds
+    for way in ways:
+        if ends - time.monotonic() < WAY_LIMIT_SECONDS:  # less would say nothing about the way
             report[str(way)] = Trial("not tried", said="no time was left")
             continue
-        command = [sys.executable, "-m", "resnet_dist.data.probe_way", str(number)]
-        command += ["--device", str(device), *options]
-        trial = run_apart(command, min(left, WAY_LIMIT_SECONDS))
-        if left < WAY_LIMIT_SECONDS and trial.said.startswith("hung"):
-            trial = Trial("not tried", said="no time was left")  # it was not given its due
-        report[str(way)] = trial
-        if report[str(way)].verdict == "not tried":
-            is_whole = False
-    return report, is_whole
+        command = [sys.executable, "-m", "resnet_dist.data.probe_way", str(WAYS.index(way))]
+        command += ["--device", str(device), "--limit", str(WAY_LIMIT_SECONDS), *options]
+        report[str(way)] = run_apart(command, WAY_LIMIT_SECONDS)
+    return report
 
 
 def run_apart(command: Sequence[str], limit_seconds: float) -> Trial:
@@ -141,37 +169,61 @@ def run_apart(command: Sequence[str], limit_seconds: float) -> Trial:
     code = str(Path(resnet_dist.__file__).parent.parent)
     paths = [code, *filter(None, [os.environ.get("PYTHONPATH")])]
     try:
-        # A session of its own: Ctrl-C in the terminal is for us, and would look like a crash there.
-        done = subprocess.run(
-            command,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=limit_seconds,
-            start_new_session=True,
-        )
-    except subprocess.TimeoutExpired as late:
-        output = late.stdout or b""
-        text = output.decode(errors="replace") if isinstance(output, bytes) else output
-        if READY not in text.splitlines():
-            return Trial("not tried", said=f"not ready after {limit_seconds:.0f} s")
-        return Trial("crash", said=f"hung: no end after {limit_seconds:.0f} s")
-    lines = done.stdout.splitlines()
-    if done.returncode == 0:
+        with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
+            process = subprocess.Popen(
+                command,
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=errors,
+                # Ctrl-C in the terminal is for us, and would look like a crash there.
+                start_new_session=True,
+            )
+            returncode = None
+            try:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    returncode = process.wait(limit_seconds)
+            finally:
+                process.kill()
+                # A process that waits for a broken driver cannot be killed: it is left behind.
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(KILL_SECONDS)
+            told, complained = _text(output), _text(errors)
+    except OSError as error:
+        return Trial("not tried", said=f"no process could be started: {error.strerror}")
+    return judge(returncode, told, complained, limit_seconds)
+
+
+def _text(file: IO[bytes]) -> str:
+    file.seek(0)
+    return file.read().decode(errors="replace")
+
+
+def judge(returncode: int | None, output: str, errors: str, limit_seconds: float) -> Trial:
+    """returncode: None where the process had to be ended at its limit."""
+    lines = output.splitlines()
+    if returncode == 0:
         with contextlib.suppress(ValueError, TypeError, IndexError):
             return Trial(**json.loads(lines[-1]))
-    last = (done.stderr.strip().splitlines() or ["no reason given"])[-1][:200]
-    if done.returncode < 0:
-        killer = signal.Signals(-done.returncode)
-        last = f"the process ended with {killer.name}"
-        if killer not in FAULTS:
-            return Trial("not tried", said=last)
-    out_of_memory = "out of memory" in last.lower() or "memory allocation" in last.lower()
-    if READY not in lines or out_of_memory:
-        return Trial("not tried", said=last)
-    return Trial("crash", said=last)
+    if returncode is None:
+        said, is_fault = f"no end after {limit_seconds:.0f} s", True
+    elif returncode < 0:
+        killer = signal.Signals(-returncode)
+        said, is_fault = f"the process ended with {killer.name}", killer in FAULTS
+    else:
+        said, is_fault = _reason(errors), True
+    if READY not in lines or not is_fault or OUT_OF_MEMORY.search(errors):
+        return Trial("not tried", said=said)
+    return Trial("hung" if returncode is None else "crash", said=said)
+
+
+def _reason(errors: str) -> str:
+    """The line that names it. DALI's comes after "encountered:", and others follow."""
+    lines = [line.strip() for line in errors.splitlines() if line.strip()]
+    for number in reversed(range(len(lines) - 1)):
+        if lines[number].endswith("encountered:"):
+            return lines[number + 1][:200]
+    return (lines or ["no reason given"])[-1][:200]
 
 
 def describe(name: str, trial: Trial) -> str:
@@ -186,15 +238,16 @@ def main() -> None:
     parser.add_argument(
         "--keep", type=Path, help="a folder for runs to find it in, RUN_ROOT/.index"
     )
+    parser.add_argument("--limit", type=float, default=LIMIT_SECONDS, help="seconds for all ways")
     parser.add_argument("--images", type=int, default=64, help="in a batch")
-    parser.add_argument("--seconds", type=float, default=1.0, help="of the speed of a way")
+    parser.add_argument("--seconds", type=float, default=0.5, help="of the speed of a way")
     given = parser.parse_args()
     options = ["--images", str(given.images), "--seconds", str(given.seconds)]
-    try_all = partial(probe, options=options)
+    try_ways = partial(probe, limit_seconds=given.limit, options=options)
     if given.keep is None:
-        report, _ = try_all(given.device)
+        report = try_ways(given.device)
     else:
-        report = report_of(given.device, given.keep, print, try_all)
+        report = report_of(given.device, given.keep, print, try_ways=try_ways)
     for name, trial in report.items():
         print(describe(name, trial))
     if given.output is not None:

@@ -1,14 +1,18 @@
 """Tries one way of decoding in this process, which may not survive it. probe.py starts it.
 
-    python -m resnet_dist.data.probe_way NUMBER_IN_WAYS --device cuda:0 [--images 64] [--seconds 1]
+    python -m resnet_dist.data.probe_way NUMBER --device cuda:0 [--images 64] [--seconds 0.5]
 
-Prints READY once the device works, and then what it saw: a Trial as one line of JSON.
+NUMBER: of the way in decoding.WAYS. Prints READY once the device works, and then what it saw: a
+Trial as one line of JSON.
 """
 
 import argparse
 import io
 import json
+import math
 import os
+import resource
+import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
@@ -39,7 +43,8 @@ ROUNDS = 8
 # block or an image that is wrong leaves much more.
 MEAN_TOLERANCE, MAX_TOLERANCE = 4.0, 40.0
 BORDER_PX = 4  # taps beyond the border: DALI repeats the edge, and the CPU's resize leaves them out
-LAG_SIZE = 4096  # of the matrices that keep a GPU busy behind the decoder, as training does
+LAG_SIZE = 8192  # of the matrices that keep a GPU busy behind the decoder, as training does
+MAX_LAG_PRODUCTS = 16  # for a batch
 
 
 class KnownJpegs:
@@ -98,10 +103,11 @@ def try_way(way: Decoding, device: torch.device, images: int, seconds: float) ->
 
     Raises:
         RuntimeError: DALI refuses.
+        UserError: an image cannot be decoded; its context is DALI's error.
     """
     known = KnownJpegs(images)
     threads = min(MAX_DECODE_THREADS, len(os.sched_getaffinity(0)))
-    data = DataConfig(train_crop="random_resized", decode_threads=threads)
+    data = DataConfig(train_crop="random_resized", decode_threads=threads, max_bad_samples=0)
     samples = np.arange(images)
     requests = [
         Request(samples, train_windows(data, 0, epoch, samples, known.index.sizes))
@@ -131,11 +137,18 @@ def try_way(way: Decoding, device: torch.device, images: int, seconds: float) ->
     endless = decoded(device, way, cycle(requests))
     for _ in range(BATCHES):  # what is decoded ahead, and the start
         next(endless)
-    began, count = time.perf_counter(), 0
-    while (took := time.perf_counter() - began) < seconds:
+    began, count = _clock(device), 0
+    while time.perf_counter() - began < seconds:
         next(endless)
         count += images
-    return replace(trial, images_per_sec=round(count / took, 1))
+    return replace(trial, images_per_sec=round(count / (_clock(device) - began), 1))
+
+
+def _clock(device: torch.device) -> float:
+    """Seconds, once the GPU has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # CPU-GPU sync point
+    return time.perf_counter()
 
 
 def repeat(batches: Iterable[Tensor], device: torch.device) -> tuple[list[Tensor], int]:
@@ -146,15 +159,33 @@ def repeat(batches: Iterable[Tensor], device: torch.device) -> tuple[list[Tensor
     """
     first: list[Tensor] = []
     changed = torch.zeros((), dtype=torch.int64, device=device)
-    busy = torch.randn(LAG_SIZE, LAG_SIZE, device=device) if device.type == "cuda" else None
+    lag = Lag(device) if device.type == "cuda" else None
     for number, images in enumerate(batches):
-        if busy is not None:
-            busy = (busy @ busy).clamp_(-1, 1)
+        if lag is not None:
+            lag.queue()
         if number < BATCHES:
             first.append(images.clone())
         else:
             changed += (images != first[number % BATCHES]).any()
     return first, int(changed)  # CPU-GPU sync point
+
+
+class Lag:
+    """Work for the GPU's current stream, more and more until the decoder is ahead of it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._busy = torch.randn(LAG_SIZE, LAG_SIZE, device=device)
+        self._products = 1
+        self._done: torch.cuda.Event | None = None
+
+    def queue(self) -> None:
+        """A batch's share of it."""
+        if self._done is not None and self._done.query():  # it had nothing to do
+            self._products = min(2 * self._products, MAX_LAG_PRODUCTS)
+        for _ in range(self._products):
+            self._busy = (self._busy @ self._busy).clamp_(-1, 1)
+        self._done = torch.cuda.Event()
+        self._done.record()
 
 
 def compare(ours: list[Tensor], cpu: list[Tensor], std: Sequence[float]) -> Trial:
@@ -178,8 +209,12 @@ def main() -> None:
     parser.add_argument("way", type=int)
     parser.add_argument("--device", type=torch.device, required=True)
     parser.add_argument("--images", type=int, default=64)
-    parser.add_argument("--seconds", type=float, default=1.0)
+    parser.add_argument("--seconds", type=float, default=0.5)
+    parser.add_argument("--limit", type=float, default=60.0, help="seconds, whoever waits for it")
     given = parser.parse_args()
+    signal.alarm(math.ceil(given.limit) + 1)  # also if probe.py, which ends it in time, is gone
+    hard = resource.getrlimit(resource.RLIMIT_CORE)[1]
+    resource.setrlimit(resource.RLIMIT_CORE, (0, hard))  # of a process with a GPU: many GB
     if given.device.type == "cuda":
         # Whether this process may use the GPU at all: not the decoder's fault if not.
         torch.cuda.set_device(given.device)

@@ -16,7 +16,7 @@ from resnet_dist.config import Config, DataConfig
 from resnet_dist.data.build import set_aside, without
 from resnet_dist.data.cache import DecodedCache, EncodedCache
 from resnet_dist.data.dali import Loader
-from resnet_dist.data.decoding import Decoding, choose
+from resnet_dist.data.decoding import Decoding, choose, ways_left_by
 from resnet_dist.data.index import Index
 from resnet_dist.data.nodes import agreed_index
 from resnet_dist.data.order import holdout, slice_of
@@ -56,9 +56,9 @@ def agreed_decoding(
 ) -> tuple[Decoding, str]:
     """How images are decoded, the same way on every rank, and why. A collective.
 
-    On a GPU: the fastest way that is sound on each kind of machine in the world. One rank of each
-    kind has the probe's report from beside the index, or probes now. recorded: the way of the run
-    so far, kept where it is sound.
+    On a GPU: the fastest way that is sound on each kind of machine in the world, of those that the
+    config leaves. One rank of each kind has the probe's report from beside the index, or probes
+    now. recorded: the way of the run so far, kept where it is sound.
 
     Raises:
         UserError: the config asks for a way that the probe found broken.
@@ -67,22 +67,25 @@ def agreed_decoding(
         part = "window" if config.data.decode == "auto" else config.data.decode
         return Decoding(part), "the CPU's decoder"
     say = partial(print, file=sys.stderr, flush=True)
+    # The time for a probe may not be enough for all.
+    ways = sorted(ways_left_by(config).values(), key=lambda way: str(way) != recorded)
     reports = once_per_kind(
         json.dumps(versions_of(world.device)),
-        lambda: report_of(world.device, _kept_in(config), say),
+        lambda: report_of(world.device, _kept_in(config), say, ways),
         world,
     )
     return choose(config, reports, recorded)
 
 
 def once_per_kind(kind: str, make: Callable[[], T], world: World) -> list[T]:
-    """What `make` returns on the first rank of each kind of machine. A collective.
+    """What `make` returns on the first rank of each kind of machine. A collective; raises what
+    `World.on_all` raises.
 
     kind: of this rank's machine.
     """
     kinds = world.gather(kind)
     is_first = kinds.index(kind) == world.rank
-    made = world.gather([make()] if is_first else [])
+    made = world.gather(world.on_all(lambda: [make()] if is_first else []))
     return [one for some in made for one in some]
 
 
