@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,11 +18,11 @@ from PIL import Image
 from resnet_dist import distributed
 from resnet_dist.config import Config
 from resnet_dist.config_file import load_config
-from resnet_dist.data import probe
+from resnet_dist.data import probe, source
 from resnet_dist.data.decoding import HOST, UNPROBED, WAYS, Decoding, Report, Trial, choose
 from resnet_dist.data.probe import report_of, run_apart
 from resnet_dist.data.probe_way import BATCHES, KnownJpegs, compare, repeat
-from resnet_dist.data.source import once_per_kind
+from resnet_dist.data.source import agreed_decoding, once_per_kind
 from resnet_dist.errors import UserError
 
 CPU = torch.device("cpu")
@@ -377,6 +378,32 @@ def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     assert report_of(CPU, folder, said.append, WAYS, lambda device, ways: seen) == seen
     assert "warning" in said[-1]
     assert "probes again" in said[-1]
+
+
+def test_of_a_run_that_goes_on_only_its_way_is_probed(
+    asking: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless it is broken here."""
+    asked: list[list[Decoding]] = []
+    now = report(w1=900.0, w3=SEGFAULT)
+
+    def report_of(_: Any, folder: Path, say: Any, ways: Sequence[Decoding]) -> Report:
+        asked.append(list(ways))
+        return {str(way): now[str(way)] for way in ways}
+
+    monkeypatch.setattr(source, "versions_of", lambda device: {"gpu": "H100"})
+    monkeypatch.setattr(source, "report_of", report_of)
+    gpu = replace(distributed.start(), device=torch.device("cuda", 0))
+    assert agreed_decoding(asking(), gpu, str(IMAGE_HW))[0] == IMAGE_HW
+    assert asked == [[IMAGE_HW]]
+    with_load = asking("data.hw_decoder_load=0.3")
+    way = replace(IMAGE_HW, hw_decoder_load=0.3)
+    assert agreed_decoding(with_load, gpu, str(way))[0] == way
+    assert asked[1:] == [[IMAGE_HW]]
+    assert agreed_decoding(asking(), gpu, str(WINDOW_HW))[0] == WINDOW
+    assert asked[2:] == [[WINDOW_HW], list(WAYS)]
+    assert agreed_decoding(asking("data.decode=image"), gpu)[0] == IMAGE
+    assert asked[4:] == [[IMAGE, IMAGE_HW, IMAGE_HW_PLAIN]]
 
 
 # --------------------------------------------------------------------------------------------------
