@@ -1,12 +1,15 @@
 """The GPU benchmark goes on whatever becomes of a stage, and writes what it knows."""
 
+import importlib
 import json
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+from weakref import ref
 
 import pytest
 
@@ -127,3 +130,38 @@ def test_a_gpu_that_is_not_there_is_one_line(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "--device cuda: nvidia-smi names no GPU" in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def batch_copy(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(REPO / "benchmarks"))
+    return importlib.import_module("gpu_batch_copy")
+
+
+@pytest.mark.parametrize("way", ["dlpack", "copy"])
+def test_a_batch_is_freed_where_it_is_let_go(batch_copy: ModuleType, way: str) -> None:
+    """Within the capture of a CUDA graph, say."""
+    import torch
+
+    held = next(stream := batch_copy.outputs(way, 2, 8, torch.device("cpu")))
+    tensors = [ref(tensor) for tensor in held]
+    held.clear()
+    assert [tensor() for tensor in tensors] == [None, None]
+    stream.close()
+
+
+@pytest.mark.parametrize(
+    ("code", "word"),
+    [
+        ("print('ok')", "ok"),
+        ("raise RuntimeError('no capture')", "RuntimeError: no capture"),
+        ("import os; os.abort()", "the process ended with SIGABRT"),
+        (
+            "import os; print('ok', flush=True); os.abort()",
+            "the process ended with SIGABRT, after it had said: ok",
+        ),
+    ],
+)
+def test_what_became_of_a_capture(batch_copy: ModuleType, code: str, word: str) -> None:
+    assert batch_copy.last_word([sys.executable, "-c", code], 60) == word
+    assert batch_copy.last_word(["sleep", "100"], 0.1) == "the process did not end within 0.1 s"
