@@ -7,13 +7,19 @@ synchronizes the whole device before the memory is used again. "copy": DALI copi
 tensor of torch's own, on the current stream, and its own memory is freed in that stream's order.
 Both train ResNet-50; the pixels are noise in host memory, so that no decoder stands in the way.
 On a GPU also: how many device-wide synchronizations there are in a step, and whether a CUDA graph
-can be captured while a batch is freed.
+can be captured while a batch is freed. Each capture is tried in a process of its own, after the
+other figures are written: an error in DALI's thread may end the process.
 """
 
 import argparse
 import json
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -32,7 +38,11 @@ from resnet_dist.data.dali_graphs import raw_graph
 ROUNDS = 3  # in each, both ways in turn
 HOST_STEPS = 5
 PROFILED_STEPS = 5
+MODES = ("thread_local", "global")  # of a capture: which calls of other threads are errors
+BEFORE_CAPTURE = 3  # batches
 WITHIN_CAPTURE_SECONDS = 0.1  # for DALI's thread to do what it does
+CAPTURE_PX = 224
+CAPTURE_LIMIT_SECONDS = 40  # nearly all of it to start
 DEVICE_SYNC = "cudaDeviceSynchronize"
 
 
@@ -57,18 +67,38 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30, help="of each way, in each round")
     parser.add_argument("--small", action="store_true", help="ResNet-18 at 64 px")
     parser.add_argument("--output", type=Path, metavar="FILE.json")
+    parser.add_argument(
+        "--capture",
+        nargs=2,
+        metavar=("WAY", "MODE"),
+        help=f"only this: try to capture a graph; {' or '.join(WAYS)}, {' or '.join(MODES)}",
+    )
     given = parser.parse_args()
+    if given.capture is not None:
+        way, mode = given.capture
+        if way not in WAYS or mode not in MODES:
+            parser.error(f"--capture {way} {mode}: there is {', '.join(WAYS)}; {', '.join(MODES)}")
+        print(capture(way, mode, given.batch_size), flush=True)
+        return
     figures = measure(given.batch_size, given.steps, given.small)
-    if given.output is not None:
-        given.output.write_text(json.dumps(figures, indent=1) + "\n")
+    write(figures, given.output)
+    if torch.cuda.is_available():
+        for (way, mode), said in captures(given.batch_size).items():
+            figures[way][f"capture_{mode}"] = said
+        write(figures, given.output)
     print("; ".join(describe(way, figures[way]) for way in WAYS))
+
+
+def write(figures: dict[str, Any], path: Path | None) -> None:
+    if path is not None:
+        path.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 def measure(batch_size: int, steps: int, small: bool) -> dict[str, Any]:
     world = distributed.start()
     device = world.device
     job = NoiseJob(world, batch_size, ["train.precision=bf16"], small=small)
-    streams = {way: batches(way, batch_size, job.px, device) for way in WAYS}
+    streams = {way: map(as_batch, outputs(way, batch_size, job.px, device)) for way in WAYS}
     rounds: dict[str, list[float]] = {way: [] for way in WAYS}
     for way in WAYS:
         train(job, streams[way], max(1, steps // 4), device)
@@ -85,14 +115,13 @@ def measure(batch_size: int, steps: int, small: bool) -> dict[str, Any]:
         }
         if device.type == "cuda":
             figures[way]["device_syncs_per_step"] = device_syncs(job, streams[way], device)
-    if device.type == "cuda":  # last: a capture that fails may leave errors behind
-        for way in WAYS:
-            for mode in ("thread_local", "global"):
-                figures[way][f"capture_{mode}"] = capture(streams[way], mode)
     return figures
 
 
-def batches(way: str, batch_size: int, px: int, device: torch.device) -> Iterator[Batch]:
+def outputs(
+    way: str, batch_size: int, px: int, device: torch.device
+) -> Iterator[list[torch.Tensor]]:
+    """Images [B, H, W, 3] and labels. Whoever takes them has the only reference to them."""
     rng = np.random.default_rng(0)
     inputs = (
         rng.integers(0, 256, (batch_size, px, px, 3), np.uint8),
@@ -111,11 +140,13 @@ def batches(way: str, batch_size: int, px: int, device: torch.device) -> Iterato
         device_id=torch.cuda.current_device() if gpu else None,
         prefetch_queue_depth=2,
     )
-    while True:
-        images, labels = (
-            WAYS[way](output.as_tensor(), device) for output in pipe.run(current_stream(device))
-        )
-        yield Batch(images.permute(0, 3, 1, 2).to(torch.bfloat16), labels)
+    while True:  # without a name for them: it would live on while this waits
+        yield [WAYS[way](one.as_tensor(), device) for one in pipe.run(current_stream(device))]
+
+
+def as_batch(output: list[torch.Tensor]) -> Batch:
+    images, labels = output
+    return Batch(images.permute(0, 3, 1, 2).to(torch.bfloat16), labels)
 
 
 def train(
@@ -141,13 +172,43 @@ def device_syncs(job: NoiseJob, stream: Iterator[Batch], device: torch.device) -
     return count / PROFILED_STEPS
 
 
-def capture(stream: Iterator[Batch], mode: str) -> str:
-    """ "ok", or why a CUDA graph could not be captured while a batch is freed."""
-    held: list[Batch | None] = [next(stream)]
-    counter = torch.zeros(1, device="cuda")
+def captures(batch_size: int) -> dict[tuple[str, str], str]:
+    """What became of a capture, for each way and mode."""
+    script = [sys.executable, __file__, "--batch-size", str(batch_size), "--capture"]
+    tries = list(product(WAYS, MODES))
+    with ThreadPoolExecutor(len(tries)) as pool:  # all at once, as starting takes longest
+        said = pool.map(lambda one: last_word([*script, *one], CAPTURE_LIMIT_SECONDS), tries)
+        return dict(zip(tries, said, strict=True))
+
+
+def last_word(command: list[str], limit_seconds: float) -> str:
+    """The line that a command prints, or why it did not end well."""
     try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limit_seconds)
+    except subprocess.TimeoutExpired:
+        return f"the process did not end within {limit_seconds:g} s"
+    if done.returncode == 0:
+        return done.stdout.strip()
+    print(done.stderr, end="", file=sys.stderr)
+    if done.returncode > 0:
+        return done.stderr.strip().rpartition("\n")[2]
+    when = f", after it had said: {done.stdout.strip()}" if done.stdout else ""
+    return f"the process ended with {signal.Signals(-done.returncode).name}{when}"
+
+
+def capture(way: str, mode: str, batch_size: int) -> str:
+    """ "ok", or why a CUDA graph could not be captured while a batch is freed."""
+    device = distributed.start().device
+    if device.type != "cuda":
+        sys.exit("--capture: a CUDA graph needs a GPU, and there is none")
+    stream = outputs(way, batch_size, CAPTURE_PX, device)
+    try:
+        for _ in range(BEFORE_CAPTURE):
+            next(stream)
+        held = next(stream)
+        counter = torch.zeros(1, device=device)
         with torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode=mode):
-            held[0] = None
+            held.clear()
             time.sleep(WITHIN_CAPTURE_SECONDS)
             counter += 1
     except RuntimeError as error:

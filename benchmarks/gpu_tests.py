@@ -4,8 +4,9 @@
 
 PYTEST: what selects tests, such as `-k NAME` or paths; `-m gpu`, unless -m is given (with another
 one it can be tried without a GPU). It prints a line for each test that did not pass, and then the
-numbers. FOLDER keeps the output of those that failed. Only pytest is needed. Exit codes: 0, 1 if a
-test failed, 2 if there is nothing to run.
+numbers. A module that cannot be imported costs its own tests only, and has such a line, too. FOLDER
+keeps the output of those that failed. Only pytest is needed. Exit codes: 0, 1 if a test failed or
+a module could not be collected, 2 if there is nothing to run.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
@@ -28,12 +30,16 @@ PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
 REPORT_FORMAT = ["-o", "junit_family=xunit1"]
 COLLECT_TIMEOUT_S = 120
 REASON_CHARACTERS = 200
+# pytest's heading, what it says below, and the lines of that which tell the error.
+COLLECT_ERROR = re.compile(r"^_+ ERROR collecting (.+) _+\n((?:(?![_=]{3}).*\n)*)", re.MULTILINE)
+ERROR_LINE = re.compile(r"^E +(\S.*)$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
 class Result:
-    test: str  # pytest's node id
-    outcome: str  # "passed", "skipped", "failed", "crashed", "timed out" or "not run"
+    test: str  # pytest's node id; of a module where that could not be collected
+    # "passed", "skipped", "failed", "crashed", "timed out", "not run" or "not collected"
+    outcome: str
     reason: str = ""
     output: str = ""
 
@@ -50,10 +56,10 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     counts: Counter[str] = Counter()
     is_failed = False
-    tests = collect(selection)
+    tests, uncollected = collect(selection)
     with ThreadPoolExecutor(arguments.jobs) as pool:
         try:
-            for result in pool.map(runner.run, tests):
+            for result in chain(uncollected, pool.map(runner.run, tests)):
                 counts[result.outcome] += 1
                 is_failed |= result.is_failure
                 if result.outcome != "passed":
@@ -97,16 +103,26 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     return arguments, selection
 
 
-def collect(selection: list[str]) -> list[str]:
-    """The node ids that pytest selects. Exits with 2 where that fails, or there is none."""
-    command = [*PYTEST, "--collect-only", *selection]
+def collect(selection: list[str]) -> tuple[list[str], list[Result]]:
+    """The node ids that pytest selects, and the modules that it could not collect. Exits with 2
+    where there is no node id."""
+    command = [*PYTEST, "--collect-only", "--continue-on-collection-errors", *selection]
     done = subprocess.run(command, capture_output=True, text=True, timeout=COLLECT_TIMEOUT_S)
     tests = [line for line in done.stdout.partition("\n\n")[0].splitlines() if "::" in line]
-    if done.returncode != 0 or not tests:
+    if not tests:
         print(done.stdout, done.stderr, sep="", end="", file=sys.stderr)
         print(f"nothing to run: {' '.join(command)}", file=sys.stderr)
         sys.exit(2)
-    return tests
+    uncollected = [not_collected(*found) for found in COLLECT_ERROR.findall(done.stdout)]
+    if done.returncode != 0 and not uncollected:  # whatever it is, it must not pass for success
+        code, output = f"exit code {done.returncode}", done.stdout + done.stderr
+        uncollected = [Result("some tests", "not collected", code, output)]
+    return tests, uncollected
+
+
+def not_collected(module: str, said: str) -> Result:
+    reason = " ".join(ERROR_LINE.findall(said) or said.split())
+    return Result(module, "not collected", reason[:REASON_CHARACTERS], said)
 
 
 class Runner:

@@ -1,6 +1,7 @@
 """Runs commands one after the other, each in a process of its own that may fail, crash or hang.
 
-Standard library only: what runs them must not depend on what they try.
+Standard library only: what runs them must not depend on what they try. A disk that is full, or a
+folder that is gone, costs what was to be written there, and no stage that comes after.
 """
 
 import contextlib
@@ -13,7 +14,7 @@ import signal
 import subprocess
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -71,8 +72,7 @@ class Runner:
 
     def run(self, stage: Stage, cwd: Path) -> Record:
         """Runs it, unless less than half of its limit is left for all stages."""
-        output = self._scratch / "figures.json"
-        output.unlink(missing_ok=True)
+        output = self._scratch / f"figures-{len(self.records)}.json"
         places = {OUTPUT: str(output), LOGS: str(self._scratch / "logs" / stage.name)}
         command = [places.get(word, word) for word in stage.command]
         began = time.monotonic()
@@ -89,7 +89,8 @@ class Runner:
         seconds = round(time.monotonic() - began, 1)
         record = Record(stage.name, shlex.join(command), outcome, seconds, said, figures)
         self.records.append(record)
-        self.write()
+        with told(self.path):
+            self.write()
         print(describe(record), flush=True)
         return record
 
@@ -114,8 +115,8 @@ class Runner:
         """The outcome, and the last lines of its output; of its errors, unless all went well."""
         mark = uuid.uuid4().hex
         out, err = self._scratch / "stdout", self._scratch / "stderr"
-        with open(out, "wb") as stdout, open(err, "wb") as stderr:
-            try:
+        try:
+            with open(out, "wb") as stdout, open(err, "wb") as stderr:
                 process = subprocess.Popen(
                     command,
                     cwd=cwd,
@@ -125,22 +126,22 @@ class Runner:
                     stderr=stderr,
                     start_new_session=True,
                 )
-            except OSError as error:
-                return f"failed ({error.strerror})", []
-            try:
-                process.wait(limit_seconds)
-                outcome = outcome_of(process.returncode)
-            except subprocess.TimeoutExpired:
-                outcome = "over its limit"
-                send(signal.SIGABRT, mark)  # Python writes all stacks to stderr
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(STACKS_SECONDS)
-            finally:
-                send(signal.SIGKILL, mark)  # what it left running, too
-                # A process that waits for a broken driver cannot be killed: it is left behind.
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(STACKS_SECONDS)
-        with open(self._log, "a") as log:
+        except OSError as error:
+            return f"failed ({error.strerror})", [str(error)]
+        try:
+            process.wait(limit_seconds)
+            outcome = outcome_of(process.returncode)
+        except subprocess.TimeoutExpired:
+            outcome = "over its limit"
+            send(signal.SIGABRT, mark)  # Python writes all stacks to stderr
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(STACKS_SECONDS)
+        finally:
+            send(signal.SIGKILL, mark)  # what it left running, too
+            # A process that waits for a broken driver cannot be killed: it is left behind.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(STACKS_SECONDS)
+        with told(self._log), open(self._log, "a") as log:
             print(f"\n== {stage.name}: {outcome}\n+ {shlex.join(command)}", file=log)
             more = sorted((self._scratch / "logs" / stage.name).rglob("*.log"))
             print(*(text_of(path) for path in (out, err, *more)), sep="\n", file=log)
@@ -167,8 +168,20 @@ def send(number: signal.Signals, mark: str) -> None:
                 os.kill(int(path.parent.name), number)
 
 
+@contextlib.contextmanager
+def told(path: Path) -> Iterator[None]:
+    """An error of the file system is one line instead."""
+    try:
+        yield
+    except OSError as error:
+        print(f"{path}: not written: {error}", flush=True)
+
+
 def text_of(path: Path) -> str:
-    return path.read_text(errors="replace")
+    try:
+        return path.read_text(errors="replace")
+    except OSError as error:
+        return f"not read: {error}\n"
 
 
 def last_lines(text: str, count: int) -> list[str]:

@@ -366,8 +366,12 @@ def test_bad_images_and_odd_formats_on_either_device(
     requests = [train_request(CONFIG, index, epoch, np.arange(IMAGES)) for epoch in (0, 1, 0)]
     first, _, again = mended.batches(requests)
     assert first.images.device.type == device
-    assert equal(first, again)
     in_its_scan = {number for number, kind in kinds.items() if kind in CUT_IN_THE_SCAN}
+    # What a GPU's decoder makes of the missing part of an image may be other garbage each time.
+    garbage = in_its_scan - set(mended.bad) if way.device == "mixed" else set()
+    same = [number for number in range(IMAGES) if number not in garbage]
+    assert torch.equal(first.images[same], again.images[same])
+    assert torch.equal(first.labels, again.labels)
     assert {*kinds, tiff} - in_its_scan <= set(mended.bad) <= {*kinds, tiff}
     for number in set(odd) - {tiff}:
         assert first.labels[number] == number

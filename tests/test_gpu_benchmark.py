@@ -1,12 +1,15 @@
 """The GPU benchmark goes on whatever becomes of a stage, and writes what it knows."""
 
+import importlib
 import json
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+from weakref import ref
 
 import pytest
 
@@ -120,6 +123,54 @@ def test_the_outcome_of_a_launcher_names_its_child_s_signal(runner: Runner) -> N
     assert [one.outcome for one in outcomes] == ["crashed (SIGABRT)", "failed (exit code 3)"]
 
 
+FILLS_THE_DISK = """
+import contextlib, sys
+with contextlib.suppress(OSError), open(sys.argv[1], "wb", buffering=0) as file:
+    while file.write(bytes(4096)):
+        pass
+"""
+
+
+def test_a_full_disk_costs_what_was_to_be_written(
+    disk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = disk / "gpu.json"
+    runner = Runner(path, disk, 300, {})
+    runner.run(stage("before", TELLS, OUTPUT), REPO)
+    full = runner.run(stage("fills", FILLS_THE_DISK, disk / "filler"), REPO)
+    lost = runner.run(stage("on the full disk", "print('seen')"), REPO)
+    assert [one["stage"] for one in written(path)] == ["before"]
+    (disk / "filler").unlink()
+    runner.run(stage("after", TELLS, OUTPUT), REPO)
+    said = capsys.readouterr().out
+    assert said.count(f"{path}: not written: [Errno 28] No space left on device\n") == 2
+    names = ["before", "fills", "on the full disk", "after"]
+    assert [one["stage"] for one in written(path)] == names
+    assert all(name in runner.table() for name in names)
+    assert full.outcome == "ok"
+    assert lost.outcome != "ok"  # it could not print what it saw
+
+
+@pytest.mark.parametrize("gone", ["results", "scratch"])
+def test_a_folder_that_is_gone_costs_what_was_to_be_written(
+    runner: Runner, path: Path, tmp_path: Path, gone: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    deletes = f"import shutil; shutil.rmtree({str(tmp_path / gone)!r}); print('done')"
+    first = runner.run(stage("deletes", deletes), REPO)
+    second = runner.run(stage("second", TELLS, tmp_path / "told"), REPO)
+    said = capsys.readouterr().out
+    assert first.outcome == "ok"
+    if gone == "results":
+        assert (first.said, second.said) == (["done"], ["b"])
+        for lost in (path, path.with_suffix(".log")):
+            assert said.count(f"{lost}: not written: [Errno 2] No such file") == 2
+    else:
+        assert "not read: [Errno 2] No such file" in first.said[0]
+        assert second.outcome == "failed (No such file or directory)"
+        assert [one["stage"] for one in written(path)] == ["deletes", "second"]
+    assert len(runner.table().splitlines()) == 2 + 2
+
+
 def test_a_gpu_that_is_not_there_is_one_line(tmp_path: Path) -> None:
     command = [sys.executable, "benchmarks/gpu.py", "--device", "cuda", "--output", str(tmp_path)]
     env = os.environ | {"PATH": str(tmp_path)}  # no nvidia-smi
@@ -127,3 +178,38 @@ def test_a_gpu_that_is_not_there_is_one_line(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "--device cuda: nvidia-smi names no GPU" in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def batch_copy(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(REPO / "benchmarks"))
+    return importlib.import_module("gpu_batch_copy")
+
+
+@pytest.mark.parametrize("way", ["dlpack", "copy"])
+def test_a_batch_is_freed_where_it_is_let_go(batch_copy: ModuleType, way: str) -> None:
+    """Within the capture of a CUDA graph, say."""
+    import torch
+
+    held = next(stream := batch_copy.outputs(way, 2, 8, torch.device("cpu")))
+    tensors = [ref(tensor) for tensor in held]
+    held.clear()
+    assert [tensor() for tensor in tensors] == [None, None]
+    stream.close()
+
+
+@pytest.mark.parametrize(
+    ("code", "word"),
+    [
+        ("print('ok')", "ok"),
+        ("raise RuntimeError('no capture')", "RuntimeError: no capture"),
+        ("import os; os.abort()", "the process ended with SIGABRT"),
+        (
+            "import os; print('ok', flush=True); os.abort()",
+            "the process ended with SIGABRT, after it had said: ok",
+        ),
+    ],
+)
+def test_what_became_of_a_capture(batch_copy: ModuleType, code: str, word: str) -> None:
+    assert batch_copy.last_word([sys.executable, "-c", code], 60) == word
+    assert batch_copy.last_word(["sleep", "100"], 0.1) == "the process did not end within 0.1 s"

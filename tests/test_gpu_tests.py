@@ -1,13 +1,19 @@
 """benchmarks/gpu_tests.py: a process for each test, and what becomes of it in one line."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+import tomllib
+from importlib.metadata import packages_distributions
+from itertools import chain
 from pathlib import Path
 
 import pytest
+
+from benchmarks.offline_pack import BUNDLES
 
 REPO = Path(__file__).resolve().parent.parent
 COMMAND = [sys.executable, REPO / "benchmarks" / "gpu_tests.py"]
@@ -96,6 +102,51 @@ def test_no_time_and_nothing_to_run(of_all_kinds: Path) -> None:
     done = run_them(of_all_kinds)
     assert (done.returncode, done.stdout) == (2, "")
     assert "No module named 'no_such_module'" in done.stderr
+
+
+def test_a_module_that_cannot_be_imported_costs_its_own_tests_only(of_all_kinds: Path) -> None:
+    (of_all_kinds / "test_no_package.py").write_text("import no_such_module")
+    (of_all_kinds / "test_no_syntax.py").write_text("def (")
+    done = run_them(of_all_kinds, "--logs=logs", "-m", "not gpu", "-k", "passes")
+    package, syntax, numbers = done.stdout.splitlines()
+    assert package == (
+        "NOT COLLECTED test_no_package.py: ModuleNotFoundError: No module named 'no_such_module'"
+    )
+    assert syntax.startswith("NOT COLLECTED test_no_syntax.py: ")
+    assert "SyntaxError: invalid syntax" in syntax
+    assert numbers.startswith("2 not collected, 2 passed in ")
+    assert done.returncode == 1
+    log = of_all_kinds / "logs" / "test_no_package.py.log"
+    assert "test_no_package.py:1: in <module>" in log.read_text()
+
+
+def test_the_gpu_tests_need_no_more_than_a_machine_without_internet_is_given() -> None:
+    """Of the packages that offline_pack.py does not carry over, none is needed to collect them."""
+    given = {"torch", "torchvision", "numpy", "pillow", "resnet-dist"}
+    given.update(*(bundle.wheels for bundle in BUNDLES.values()))
+    project = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"].values()
+    named = {
+        re.match(r"[\w-]+", requirement)[0].lower()  # type: ignore[index]
+        for requirement in chain(project["dependencies"], *extras)
+    }
+    forbidden = [
+        module
+        for module, owners in packages_distributions().items()
+        if {owner.lower() for owner in owners} <= named - given
+    ]
+    # Python's own way to forbid an import. Of pyarrow, the part for Parquet is left out.
+    code = f"""
+import sys
+sys.modules.update(dict.fromkeys({[*forbidden, "pyarrow._parquet"]}))
+import pytest
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "--collect-only", "-m", "gpu"]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 0, done.stdout
+    assert "test_gpu_raw_pixels" in done.stdout
 
 
 def test_its_end_is_its_tests_end(of_all_kinds: Path) -> None:

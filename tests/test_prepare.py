@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -108,6 +107,7 @@ def make_ilsvrc(root: Path, photos: Photos) -> None:
 
 def make_parquet(root: Path, photos: Photos) -> None:
     """As the hub has it: shuffled, in synset order, class names in words, unlabelled test."""
+    pq = pytest.importorskip("pyarrow.parquet", exc_type=ImportError)
     words = [{"names": ["tench", "goldfish", "tabby"], "_type": "ClassLabel"}]
     huggingface = json.dumps({"info": {"features": {"image": {}, "label": words[0]}}})
     (root / "data").mkdir(parents=True)
@@ -531,6 +531,7 @@ def test_an_incomplete_source_is_named(photos: Photos, tmp_path: Path) -> None:
 
 
 def test_hub_files_without_synsets_are_sorted_by_class_name(photos: Photos, tmp_path: Path) -> None:
+    pq = pytest.importorskip("pyarrow.parquet", exc_type=ImportError)
     names = ["zebra", "ant", "moth"]
     huggingface = json.dumps({"info": {"features": {"label": {"names": names}}}})
     for hub in ("train", "validation"):

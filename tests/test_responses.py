@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from needs import needs
 from torch import Tensor, nn
 
-from resnet_dist import checkpoint, checkpoint_history, cli, distributed, plots
+from resnet_dist import checkpoint, checkpoint_history, cli, distributed
 from resnet_dist.checkpoint import TrainState
 from resnet_dist.config import Config
 from resnet_dist.data.augment import Request, eval_windows
@@ -143,6 +144,7 @@ def test_some_images_are_of_all_classes(tiny_config: Callable[..., Config]) -> N
     assert more.images == 17
 
 
+@needs("matplotlib")
 def test_the_command_line(
     tiny_config: Callable[..., Config],
     tiny_folder: Path,
@@ -170,7 +172,10 @@ def test_the_command_line(
     assert [row.split()[:3] for row in rows[1:]] == [[paths[0], "19", "2"]] * 2
 
 
-def test_the_figure(tiny_config: Callable[..., Config]) -> None:
+@needs("matplotlib")
+def test_the_figure() -> None:
+    from resnet_dist import plots  # it imports matplotlib
+
     figure = plots.response_figure({"a": [1.0, 3.0, 2.0], "b": [0.5, 0.4]})
     original, by_size = figure.axes
     for ax, a in ((original, [1, 3, 2]), (by_size, [3, 2, 1])):

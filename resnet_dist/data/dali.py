@@ -181,8 +181,8 @@ class Loader:
         # The tensors are DALI's memory, whose reuse no stream orders. When torch is done with one,
         # DALI 2.4 passes it to a thread of its own, which synchronizes the whole device, for about
         # every batch, before it frees it. This thread does not wait, but the capture of a CUDA
-        # graph may fail by it. Copies in torch's own memory would need none of this:
-        # benchmarks/gpu_batch_copy.py measures what they cost.
+        # graph may fail by it, or the process may end. Copies in torch's own memory would need none
+        # of this: benchmarks/gpu_batch_copy.py measures what they cost.
         for _, (images, labels) in self._run(work, graph):
             yield Batch(
                 # [B, H, W, 3] seen as [B, 3, H, W]: channels_last without a copy.
