@@ -105,7 +105,7 @@ def stages(scratch: Path, gpu: bool, small: bool) -> list[Stage]:
         Stage("resume", script("gpu_train.py", "resume", photos, runs, *size, *output()), 120),
     ]
     compiled = Stage("step, compiled", ladder("compiled", *step), 150)  # mostly the compiler's
-    batch_copy = Stage("batch copy", script("gpu_batch_copy.py", *step, *output()), 60)
+    batch_copy = Stage("batch copy", script("gpu_batch_copy.py", *step, *output()), 100)
     if small:
         return [*first, compiled, batch_copy]
     return [
