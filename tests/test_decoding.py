@@ -21,7 +21,7 @@ from resnet_dist.config_file import load_config
 from resnet_dist.data import probe, source
 from resnet_dist.data.decoding import HOST, UNPROBED, WAYS, Decoding, Report, Trial, choose
 from resnet_dist.data.probe import report_of, run_apart
-from resnet_dist.data.probe_way import BATCHES, KnownJpegs, compare, repeat
+from resnet_dist.data.probe_way import BATCHES, KnownJpegs, Lag, compare, repeat
 from resnet_dist.data.source import agreed_decoding, once_per_kind
 from resnet_dist.errors import UserError
 
@@ -280,6 +280,14 @@ def test_pixels_that_change_when_repeated_are_counted() -> None:
     repeated[BATCHES + 1][2, 1, 5, 6] += 1e-6
     repeated[-1][0, 0, 0, 0] -= 1e-6
     assert repeat(iter(repeated), CPU)[1] == 2
+
+
+@pytest.mark.gpu
+def test_the_gpu_lags_behind_the_decoder() -> None:
+    lag = Lag(torch.device("cuda"))
+    for _ in range(4):
+        lag.queue()
+        assert not torch.cuda.current_stream().query()
 
 
 def grey(levels: float) -> torch.Tensor:

@@ -44,7 +44,7 @@ ROUNDS = 8
 MEAN_TOLERANCE, MAX_TOLERANCE = 4.0, 40.0
 BORDER_PX = 4  # taps beyond the border: DALI repeats the edge, and the CPU's resize leaves them out
 LAG_SIZE = 8192  # of the matrices that keep a GPU busy behind the decoder, as training does
-MAX_LAG_PRODUCTS = 16  # for a batch
+LAG_SECONDS = 5.0  # in all
 
 
 class KnownJpegs:
@@ -175,17 +175,26 @@ class Lag:
 
     def __init__(self, device: torch.device) -> None:
         self._busy = torch.randn(LAG_SIZE, LAG_SIZE, device=device)
-        self._products = 1
+        self._multiply(1)  # the first one takes longer
+        began = _clock(device)
+        self._multiply(1)
+        self._left = int(LAG_SECONDS / (_clock(device) - began))
+        self._products = 1  # for a batch
         self._done: torch.cuda.Event | None = None
 
     def queue(self) -> None:
         """A batch's share of it."""
-        if self._done is not None and self._done.query():  # it had nothing to do
-            self._products = min(2 * self._products, MAX_LAG_PRODUCTS)
-        for _ in range(self._products):
-            self._busy = (self._busy @ self._busy).clamp_(-1, 1)
+        if self._done is not None and self._done.query():  # the GPU had nothing to do
+            self._products *= 2
+        count = min(self._products, self._left)
+        self._left -= count
+        self._multiply(count)
         self._done = torch.cuda.Event()
         self._done.record()
+
+    def _multiply(self, count: int) -> None:
+        for _ in range(count):
+            self._busy = (self._busy @ self._busy).clamp_(-1, 1)
 
 
 def compare(ours: list[Tensor], cpu: list[Tensor], std: Sequence[float]) -> Trial:
