@@ -129,7 +129,7 @@ def probe(runs: Path, gpu: bool, small: bool) -> tuple[str, ...]:
     device = "cuda:0" if gpu else "cpu"
     size = ("--images", 4, "--seconds", 0.1) if small else ()
     command = ("-m", "resnet_dist.data.probe", "--device", device, "--keep", runs / ".index")
-    command += ("--limit", 120)
+    command += ("--limit", 100)
     return python(*command, *size, *output())
 
 

@@ -88,6 +88,11 @@ def ways_left_by(config: Config) -> dict[Decoding, Decoding]:
     }
 
 
+def is_free(config: Config) -> bool:
+    """Whether the config leaves all to the probe."""
+    return config.data.decode == "auto" and config.data.hw_decoder_load is None
+
+
 def choose(config: Config, reports: Sequence[Report], recorded: str | None) -> tuple[Decoding, str]:
     """The way that all machines take, and why.
 
@@ -102,8 +107,7 @@ def choose(config: Config, reports: Sequence[Report], recorded: str | None) -> t
         for asked, way in ways_left_by(config).items()
     }
     load = config.data.hw_decoder_load
-    is_free = config.data.decode == "auto" and load is None
-    if is_free and recorded == str(HOST):
+    if is_free(config) and recorded == str(HOST):
         return HOST, "as this run has had it"
     for way, seen in trials.items():
         if str(way) == recorded and not any(trial.verdict in BROKEN for trial in seen):
@@ -123,7 +127,7 @@ def choose(config: Config, reports: Sequence[Report], recorded: str | None) -> t
     if not broken:
         return safest, "not probed"
     why = f"{broken[0].verdict}: {broken[0].said}"
-    if is_free:
+    if is_free(config):
         return HOST, f"the CPU's decoder, as none of this GPU's is sound ({why})"
     key, nearest = ("data.decode", "auto") if load is None else ("data.hw_decoder_load", None)
     raise config.invalid(key, f"was found broken when this GPU was probed ({why})", nearest)

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -34,15 +34,19 @@ from resnet_dist.data.decoding import WAYS, Decoding, Report, Trial
 from resnet_dist.data.index_file import replace_file
 from resnet_dist.data.probe_way import READY
 
-PROBE_VERSION = "2"  # another one is another question: what is kept is asked anew
+PROBE_VERSION = "3"  # another one is another question: what is kept is asked anew
 LIMIT_SECONDS = 60.0  # for all ways
 WAY_LIMIT_SECONDS = 20.0
 KILL_SECONDS = 5.0
 # The process's own fault. Other signals come from a scheduler, a user or the out-of-memory killer.
 FAULTS = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL)
-# Of torch, CUDA, nvJPEG and C++. It says something of this hour, and nothing of the decoder.
-OUT_OF_MEMORY = re.compile(
-    "out.of.memory|memory.?allocation|bad_alloc|alloc(ator)?.(failure|failed)", re.IGNORECASE
+# What torch, CUDA, DALI, nvJPEG, C++, Python and the system say. It is of this hour, and not of the
+# decoder.
+OUT_OF_RESOURCES = re.compile(
+    r"out.of.memory|memory.?(allocat|error)|bad_?alloc|alloc(at\w+)?.(failure|failed|error)"
+    r"|(can.?t|cannot|unable to|failed to|could not) allocate|NOT_INITIALIZED|start new thread"
+    r"|temporarily unavailable|no space left|too many open files|\bECC\b",
+    re.IGNORECASE,
 )
 
 
@@ -66,9 +70,8 @@ def _driver() -> str:
     except (OSError, IndexError):  # a container or WSL without it
         command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         try:
-            words = subprocess.run(
-                command, capture_output=True, text=True, timeout=10
-            ).stdout.split()
+            done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+            words = done.stdout.split() if done.returncode == 0 else []
         except (OSError, subprocess.TimeoutExpired):
             words = []
     return next(iter(words), "unknown")
@@ -88,11 +91,13 @@ def report_of(
     folder: Path,
     say: Callable[[str], None],
     ways: Sequence[Decoding] = WAYS,
-    try_ways: Callable[[torch.device, Sequence[Decoding]], Report] | None = None,
+    try_ways: Callable[[torch.device, Sequence[Decoding]], Iterable[tuple[str, Trial]]]
+    | None = None,
 ) -> Report:
     """What the probe saw of `ways`, and maybe of others, on this GPU.
 
-    What `folder` lacks is tried now, in the order of `ways`, and what is sure is kept there.
+    What `folder` lacks is tried now, in the order of `ways`, and kept there one by one, but for
+    what was not tried after all.
     """
     found = versions_of(device)
     key = hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:16]
@@ -105,28 +110,26 @@ def report_of(
         f"probing {len(missing)} of {len(WAYS)} JPEG decoders of {found['gpu']} (driver "
         f"{found['driver']}, DALI {found['dali']}), once, up to {LIMIT_SECONDS:.0f} s"
     )
-    seen = (try_ways or probe)(device, missing)
-    for name, trial in seen.items():
+    failure = None
+    for name, trial in (try_ways or probe)(device, missing):
         say(f"  {describe(name, trial)}")
-    sure = _sure(seen)
-    if sure:
-        ways_seen = {name: asdict(trial) for name, trial in (_read(path, found) | sure).items()}
-        text = json.dumps({"versions": found, "ways": ways_seen}, indent=1) + "\n"
-        try:
-            replace_file(path, lambda file: file.write(text.encode()))
-        except OSError as error:
-            say(f"warning: {path}: not kept: {error.strerror}; the next start probes again")
-    return kept | seen
+        if trial.verdict != "not tried":
+            failure = _keep(path, found, {name: trial})
+        kept[name] = trial
+    if failure is not None:
+        say(f"warning: {path}: not kept: {failure}; the next start probes again")
+    return kept
 
 
-def _sure(seen: Report) -> Report:
-    """Without what may be otherwise the next time: what was not tried, and what hung before any
-    other way had come to an end, as the libraries may have come from a slow disk."""
-    sure: Report = {}
-    for name, trial in seen.items():
-        if trial.verdict != "not tried" and (sure or trial.verdict != "hung"):
-            sure[name] = trial
-    return sure
+def _keep(path: Path, found: Mapping[str, str], seen: Report) -> str | None:
+    """Adds it to what is there. Returns why that failed."""
+    ways = {name: asdict(trial) for name, trial in (_read(path, found) | seen).items()}
+    text = json.dumps({"versions": found, "ways": ways}, indent=1) + "\n"
+    try:
+        replace_file(path, lambda file: file.write(text.encode()))
+    except OSError as error:
+        return error.strerror
+    return None
 
 
 def _read(path: Path, found: Mapping[str, str]) -> Report:
@@ -145,23 +148,21 @@ def probe(
     ways: Sequence[Decoding] = WAYS,
     limit_seconds: float = LIMIT_SECONDS,
     options: Sequence[str] = (),
-) -> Report:
+) -> Iterator[tuple[str, Trial]]:
     """Tries ways of decoding, each in a process of its own that gets WAY_LIMIT_SECONDS.
 
     limit_seconds: for all of them. options: more of probe_way's arguments.
     """
     if device.type == "cuda" and device.index is None:  # another process has another current one
         device = torch.device("cuda", torch.cuda.current_device())
-    report: Report = {}
     ends = time.monotonic() + limit_seconds
     for way in ways:
         if ends - time.monotonic() < WAY_LIMIT_SECONDS:  # less would say nothing about the way
-            report[str(way)] = Trial("not tried", said="no time was left")
+            yield str(way), Trial("not tried", said="no time was left")
             continue
         command = [sys.executable, "-m", "resnet_dist.data.probe_way", str(WAYS.index(way))]
         command += ["--device", str(device), "--limit", str(WAY_LIMIT_SECONDS), *options]
-        report[str(way)] = run_apart(command, WAY_LIMIT_SECONDS)
-    return report
+        yield str(way), run_apart(command, WAY_LIMIT_SECONDS)
 
 
 def run_apart(command: Sequence[str], limit_seconds: float) -> Trial:
@@ -188,9 +189,12 @@ def run_apart(command: Sequence[str], limit_seconds: float) -> Trial:
                 # A process that waits for a broken driver cannot be killed: it is left behind.
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(KILL_SECONDS)
+                since_ready = time.time() - os.fstat(output.fileno()).st_mtime
             told, complained = _text(output), _text(errors)
     except OSError as error:
         return Trial("not tried", said=f"no process could be started: {error.strerror}")
+    if returncode is None and since_ready < limit_seconds / 2:  # a slow start is no hang
+        return Trial("not tried", said=f"not ready in time for {limit_seconds:.0f} s")
     return judge(returncode, told, complained, limit_seconds)
 
 
@@ -208,11 +212,12 @@ def judge(returncode: int | None, output: str, errors: str, limit_seconds: float
     if returncode is None:
         said, is_fault = f"no end after {limit_seconds:.0f} s", True
     elif returncode < 0:
-        killer = signal.Signals(-returncode)
-        said, is_fault = f"the process ended with {killer.name}", killer in FAULTS
+        names = {one.value: one.name for one in signal.Signals}
+        killer = names.get(-returncode, f"signal {-returncode}")
+        said, is_fault = f"the process ended with {killer}", -returncode in FAULTS
     else:
         said, is_fault = _reason(errors), True
-    if READY not in lines or not is_fault or OUT_OF_MEMORY.search(errors):
+    if READY not in lines or not is_fault or OUT_OF_RESOURCES.search(errors):
         return Trial("not tried", said=said)
     return Trial("hung" if returncode is None else "crash", said=said)
 
@@ -245,7 +250,7 @@ def main() -> None:
     options = ["--images", str(given.images), "--seconds", str(given.seconds)]
     try_ways = partial(probe, limit_seconds=given.limit, options=options)
     if given.keep is None:
-        report = try_ways(given.device)
+        report = dict(try_ways(given.device))
     else:
         report = report_of(given.device, given.keep, print, try_ways=try_ways)
     for name, trial in report.items():

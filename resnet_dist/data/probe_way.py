@@ -16,6 +16,7 @@ import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import cycle
 
 import numpy as np
@@ -96,10 +97,17 @@ def _jpeg(number: int) -> np.ndarray:
     return np.frombuffer(file.getvalue(), np.uint8)
 
 
-def try_way(way: Decoding, device: torch.device, images: int, seconds: float) -> Trial:
+def try_way(
+    way: Decoding,
+    device: torch.device,
+    images: int,
+    seconds: float,
+    ready: Callable[[], None],
+) -> Trial:
     """Decodes the same batches again and again, behind a consumer that lags, and then for speed.
 
-    images: in a batch. Crashes where the way does.
+    images: in a batch. ready: called when all is loaded that is not the way's own, and the CPU has
+    decoded. Crashes where the way does.
 
     Raises:
         RuntimeError: DALI refuses.
@@ -126,11 +134,13 @@ def try_way(way: Decoding, device: torch.device, images: int, seconds: float) ->
         )
         return loader.batches(requests)
 
+    cpu = [batch.images for batch in decoded(torch.device("cpu"), Decoding(), requests)]
+    lag = Lag(device) if device.type == "cuda" else None
+    ready()
     repeated = decoded(device, way, requests * ROUNDS)
-    first, changed = repeat((batch.images for batch in repeated), device)
+    first, changed = repeat((batch.images for batch in repeated), device, lag)
     if changed:
         return Trial("changed", said=f"{changed} of {BATCHES * (ROUNDS - 1)} batches, repeated")
-    cpu = [batch.images for batch in decoded(torch.device("cpu"), Decoding(), requests)]
     trial = compare([images.cpu() for images in first], cpu, data.std)
     if trial.verdict != "ok":
         return trial
@@ -151,7 +161,9 @@ def _clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def repeat(batches: Iterable[Tensor], device: torch.device) -> tuple[list[Tensor], int]:
+def repeat(
+    batches: Iterable[Tensor], device: torch.device, lag: "Lag | None" = None
+) -> tuple[list[Tensor], int]:
     """The first BATCHES of images, and how many of their repetitions are other pixels.
 
     On a GPU a consumer lags behind the decoder, as training does: a decoder that frees or fills
@@ -159,7 +171,6 @@ def repeat(batches: Iterable[Tensor], device: torch.device) -> tuple[list[Tensor
     """
     first: list[Tensor] = []
     changed = torch.zeros((), dtype=torch.int64, device=device)
-    lag = Lag(device) if device.type == "cuda" else None
     for number, images in enumerate(batches):
         if lag is not None:
             lag.queue()
@@ -230,11 +241,13 @@ def main() -> None:
         torch.zeros(2**28, dtype=torch.uint8, device=given.device)
         torch.cuda.synchronize(given.device)
         torch.cuda.empty_cache()
-    print(READY, flush=True)
     way = WAYS[given.way]
     if given.device.type == "cpu":  # shows that the probe works, and nothing else
         way = Decoding(way.part)
-    print(json.dumps(asdict(try_way(way, given.device, given.images, given.seconds))), flush=True)
+    ready = partial(print, READY, flush=True)
+    trial = try_way(way, given.device, given.images, given.seconds, ready)
+    print(json.dumps(asdict(trial)), flush=True)
+    os._exit(0)  # what fails when libraries unload is not the decoder's fault
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from resnet_dist.config import Config, DataConfig
 from resnet_dist.data.build import set_aside, without
 from resnet_dist.data.cache import DecodedCache, EncodedCache
 from resnet_dist.data.dali import Loader
-from resnet_dist.data.decoding import Decoding, Report, choose, ways_left_by
+from resnet_dist.data.decoding import BROKEN, HOST, Decoding, Report, choose, is_free, ways_left_by
 from resnet_dist.data.index import Index
 from resnet_dist.data.nodes import agreed_index
 from resnet_dist.data.order import holdout, slice_of
@@ -75,8 +75,10 @@ def agreed_decoding(
 
     ways = ways_left_by(config)
     of_run = [way for asked, way in ways.items() if str(asked) == recorded]
+    keeps_host = recorded == str(HOST) and is_free(config)
     reports = reports_of(of_run) if of_run else []
-    if not reports or any(report[str(of_run[0])].verdict != "ok" for report in reports):
+    is_broken = any(report[str(of_run[0])].verdict in BROKEN for report in reports)
+    if not keeps_host and (is_broken or not of_run):
         reports = reports_of(list(ways.values()))
     return choose(config, reports, recorded)
 
