@@ -29,6 +29,7 @@ PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
 # Its other family refuses record_property, with a warning; warnings are errors in this project.
 REPORT_FORMAT = ["-o", "junit_family=xunit1"]
 COLLECT_TIMEOUT_S = 120
+KILL_TIMEOUT_S = 5
 REASON_CHARACTERS = 200
 # pytest's heading, what it says below, and the lines of that which tell the error.
 COLLECT_ERROR = re.compile(r"^_+ ERROR collecting (.+) _+\n((?:(?![_=]{3}).*\n)*)", re.MULTILINE)
@@ -106,7 +107,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
 def collect(selection: list[str]) -> tuple[list[str], list[Result]]:
     """The node ids that pytest selects, and the modules that it could not collect. Exits with 2
     where there is no node id."""
-    command = [*PYTEST, "--collect-only", "--continue-on-collection-errors", *selection]
+    command = [*PYTEST, "--collect-only", *selection]
     done = subprocess.run(command, capture_output=True, text=True, timeout=COLLECT_TIMEOUT_S)
     tests = [line for line in done.stdout.partition("\n\n")[0].splitlines() if "::" in line]
     if not tests:
@@ -141,12 +142,10 @@ class Runner:
         with tempfile.TemporaryDirectory() as name:
             report, log = Path(name, "report.xml"), Path(name, "log")
             command = [*PYTEST, *REPORT_FORMAT, f"--junit-xml={report}", test]
-            with (
-                open(log, "wb") as output,
-                subprocess.Popen(
+            with open(log, "wb") as output:
+                process = subprocess.Popen(
                     command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-                ) as process,
-            ):
+                )
                 self._running.add(process)
                 try:
                     code: int | None = process.wait(seconds)
@@ -154,6 +153,9 @@ class Runner:
                     code = None
                 finally:
                     end_all(process)
+                    # One that waits for a broken driver cannot be killed: it is left behind.
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        process.wait(KILL_TIMEOUT_S)
                     self._running.discard(process)
             outcome, reason = judge(code, verdict(report), seconds)
             return Result(test, outcome, reason, log.read_text(errors="replace"))

@@ -63,9 +63,8 @@ WAYS = (
 class Trial:
     """What the probe saw of one way.
 
-    verdict: "ok"; "crash" (the process ended by itself, or DALI raised an error); "hung"; "changed"
-    (other pixels when repeated); "differs" (from the CPU's pixels, beyond the tolerance); "not
-    tried".
+    verdict: "ok"; "crash" (the process died, or DALI raised an error); "hung"; "changed" (other
+    pixels when repeated); "differs" (from the CPU's pixels, beyond the tolerance); "not tried".
     """
 
     verdict: Literal["ok", "crash", "hung", "changed", "differs", "not tried"]
@@ -79,7 +78,7 @@ Report = dict[str, Trial]  # str(way) -> what was seen of it, on one kind of mac
 
 
 def ways_left_by(config: Config) -> dict[Decoding, Decoding]:
-    """The ways that the config allows, as it asks for them -> as they are probed."""
+    """The ways that the config allows: as it asks for them -> as they are probed."""
     part, load = config.data.decode, config.data.hw_decoder_load
     return {
         replace(way, hw_decoder_load=load) if load else way: way
@@ -89,14 +88,14 @@ def ways_left_by(config: Config) -> dict[Decoding, Decoding]:
 
 
 def is_free(config: Config) -> bool:
-    """Whether the config leaves all to the probe."""
+    """Whether the config leaves the choice to the probe."""
     return config.data.decode == "auto" and config.data.hw_decoder_load is None
 
 
 def choose(config: Config, reports: Sequence[Report], recorded: str | None) -> tuple[Decoding, str]:
     """The way that all machines take, and why.
 
-    reports: of each kind of machine in the world; a way that one lacks was not tried there.
+    reports: one for each kind of machine; a way that is missing from one was not tried there.
     recorded: str() of the run's way so far, if any.
 
     Raises:
@@ -107,8 +106,6 @@ def choose(config: Config, reports: Sequence[Report], recorded: str | None) -> t
         for asked, way in ways_left_by(config).items()
     }
     load = config.data.hw_decoder_load
-    if is_free(config) and recorded == str(HOST):
-        return HOST, "as this run has had it"
     for way, seen in trials.items():
         if str(way) == recorded and not any(trial.verdict in BROKEN for trial in seen):
             is_sound = all(trial.verdict == "ok" for trial in seen)

@@ -40,12 +40,12 @@ WAY_LIMIT_SECONDS = 20.0
 KILL_SECONDS = 5.0
 # The process's own fault. Other signals come from a scheduler, a user or the out-of-memory killer.
 FAULTS = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL)
-# What torch, CUDA, DALI, nvJPEG, C++, Python and the system say. It is of this hour, and not of the
-# decoder.
+# As torch, CUDA, DALI, nvJPEG, C++, Python and the system put it. The decoder is not at fault, and
+# the next start may find enough.
 OUT_OF_RESOURCES = re.compile(
     r"out.of.memory|memory.?(allocat|error)|bad_?alloc|alloc(at\w+)?.(failure|failed|error)"
-    r"|(can.?t|cannot|unable to|failed to|could not) allocate|NOT_INITIALIZED|start new thread"
-    r"|temporarily unavailable|no space left|too many open files|\bECC\b",
+    r"|(can.?t|cannot|unable to|failed to|could not) allocate|CUBLAS_STATUS_NOT_INITIALIZED"
+    r"|start new thread|temporarily unavailable|no space left|too many open files|\bECC\b",
     re.IGNORECASE,
 )
 
@@ -97,7 +97,7 @@ def report_of(
     """What the probe saw of `ways`, and maybe of others, on this GPU.
 
     What `folder` lacks is tried now, in the order of `ways`, and kept there one by one, but for
-    what was not tried after all.
+    what could not be tried.
     """
     found = versions_of(device)
     key = hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:16]
@@ -189,12 +189,13 @@ def run_apart(command: Sequence[str], limit_seconds: float) -> Trial:
                 # A process that waits for a broken driver cannot be killed: it is left behind.
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(KILL_SECONDS)
+                # READY is the last thing that a process writes before it hangs.
                 since_ready = time.time() - os.fstat(output.fileno()).st_mtime
             told, complained = _text(output), _text(errors)
     except OSError as error:
         return Trial("not tried", said=f"no process could be started: {error.strerror}")
-    if returncode is None and since_ready < limit_seconds / 2:  # a slow start is no hang
-        return Trial("not tried", said=f"not ready in time for {limit_seconds:.0f} s")
+    if returncode is None and since_ready < limit_seconds / 2:
+        return Trial("not tried", said=f"too slow to start: ended after {limit_seconds:.0f} s")
     return judge(returncode, told, complained, limit_seconds)
 
 
@@ -223,7 +224,7 @@ def judge(returncode: int | None, output: str, errors: str, limit_seconds: float
 
 
 def _reason(errors: str) -> str:
-    """The line that names it. DALI's comes after "encountered:", and others follow."""
+    """The line of a traceback that names the error. DALI's stands below "encountered:"."""
     lines = [line.strip() for line in errors.splitlines() if line.strip()]
     for number in reversed(range(len(lines) - 1)):
         if lines[number].endswith("encountered:"):
@@ -252,7 +253,8 @@ def main() -> None:
     if given.keep is None:
         report = dict(try_ways(given.device))
     else:
-        report = report_of(given.device, given.keep, print, try_ways=try_ways)
+        say = partial(print, file=sys.stderr, flush=True)
+        report = report_of(given.device, given.keep, say, try_ways=try_ways)
     for name, trial in report.items():
         print(describe(name, trial))
     if given.output is not None:

@@ -2,8 +2,8 @@
 
     python -m resnet_dist.data.probe_way NUMBER --device cuda:0 [--images 64] [--seconds 0.5]
 
-NUMBER: of the way in decoding.WAYS. Prints READY once the device works, and then what it saw: a
-Trial as one line of JSON.
+NUMBER: of the way in decoding.WAYS. Prints READY once all but the way itself works, and
+then what it saw: a Trial as one line of JSON.
 """
 
 import argparse
@@ -106,12 +106,12 @@ def try_way(
 ) -> Trial:
     """Decodes the same batches again and again, behind a consumer that lags, and then for speed.
 
-    images: in a batch. ready: called when all is loaded that is not the way's own, and the CPU has
-    decoded. Crashes where the way does.
+    images: in a batch. ready: called once the CPU has decoded and the GPU has computed: what fails
+    from then on is the way. Crashes where the way does.
 
     Raises:
         RuntimeError: DALI refuses.
-        UserError: an image cannot be decoded; its context is DALI's error.
+        UserError: an image cannot be decoded. DALI's error is its context.
     """
     known = KnownJpegs(images)
     threads = min(MAX_DECODE_THREADS, len(os.sched_getaffinity(0)))
@@ -161,26 +161,6 @@ def _clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def repeat(
-    batches: Iterable[Tensor], device: torch.device, lag: "Lag | None" = None
-) -> tuple[list[Tensor], int]:
-    """The first BATCHES of images, and how many of their repetitions are other pixels.
-
-    On a GPU a consumer lags behind the decoder, as training does: a decoder that frees or fills
-    memory too early shows only so.
-    """
-    first: list[Tensor] = []
-    changed = torch.zeros((), dtype=torch.int64, device=device)
-    for number, images in enumerate(batches):
-        if lag is not None:
-            lag.queue()
-        if number < BATCHES:
-            first.append(images.clone())
-        else:
-            changed += (images != first[number % BATCHES]).any()
-    return first, int(changed)  # CPU-GPU sync point
-
-
 class Lag:
     """Work for the GPU's current stream, more and more until the decoder is ahead of it."""
 
@@ -208,6 +188,26 @@ class Lag:
             self._busy = (self._busy @ self._busy).clamp_(-1, 1)
 
 
+def repeat(
+    batches: Iterable[Tensor], device: torch.device, lag: Lag | None = None
+) -> tuple[list[Tensor], int]:
+    """The first BATCHES of images, and how many of their repetitions are other pixels.
+
+    On a GPU a consumer lags behind the decoder, as training does: a decoder that frees or fills
+    memory too early shows only so.
+    """
+    first: list[Tensor] = []
+    changed = torch.zeros((), dtype=torch.int64, device=device)
+    for number, images in enumerate(batches):
+        if lag is not None:
+            lag.queue()
+        if number < BATCHES:
+            first.append(images.clone())
+        else:
+            changed += (images != first[number % BATCHES]).any()
+    return first, int(changed)  # CPU-GPU sync point
+
+
 def compare(ours: list[Tensor], cpu: list[Tensor], std: Sequence[float]) -> Trial:
     """Whether normalized images are the CPU's, but for rounding.
 
@@ -230,9 +230,9 @@ def main() -> None:
     parser.add_argument("--device", type=torch.device, required=True)
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=0.5)
-    parser.add_argument("--limit", type=float, default=60.0, help="seconds, whoever waits for it")
+    parser.add_argument("--limit", type=float, default=60.0, help="seconds until it ends itself")
     given = parser.parse_args()
-    signal.alarm(math.ceil(given.limit) + 1)  # also if probe.py, which ends it in time, is gone
+    signal.alarm(math.ceil(given.limit) + 1)  # should probe.py, which ends it, be gone
     hard = resource.getrlimit(resource.RLIMIT_CORE)[1]
     resource.setrlimit(resource.RLIMIT_CORE, (0, hard))  # of a process with a GPU: many GB
     if given.device.type == "cuda":

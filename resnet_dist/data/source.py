@@ -56,9 +56,10 @@ def agreed_decoding(
 ) -> tuple[Decoding, str]:
     """How images are decoded, the same way on every rank, and why. A collective.
 
-    On a GPU: the fastest way that is sound on each kind of machine in the world, of those that the
-    config leaves. One rank of each kind has the probe's report from beside the index, or probes
-    now. recorded: the way of the run so far, kept where it is sound; then no other is probed.
+    On a GPU: of the ways that the config allows, the fastest that is sound on each kind of machine
+    in the world. One rank of each kind reads the probe's report from beside the index, or probes
+    now. recorded: the way of the run so far; it is kept unless it is broken here, and then no other
+    is probed.
 
     Raises:
         UserError: the config asks for a way that the probe found broken.
@@ -66,6 +67,8 @@ def agreed_decoding(
     if not _decodes_on_gpu(config, world.device):
         part = "window" if config.data.decode == "auto" else config.data.decode
         return Decoding(part), "the CPU's decoder"
+    if recorded == str(HOST) and is_free(config):
+        return HOST, "as this run has had it"
     kind = json.dumps(versions_of(world.device))
     say = partial(print, file=sys.stderr, flush=True)
 
@@ -75,10 +78,8 @@ def agreed_decoding(
 
     ways = ways_left_by(config)
     of_run = [way for asked, way in ways.items() if str(asked) == recorded]
-    keeps_host = recorded == str(HOST) and is_free(config)
-    reports = reports_of(of_run) if of_run else []
-    is_broken = any(report[str(of_run[0])].verdict in BROKEN for report in reports)
-    if not keeps_host and (is_broken or not of_run):
+    reports = reports_of(of_run or list(ways.values()))
+    if any(report[str(way)].verdict in BROKEN for report in reports for way in of_run):
         reports = reports_of(list(ways.values()))
     return choose(config, reports, recorded)
 
