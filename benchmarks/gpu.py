@@ -128,7 +128,7 @@ def probe(runs: Path, gpu: bool, small: bool) -> tuple[str, ...]:
     """What it sees is kept where the stages after it look, which then need not probe the rest."""
     device = "cuda:0" if gpu else "cpu"
     size = ("--images", 4, "--seconds", 0.1) if small else ()
-    command = ("-m", "resnet_dist.data.probe", "--device", device, "--keep", runs / ".index")
+    command = ("-m", "resnet_dist.data.load.probe", "--device", device, "--keep", runs / ".index")
     command += ("--limit", 100)
     return python(*command, *size, *output())
 

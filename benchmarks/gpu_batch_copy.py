@@ -32,8 +32,8 @@ from nvidia.dali.plugin.pytorch import feed_ndarray, to_torch_type
 from torch.profiler import ProfilerActivity, profile
 
 from resnet_dist import distributed
-from resnet_dist.data.dali import Batch
-from resnet_dist.data.dali_graphs import raw_graph
+from resnet_dist.data.load.batch import Batch
+from resnet_dist.data.load.dali_graphs import raw_graph
 
 ROUNDS = 3  # in each, both ways in turn
 HOST_STEPS = 5

@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from resnet_dist import checkpoint
-from resnet_dist.checkpoint_list import step_folders
+from resnet_dist.checkpoints.content import Checkpoint
+from resnet_dist.checkpoints.folders import step_folders
 
 SMALL = [
     *("model.name=resnet18", "data.crop_px=64", "data.scale_px=[64,80]"),
@@ -67,7 +67,9 @@ def resume(photos: Path, runs: Path, small: bool) -> tuple[dict[str, Any], str]:
     shutil.copytree(whole, second_half, symlinks=True)
     shutil.rmtree(second_half / "checkpoints" / last.name)
     train("second-half", photos, runs, steps, small, ["train.deterministic=true"])
-    saved, again = checkpoint.load(last), checkpoint.load(step_folders(second_half)[-1])
+    saved, again = (
+        Checkpoint.load(path).to_dict() for path in (last, step_folders(second_half)[-1])
+    )
     differing = [name for key in STATE for name in differences(key, saved[key], again[key])]
     line = f"{steps} steps, and again from step {steps // 2}: "
     line += f"{len(differing)} differ, such as {differing[0]}" if differing else "the same bits"

@@ -5,19 +5,19 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
-from resnet_dist.checkpoint import TrainState
 from resnet_dist.config_file import load_config
-from resnet_dist.data.dali import Batch
+from resnet_dist.data.load.batch import Batch
 from resnet_dist.determinism import fix_algorithms
 from resnet_dist.distributed import World
 from resnet_dist.ema import AveragedNetwork
 from resnet_dist.job import build_network, distribute
-from resnet_dist.meter import Meter
 from resnet_dist.models.build import build_model
 from resnet_dist.models.sync_batchnorm import SyncBatchNorm2d
 from resnet_dist.optim import build_optimizer, set_lr
 from resnet_dist.plan import Plan
 from resnet_dist.precision import DTYPES, grad_scaler
+from resnet_dist.run.meter import Meter
+from resnet_dist.state import TrainState
 from resnet_dist.train import train_step
 
 CLASSES = 1000

@@ -29,11 +29,11 @@ from resnet_dist.errors import UserError, not_installed  # noqa: E402
 try:
     import submitit
 
-    from resnet_dist.cli import dry_run, recipe_name
     from resnet_dist.config import Config
-    from resnet_dist.config_file import load_config
-    from resnet_dist.interrupt import Interrupt
-    from resnet_dist.run_folder import check_run_folder
+    from resnet_dist.config_file import load_config, recipe_name
+    from resnet_dist.run.folder import check_run_folder
+    from resnet_dist.run.interrupt import Interrupt
+    from resnet_dist.verbs.dry_run import dry_run
 except ModuleNotFoundError as error:
     print(f"resnet-dist: {not_installed(error)}", file=sys.stderr)
     sys.exit(2)
@@ -61,7 +61,7 @@ class Training:
         # Interrupt only remembers, and all ranks stop at the same step. It listens to the end: a
         # signal that comes twice must not find submitit's handler again.
         with Interrupt() as interrupt:
-            from resnet_dist.outcome import Outcome
+            from resnet_dist.run.outcome import Outcome
             from resnet_dist.train import train
 
             try:
@@ -74,7 +74,7 @@ class Training:
             # alone is a scancel, which a requeue would undo, or a preemption, after which Slurm
             # requeues by itself. And who stops a job on a workstation means it.
             warned = not interrupt.received.isdisjoint((signal.SIGUSR1, signal.SIGUSR2))
-            if outcome is Outcome.PREEMPTED and warned and "SLURM_JOB_ID" in os.environ:
+            if outcome is Outcome.STOPPED and warned and "SLURM_JOB_ID" in os.environ:
                 requeue(os.environ["SLURM_JOB_ID"], job.rank)
             return outcome.name
 

@@ -1,7 +1,8 @@
 """A verb per subcommand. No logic: each verb is a function elsewhere.
 
-Exit codes: 0 done (or stopped cleanly on request), 2 bad input (one line says what and where),
-1 predict: some images could not be read; verify: some cannot train.
+Exit codes: 0 done, 2 bad input (one line says what and where), 1 predict: some images could not be
+read; verify: some cannot train. train: 75 stopped on request, and the same command goes on; under a
+launcher, which takes any code but 0 for a crash, a rank that stops exits 0 (`status` says more).
 """
 
 import argparse
@@ -13,14 +14,10 @@ import time
 from pathlib import Path
 
 from resnet_dist import __version__
-from resnet_dist.config import Config, to_yaml
-from resnet_dist.config_file import load_config
-from resnet_dist.data.listing import count_images
+from resnet_dist.config_file import load_config, recipe_name
 from resnet_dist.errors import UserError, not_installed
-from resnet_dist.host_memory import limit_arenas
-from resnet_dist.interrupt import Interrupt
-from resnet_dist.plan import Plan
-from resnet_dist.run_folder import check_run_folder
+from resnet_dist.process import set_up_process
+from resnet_dist.run.interrupt import Interrupt
 
 OTHER_RANKS_LINGER_SECONDS = 5.0
 IMAGENET_IMAGES = 1_281_167
@@ -30,7 +27,7 @@ JPEG_QUALITY = 90
 
 
 def main(argv: list[str] | None = None) -> None:
-    limit_arenas()
+    set_up_process()
     parser = _parser()
     # argparse takes no overrides after an option (`train x.yaml --dry-run seed=1`): they are left.
     arguments, left = parser.parse_known_args(argv)
@@ -67,26 +64,42 @@ def _train(arguments: argparse.Namespace) -> None:
         arguments.overrides.append(f"model.init_from={text}")
     config = load_config(arguments.config, arguments.overrides)
     if arguments.dry_run:
+        from resnet_dist.verbs.dry_run import dry_run
+
         world_size = arguments.world_size or int(os.environ.get("WORLD_SIZE", "1"))
         local_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-        print(dry_run(config, world_size, min(local_size, world_size), arguments.train_images))
+        local_size = min(local_size, world_size)
+        print(dry_run(config, world_size, local_size, arguments.train_images))
         return
     if arguments.world_size or arguments.train_images:
         raise UserError("command line: --world-size and --train-images go with --dry-run")
     with Interrupt() as interrupt:  # before torch: its import takes seconds
         from resnet_dist.train import train
 
-        train(config, recipe_name(arguments.config), interrupt, arguments.resume_anyway)
+        recipe = recipe_name(arguments.config)
+        outcome = train(config, recipe, interrupt, arguments.resume_anyway)
+    if outcome.exit_code and "RANK" not in os.environ:  # no launcher
+        sys.exit(outcome.exit_code)
+
+
+def _status(arguments: argparse.Namespace) -> None:
+    from resnet_dist.verbs.status import status
+
+    given = arguments.run, arguments.overrides, arguments.run_root, arguments.start
+    line, exit_code = status(*given)
+    print(line)
+    if arguments.exit_code:
+        sys.exit(exit_code)
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
-    from resnet_dist.data.protocol import CENTER_CROP, protocol_of
+    from resnet_dist.data.view.protocol import CENTER_CROP, protocol_of
 
     protocol = protocol_of(arguments.protocol, arguments.scales)
     bn_images, save_to = arguments.recalibrate_bn, arguments.save_to
     if save_to is not None and bn_images is None:
         raise UserError("command line: --save-to goes with --recalibrate-bn")
-    from resnet_dist.evaluate import evaluate_checkpoint
+    from resnet_dist.verbs.evaluate import evaluate_checkpoint
 
     given = (arguments.checkpoint, arguments.overrides)
     score = evaluate_checkpoint(*given, protocol, bn_images, save_to)
@@ -101,7 +114,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _predict(arguments: argparse.Namespace) -> None:
-    from resnet_dist.predict import predict
+    from resnet_dist.verbs.predict import predict
 
     sys.stdout.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]  # any file name
     if not predict(arguments.checkpoint, arguments.paths, arguments.top, arguments.csv):
@@ -109,7 +122,7 @@ def _predict(arguments: argparse.Namespace) -> None:
 
 
 def _verify(arguments: argparse.Namespace) -> None:
-    from resnet_dist.verify import verify
+    from resnet_dist.verbs.verify import verify
 
     sys.stdout.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]  # any file name
     threads = arguments.threads or len(os.sched_getaffinity(0))
@@ -118,12 +131,12 @@ def _verify(arguments: argparse.Namespace) -> None:
 
 
 def _compare(arguments: argparse.Namespace) -> None:
-    from resnet_dist.compare import compare, error_curves
+    from resnet_dist.verbs.compare import compare, error_curves
 
     if arguments.plot is None:
         print(compare(arguments.runs, arguments.run_root))
         return
-    from resnet_dist import plots
+    from resnet_dist.verbs import plots
 
     plots.check_path(arguments.plot)
     print(compare(arguments.runs, arguments.run_root))
@@ -139,10 +152,10 @@ def _models(arguments: argparse.Namespace) -> None:
 
 
 def _analyze_responses(arguments: argparse.Namespace) -> None:
-    from resnet_dist.responses import analyze_responses, describe, split_arguments
+    from resnet_dist.verbs.responses import analyze_responses, describe, split_arguments
 
     if arguments.output is not None:
-        from resnet_dist import plots
+        from resnet_dist.verbs import plots
 
         plots.check_path(arguments.output)
     paths, overrides = split_arguments(arguments.checkpoints + arguments.overrides)
@@ -232,40 +245,9 @@ def _bench_deterministic(arguments: argparse.Namespace) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    from resnet_dist.export import export
+    from resnet_dist.verbs.export import export
 
     print(export(arguments.checkpoint, arguments.to, arguments.output))
-
-
-def dry_run(
-    config: Config, world_size: int, local_world_size: int, train_images: int | None
-) -> str:
-    """The merged config and the plan, as text. Counts the images unless `train_images` is given.
-
-    local_world_size: ranks per node.
-    """
-    data = config.data
-    val_images = data.holdout_images or None
-    if train_images is None:
-        try:
-            train_images = count_images(data.format, Path(data.root), "train")
-            val_images = val_images or count_images(data.format, Path(data.root), "val")
-        except UserError as error:
-            raise UserError(f"{error} (--train-images N plans without the data)") from None
-    train_images -= config.held_out_of(train_images)
-    plan = Plan.of(config, world_size, train_images, val_images, local_world_size)
-    text = to_yaml(config) + "\n" + plan.describe()
-    differing = check_run_folder(config, anyway=True)  # the plan is worth reading all the same
-    if differing:
-        text += "\n\nto be trained under another name=, or with --resume-anyway: not as "
-        text += f"{config.run_dir} has it: {'; '.join(differing)}"
-    return text
-
-
-def recipe_name(path: str) -> str:
-    """configs/imagenet/resnet50.yaml -> imagenet/resnet50."""
-    parts = Path(path).with_suffix("").parts
-    return "/".join(parts[parts.index("configs") + 1 :]) if "configs" in parts else parts[-1]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -299,6 +281,20 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--train-images", type=_positive, metavar="N", help="dry run: plan without the data"
     )
+
+    status = verbs.add_parser("status", help="how a run ended, or whether it is running")
+    status.set_defaults(verb=_status)
+    status.add_argument("run", metavar="RUN", help="run folder, its name, or its CONFIG.yaml")
+    status.add_argument(
+        "overrides", nargs="*", metavar="key.sub=value", help="on top of CONFIG.yaml"
+    )
+    status.add_argument("--run-root", type=Path, default=Path("runs"), metavar="DIR")
+    status.add_argument(
+        "--exit-code",
+        action="store_true",
+        help="0: finished, 75: stopped, the same command goes on, 2: bad input, 1: all else",
+    )
+    status.add_argument("--start", metavar="TOKEN", help="that of $RESNET_DIST_START alone counts")
 
     evaluate = verbs.add_parser("evaluate", help="exact acc1, acc5 and loss of a checkpoint")
     evaluate.set_defaults(verb=_evaluate)

@@ -33,6 +33,12 @@ def config_from_dict(nested: dict[str, Any], origin: str, overrides: Sequence[st
     return _build(_merge(_flatten(nested, origin), _read_overrides(overrides)))
 
 
+def recipe_name(path: str) -> str:
+    """configs/imagenet/resnet50.yaml -> imagenet/resnet50."""
+    parts = Path(path).with_suffix("").parts
+    return "/".join(parts[parts.index("configs") + 1 :]) if "configs" in parts else parts[-1]
+
+
 class _Loader(yaml.SafeLoader):
     """SafeLoader with YAML 1.2's numbers (1e-4 is a float; 1:30, 010 and dates are text)."""
 

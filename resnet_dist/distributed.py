@@ -17,7 +17,9 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
+from resnet_dist.determinism import is_deterministic
 from resnet_dist.errors import UserError
 
 T = TypeVar("T")
@@ -161,7 +163,7 @@ def sum_over_ranks(tensor: Tensor, group: dist.ProcessGroup | None = None) -> Te
 
     In deterministic mode strictly in the order of the ranks.
     """
-    if torch.are_deterministic_algorithms_enabled():
+    if is_deterministic():
         return sum_in_rank_order(tensor, group)
     dist.all_reduce(tensor, group=group)
     return tensor
@@ -187,6 +189,29 @@ def sum_in_rank_order(tensor: Tensor, group: dist.ProcessGroup | None = None) ->
         total += row
     dist.all_gather(list(parts), total, group=group)
     return tensor.copy_(parts.view(-1)[: len(flat)].view_as(tensor))
+
+
+def reduce_gradients_in_rank_order(model: DistributedDataParallel) -> None:
+    """DDP's mean over the ranks, the same wherever a gradient stands in a bucket.
+
+    DDP makes its buckets anew after the first step, in the order in which gradients came. An
+    all-reduce adds in an order that depends on the place in the buffer. So the first step after a
+    resume would differ in the last bit from the same step of a run that was not stopped: with
+    three ranks or more, since a sum of two has one order.
+    """
+    model.register_comm_hook(model.process_group, _mean_in_rank_order)
+
+
+def _mean_in_rank_order(
+    group: dist.ProcessGroup, bucket: dist.GradBucket
+) -> torch.futures.Future[Tensor]:
+    mean = sum_in_rank_order(bucket.buffer(), group).div_(group.size())
+    # The GPU's stream orders what follows; the future only has to say which device that is.
+    done: torch.futures.Future[Tensor] = torch.futures.Future(
+        devices=[mean.device] if mean.is_cuda else None
+    )
+    done.set_result(mean)
+    return done
 
 
 def start() -> World:

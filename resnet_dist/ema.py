@@ -4,10 +4,8 @@ torch.optim.swa_utils.AveragedModel is not used: it copies the network, process 
 which cannot be copied, and asks the device for its count of updates in every step.
 """
 
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 
 class AveragedNetwork:
@@ -44,14 +42,3 @@ class AveragedNetwork:
         torch._foreach_lerp_(self.averages, self.sources, 1 - decay)
         if self.counts:
             torch._foreach_copy_(self.counts, self.trained_counts)
-
-
-def weights_for_use(saved: dict[str, Any]) -> dict[str, Tensor]:
-    """Of a checkpoint's content: the averaged weights if its run kept them, else the weights."""
-    weights: dict[str, Tensor] = saved[key_for_use(saved)]
-    return weights
-
-
-def key_for_use(saved: dict[str, Any]) -> str:
-    """Under which key of a checkpoint's content `weights_for_use` are."""
-    return "model" if saved["ema"] is None else "ema"

@@ -1,32 +1,19 @@
 """Exact evaluation: each image counts once, on any number of ranks. Sum, count, then divide."""
 
 import math
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from resnet_dist import distributed
-from resnet_dist.bad_samples import named
-from resnet_dist.data.dali import Batch
-from resnet_dist.data.feed import BLANK_LABEL
-from resnet_dist.data.index import Index
-from resnet_dist.data.protocol import CENTER_CROP, Protocol
-from resnet_dist.data.source import load_index, make_loader
-from resnet_dist.data.stream import eval_requests
-from resnet_dist.determinism import fix_algorithms
+from resnet_dist.data.load.batch import BLANK_LABEL, Batch
+from resnet_dist.data.view.protocol import CENTER_CROP, Protocol
 from resnet_dist.distributed import World
-from resnet_dist.errors import UserError
-from resnet_dist.models.vgg import MAP_PX, Vgg
+from resnet_dist.models.vgg import Vgg
 from resnet_dist.precision import autocast
-from resnet_dist.recalibrate import recalibrate
-from resnet_dist.trained import Trained, load_trained
-
-MIN_DENSE_PX = 2**5 * MAP_PX  # five times halved, the map is as large as VGG's kernel
+from resnet_dist.tracking.metrics import VAL_ACC1, VAL_ACC5, VAL_LOSS
 
 
 @dataclass(frozen=True)
@@ -51,7 +38,11 @@ class Score:
         return self.loss_sum / self.images
 
     def metrics(self) -> dict[str, float]:
-        return {"val/loss": self.loss, "val/acc1": self.acc1, "val/acc5": self.acc5}
+        return {
+            VAL_LOSS: self.loss,
+            VAL_ACC1: self.acc1,
+            VAL_ACC5: self.acc5,
+        }
 
     def __str__(self) -> str:
         return (
@@ -120,72 +111,3 @@ def _sums(
         images = torch.full_like(loss_sum, len(label))
         sums += torch.stack([right[:, 0].sum(), right.sum(), loss_sum, images])
     return sums
-
-
-def evaluate_checkpoint(
-    path: Path,
-    overrides: list[str],
-    protocol: Protocol = CENTER_CROP,
-    bn_images: int | None = None,
-    save_to: Path | None = None,
-) -> Score:
-    """The score of a checkpoint on the validation images of its config; every rank calls it.
-
-    bn_images: first take the BN statistics anew, from so many training images (recalibrate.py),
-    and write the checkpoint with them to save_to, a new folder.
-
-    Raises:
-        UserError: no such checkpoint, its classes are not those of the data, a protocol that the
-            data or the network cannot follow, or what `recalibrate` and writing raise.
-    """
-    world = distributed.start()
-    if save_to is not None and world.on_main(save_to.exists):
-        raise UserError(f"--save-to {save_to}: is there already; give a new folder")
-    trained = load_trained(path, overrides, world)
-    config, index = trained.config, val_index(trained, path, world)
-    if config.train.deterministic:  # no autotuning otherwise: the shapes of multi-scale vary
-        fix_algorithms(True)
-    check_protocol(protocol, trained, index)
-    if bn_images is not None:
-        recalibrate(trained, bn_images, world)
-    if save_to is not None:
-        world.on_main(lambda: trained.write(save_to))
-    mean = trained.mean_image
-    if mean is not None and protocol.scales_px:
-        mean = mean.mean(axis=(0, 1))  # the mean image fits the crop alone: its channels' means
-    loader = make_loader(index, config, world, mean, trained.decoding(world))
-    requests = eval_requests(config, index, protocol, world.rank, world.size)
-    batches = loader.batches(requests)
-    score = evaluate(trained.network, batches, world, config.train.precision, protocol)
-    for bad in world.gather(named(index, loader.bad, config.data.root)):
-        for name, why in bad.items():
-            if world.is_main:
-                print(f"bad sample: {name}: {why}; it counts as wrong", file=sys.stderr)
-    distributed.stop()
-    return score
-
-
-def val_index(trained: Trained, path: Path, world: World) -> Index:
-    """Its validation images. Raises UserError where they are of other classes. A collective."""
-    index = load_index(trained.config, "val", world)
-    if index.classes != trained.classes:
-        raise UserError(
-            f"data.root={trained.config.data.root}: has {len(index.classes)} classes that are not "
-            f"the {len(trained.classes)} of {path}; give its data with data.root=..."
-        )
-    return index
-
-
-def check_protocol(protocol: Protocol, trained: Trained, index: Index) -> None:
-    """Raises UserError where the data or the network cannot follow the protocol."""
-    if index.pixels is not None and protocol != CENTER_CROP:
-        raise UserError(
-            f"--protocol {protocol.name}: the images of data.format={trained.config.data.format} "
-            "are seen whole, at their own size; use center-crop"
-        )
-    smallest = min(protocol.scales_px, default=MIN_DENSE_PX)
-    if isinstance(trained.network, Vgg) and smallest < MIN_DENSE_PX:
-        name = trained.config.model.name
-        raise UserError(
-            f"--scales: {smallest} px: {name} needs at least {MIN_DENSE_PX}; give larger ones"
-        )

@@ -1,9 +1,8 @@
 """The parts of a training run, built the same on every rank, and the verbs that use them."""
 
 import inspect
-import time
-from collections.abc import Generator
-from dataclasses import dataclass
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,30 +10,34 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from resnet_dist import checkpoint
-from resnet_dist.checkpoint import TrainState
+from resnet_dist.checkpoints.content import Facts
+from resnet_dist.checkpoints.folders import Retention
+from resnet_dist.checkpoints.writer import Saver
 from resnet_dist.config import Config
-from resnet_dist.data.dali import Batch, Loader
-from resnet_dist.data.index import Index
-from resnet_dist.data.mean_image import mean_image
-from resnet_dist.data.protocol import CENTER_CROP
-from resnet_dist.data.source import agreed_decoding, load_index, make_loader
-from resnet_dist.data.stream import eval_requests, train_requests
-from resnet_dist.determinism import check_deterministic_form, reduce_gradients_in_rank_order
-from resnet_dist.distributed import World
+from resnet_dist.data.index.index import Index
+from resnet_dist.data.load.batch import Batch
+from resnet_dist.data.load.dali import Loader
+from resnet_dist.data.load.mean_image import mean_image
+from resnet_dist.data.load.source import agreed_decoding, load_index, make_loader
+from resnet_dist.data.view.protocol import CENTER_CROP
+from resnet_dist.data.view.requests import eval_requests, train_requests
+from resnet_dist.determinism import is_deterministic
+from resnet_dist.distributed import World, reduce_gradients_in_rank_order
 from resnet_dist.ema import AveragedNetwork
 from resnet_dist.errors import UserError
-from resnet_dist.evaluate import Score, evaluate
-from resnet_dist.init_from import load_initial_weights
-from resnet_dist.meter import Meter
 from resnet_dist.models.build import build_model
+from resnet_dist.models.depths import DEPTHS
 from resnet_dist.models.dropout import KeyedDropout
 from resnet_dist.models.parts import freeze, parts
 from resnet_dist.models.sync_batchnorm import average_running_stats, convert_sync_batchnorm
+from resnet_dist.models.vgg import MAP_PX
 from resnet_dist.optim import build_optimizer
 from resnet_dist.plan import Plan
 from resnet_dist.precision import grad_scaler
-from resnet_dist.resume import (
+from resnet_dist.run.folder import changes_so_far
+from resnet_dist.run.init_from import load_initial_weights
+from resnet_dist.run.meter import Meter
+from resnet_dist.run.resume import (
     Previous,
     another_bn_batch,
     compared,
@@ -44,11 +47,9 @@ from resnet_dist.resume import (
     not_bit_for_bit,
     take_over,
 )
-from resnet_dist.retention import Retention
-from resnet_dist.run_folder import changes_so_far
-from resnet_dist.saver import Saver
-from resnet_dist.startup import startup
-from resnet_dist.tracking import TAG_CHARACTERS, git_commit
+from resnet_dist.run.startup import Startup, process_began
+from resnet_dist.state import TrainState
+from resnet_dist.tracking.mirror import TAG_CHARACTERS, git_commit
 
 
 @dataclass(frozen=True)
@@ -65,20 +66,27 @@ class Job:
     val_index: Index
     val_loader: Loader
     saver: Saver
-    facts: dict[str, Any]  # about data and machine, for a checkpoint
+    facts: Facts  # about data and machine, for checkpoints
     previous: Previous
-    mean_image: np.ndarray | None  # float32 [crop_px, crop_px, 3], if the config asks for it
     dropouts: tuple[KeyedDropout, ...] = ()  # of state.model
     initialized: str | None = None  # what there is to say about model.init_from
     decoding: str = ""  # how images are decoded, and why so
 
 
-def build(config: Config, world: World, resume_anyway: bool = False) -> Job:
-    """resume_anyway: goes on where another config or other data have been, too.
+def build(
+    config: Config,
+    world: World,
+    resume_anyway: bool = False,
+    say: Callable[[str], None] = print,
+    startup: Startup | None = None,
+) -> Job:
+    """resume_anyway: goes on where another config or other data have been, too. say: takes the
+    lines of the Saver. startup: told where the time goes.
 
     Raises:
         UserError: the config does not fit the data, the world, the run folder or model.init_from.
     """
+    startup = startup or Startup(process_began())
     train_index = load_index(config, "train", world)
     val_index = load_index(config, "val", world)
     differing = set(train_index.classes) ^ set(val_index.classes)
@@ -90,36 +98,42 @@ def build(config: Config, world: World, resume_anyway: bool = False) -> Job:
         )
     startup.mark("data index")
     previous = look_back(config, world)
+    saved = previous.checkpoint
     startup.mark("checkpoint")
-    decoding, reason = agreed_decoding(config, world, previous.content.get("decoder"))
+    decoding, reason = agreed_decoding(config, world, None if saved is None else saved.decoder)
     startup.mark("decoder")
-    facts: dict[str, Any] = {
-        "classes": list(train_index.classes),
-        "fingerprints": train_index.fingerprints("training") | val_index.fingerprints("validation"),
-        "decoder": str(decoding),
-        "made_with": made_with(world),
-    }
+    facts = Facts(
+        classes=train_index.classes,
+        fingerprints=train_index.fingerprints("training") | val_index.fingerprints("validation"),
+        decoder=str(decoding),
+        made_with=made_with(world),
+    )
     # Before all that takes long: networks, a mean image, caches.
     previous = compared(previous, config, facts, world, resume_anyway)
     images = len(train_index), len(val_index)
     plan = Plan.of(config, world.size, *images, world.local_size)
-    facts["made_with"]["passes_per_step"] = str(plan.accumulation)
     check_deterministic_form(config, world.device)
     network = build_network(config, world, len(train_index.classes))
     initialized = None
-    if config.model.init_from is not None and previous.path is None:
+    if config.model.init_from is not None and saved is None:
         initialized = load_initial_weights(network, config, train_index.classes, world)
     optimizer = build_optimizer(network, config.optim)
     startup.mark("network and optimizer")
     # One that the network has been trained with stays, whatever the images.
-    kept = previous.content.get("mean_image") if config.data.per_pixel_mean else None
+    kept = saved.mean_image if saved is not None and config.data.per_pixel_mean else None
     if kept is not None and len(kept) == config.data.crop_px:
-        mean = kept.numpy()
+        mean: np.ndarray | None = kept.numpy()
     else:
         mean = mean_image(train_index, config, world)
+    facts = replace(
+        facts,
+        made_with=facts.made_with | {"passes_per_step": str(plan.accumulation)},
+        bn_batch_size=plan.bn_batch_size,
+        mean_image=None if mean is None else torch.from_numpy(mean),
+    )
     state = TrainState(network, optimizer, grad_scaler(world.device, config.train.precision))
     state.ema = _averaged(network, config, len(train_index.classes))
-    return Job(
+    job = Job(
         config=config,
         plan=plan,
         world=world,
@@ -129,14 +143,26 @@ def build(config: Config, world: World, resume_anyway: bool = False) -> Job:
         train_loader=make_loader(train_index, config, world, mean, decoding),
         val_index=val_index,
         val_loader=make_loader(val_index, config, world, mean, decoding),
-        saver=Saver(config.run_dir, Retention(plan.keep_checkpoints, plan.keep_every_steps)),
+        saver=Saver(config.run_dir, Retention(plan.keep_checkpoints, plan.keep_every_steps), say),
         facts=facts,
         previous=previous,
-        mean_image=mean,
         dropouts=tuple(m for m in network.modules() if isinstance(m, KeyedDropout)),
         initialized=initialized,
         decoding=f"{decoding} ({reason})",
     )
+    startup.mark("loaders")
+    return job
+
+
+def check_deterministic_form(config: Config, device: torch.device) -> None:
+    """Raises UserError where training would end in its first step, as a layer has none.
+
+    On a GPU that is VGG's average pooling, but at a size where it changes nothing (models/vgg.py).
+    """
+    pools = DEPTHS[config.model.name].form == "vgg" and config.data.crop_px // 2**5 != MAP_PX
+    if config.train.deterministic and device.type == "cuda" and pools:
+        why = f"{config.model.name} has a deterministic form on a GPU at data.crop_px=224 only"
+        raise config.invalid("train.deterministic", why, False)
 
 
 def build_network(config: Config, world: World, num_classes: int) -> nn.Module:
@@ -185,7 +211,7 @@ def distribute(network: nn.Module, world: World) -> nn.Module:
         gradient_as_bucket_view=True,
         **off,
     )
-    if torch.are_deterministic_algorithms_enabled():
+    if is_deterministic():
         reduce_gradients_in_rank_order(model)
     return model
 
@@ -195,36 +221,30 @@ def restore(job: Job) -> str | None:
 
     Returns what there is to say about it, or about the weights that a new run starts from.
     """
-    startup.mark("loaders")
     previous, said = job.previous, list(job.previous.warnings)
-    if previous.path is None:
+    saved = previous.checkpoint
+    if previous.path is None or saved is None:
         return "\n".join([*said, *filter(None, [job.initialized])]) or None
-    saved = previous.content
     said += [describe(previous.path, saved, job.plan)]
     if previous.changes:
         said += [f"warning: not the same run from here on: {'; '.join(previous.changes)}"]
-        said += take_over(saved, job.config, job.state)
-    if torch.are_deterministic_algorithms_enabled():
-        said += not_bit_for_bit(saved["made_with"], job.facts["made_with"])
-    said += another_bn_batch(saved["bn_batch_size"], job.plan)
-    job.state.load_state_dict(saved)
-    saved.clear()  # as large as the state itself
-    startup.mark("checkpoint")
+        saved, warnings = take_over(saved, job.config, job.state)
+        said += warnings
+    if is_deterministic():
+        said += not_bit_for_bit(saved.made_with, job.facts.made_with)
+    said += another_bn_batch(saved.bn_batch_size, job.plan)
+    job.state.restore(saved)
+    for held in (saved.model, saved.optimizer, saved.ema or {}):
+        held.clear()  # together as large as the state itself
     return "\n".join(said)
 
 
 def save(job: Job, meter: Meter) -> None:
     """Saves the state as it is now. Every rank calls it; rank 0 copies it, and writes it behind."""
-    _agree_on_running_stats(job)
+    agree_on_running_stats(job)
     job.state.meter, job.state.train_loss = meter.gather(), meter.last_loss
-    facts = job.facts | {
-        "bn_batch_size": job.plan.bn_batch_size,
-        "mean_image": None if job.mean_image is None else torch.from_numpy(job.mean_image),
-        "saved_at": time.strftime("%Y-%m-%d %H:%M %Z"),
-    }
     if job.world.is_main:
-        # CPU-GPU sync point in fp16, for the scaler's scale.
-        job.saver.save(checkpoint.content_of(job.state, job.config, facts))
+        job.saver.save(job.state.checkpoint(job.config, job.facts))
 
 
 def train_batches(job: Job) -> Generator[Batch]:
@@ -235,28 +255,32 @@ def train_batches(job: Job) -> Generator[Batch]:
     return job.train_loader.batches(requests)
 
 
-def evaluate_now(job: Job) -> Score:
-    """The score of the network, averaged if train.ema_decay is set, on the validation images.
-    Every rank calls it.
-
-    Raises:
-        UserError: more of them than data.max_bad_samples cannot be read.
-    """
-    _agree_on_running_stats(job)
+def val_batches(job: Job) -> Generator[Batch]:
+    """This rank's share of the validation images."""
     config, world = job.config, job.world
     requests = eval_requests(config, job.val_index, CENTER_CROP, world.rank, world.size)
-    batches = job.val_loader.batches(requests)
-    network = job.state.model if job.state.ema is None else job.state.ema.network
-    return evaluate(network, batches, world, config.train.precision)
+    return job.val_loader.batches(requests)
 
 
-def _agree_on_running_stats(job: Job) -> None:
-    if torch.are_deterministic_algorithms_enabled():  # there they agree after each step
+def agree_on_running_stats(job: Job) -> None:
+    """Before an evaluation or a save: averages BN statistics that are local to ranks or nodes. A
+    collective."""
+    if is_deterministic():  # there they agree after each step
         return
     average_running_stats(job.state.model, job.world.group)
     # The averaged network has no synchronized layers, but in "world" equal statistics.
     if job.state.ema is not None and job.config.model.sync_batchnorm != "world":
         average_running_stats(job.state.ema.network, job.world.group)
+
+
+def agree_after_step(network: nn.Module, world: World) -> None:
+    """In deterministic mode, averages BN statistics that are local to ranks or nodes.
+
+    Otherwise `agree_on_running_stats` does so where they are used. But an average is rounded: a
+    run that was saved at a stop would differ in the last bit from one that was not.
+    """
+    if is_deterministic():
+        average_running_stats(network, world.group)
 
 
 def tags(job: Job, recipe: str) -> dict[str, str]:

@@ -5,7 +5,8 @@ Pure and free of torch: `--dry-run` and the launchers print it on a login node.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 from resnet_dist.config import UNITS, Config, OptimConfig, leaves
 from resnet_dist.models.depths import DEPTHS
@@ -14,18 +15,30 @@ TRAIN_ERROR_WARMUP_FACTOR = 0.1  # lr 0.01 before 0.1: He et al. 2015, section 4
 TRAIN_ERROR_WINDOW_STEPS = 20
 
 
-@dataclass
+@dataclass(frozen=True)
 class LrMemory:
     """What two rules remember: the steps at which they fired. Part of a checkpoint.
 
     All else of the schedule is a function of the step alone.
     """
 
-    plateau_drops: list[int] = field(default_factory=list)  # steps from which the lr is lower
+    plateau_drops: tuple[int, ...] = ()  # steps from which the lr is lower
     evals_since_best: int = 0  # or since the last plateau drop
     warmup_end: int | None = None  # the first step at the peak; None: the error is still above
     # Right answers of the latest steps' global batches, while the rule watches them.
-    correct_per_step: list[int] = field(default_factory=list)
+    correct_per_step: tuple[int, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """For a checkpoint: tuples as lists."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in vars(self).items()}
+
+    @classmethod
+    def from_dict(cls, held: dict[str, Any]) -> "LrMemory":
+        """The inverse of `to_dict`. Raises TypeError where `held` is something else."""
+        settled: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in held.items()
+        }
+        return cls(**settled)
 
 
 @dataclass(frozen=True)
@@ -191,25 +204,24 @@ class Plan:
         """True while the lr is low because the training error is still high."""
         return self.optim.warmup_until_train_error_pct is not None and memory.warmup_end is None
 
-    def remember_train_error(self, memory: LrMemory, step: int, correct: int) -> None:
-        """After step `step - 1`, of whose global batch `correct` images were right."""
-        memory.correct_per_step = [*memory.correct_per_step, correct][-TRAIN_ERROR_WINDOW_STEPS:]
+    def after_train_step(self, memory: LrMemory, step: int, correct: int) -> LrMemory:
+        """The memory after step `step - 1`, of whose global batch `correct` images were right."""
+        window = (*memory.correct_per_step, correct)[-TRAIN_ERROR_WINDOW_STEPS:]
         images = TRAIN_ERROR_WINDOW_STEPS * self.global_batch_size
         limit_pct = self.optim.warmup_until_train_error_pct
         assert limit_pct is not None
-        if len(memory.correct_per_step) == TRAIN_ERROR_WINDOW_STEPS:
-            error_pct = 100 * (1 - sum(memory.correct_per_step) / images)
-            if error_pct < limit_pct:
-                memory.warmup_end, memory.correct_per_step = step, []
+        if len(window) == TRAIN_ERROR_WINDOW_STEPS and 100 * (1 - sum(window) / images) < limit_pct:
+            return replace(memory, warmup_end=step, correct_per_step=())
+        return replace(memory, correct_per_step=window)
 
-    def remember_score(self, memory: LrMemory, step: int, is_best: bool) -> None:
-        """After an evaluation: the plateau rule."""
-        memory.evals_since_best = 0 if is_best else memory.evals_since_best + 1
-        if self.optim.schedule != "plateau":
-            return
-        if memory.evals_since_best >= self.optim.plateau_patience_evals:
-            memory.plateau_drops.append(step)
-            memory.evals_since_best = 0
+    def after_evaluation(self, memory: LrMemory, step: int, is_best: bool) -> LrMemory:
+        """The memory after an evaluation: the plateau rule."""
+        evals_since_best = 0 if is_best else memory.evals_since_best + 1
+        patience = self.optim.plateau_patience_evals
+        if self.optim.schedule == "plateau" and evals_since_best >= patience:
+            drops = (*memory.plateau_drops, step)
+            return replace(memory, plateau_drops=drops, evals_since_best=0)
+        return replace(memory, evals_since_best=evals_since_best)
 
     def epoch_at(self, step: int) -> float:
         """Epochs done after `step` steps."""

@@ -7,30 +7,34 @@ ranks, goes on where the last one stopped.
 
 import contextlib
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from resnet_dist import distributed
-from resnet_dist.bad_samples import BadSamples
+from resnet_dist import job as parts
 from resnet_dist.config import Config
-from resnet_dist.data.dali import Batch
-from resnet_dist.determinism import agree_after_step, fix_algorithms
+from resnet_dist.data.load.batch import Batch
+from resnet_dist.determinism import fix_algorithms
 from resnet_dist.errors import UserError
-from resnet_dist.evaluate import Score
-from resnet_dist.interrupt import Interrupt
-from resnet_dist.job import Job, build, evaluate_now, restore, save, tags, train_batches
-from resnet_dist.lookahead import Upcoming, look_ahead
-from resnet_dist.meter import Meter
+from resnet_dist.evaluate import Score, evaluate
+from resnet_dist.job import Job, agree_after_step, agree_on_running_stats, build, restore
 from resnet_dist.models.dropout import set_dropout_keys
 from resnet_dist.optim import set_lr
-from resnet_dist.outcome import Outcome, artifacts, summary
 from resnet_dist.precision import autocast
-from resnet_dist.progress import Progress
-from resnet_dist.run_folder import open_run_folder, sole_process
-from resnet_dist.startup import startup
-from resnet_dist.tracking import Tracker
+from resnet_dist.run.bad_samples import BadSamples
+from resnet_dist.run.folder import open_run_folder, sole_process
+from resnet_dist.run.interrupt import Interrupt
+from resnet_dist.run.lookahead import Ahead
+from resnet_dist.run.meter import Meter
+from resnet_dist.run.outcome import Outcome, OutcomeFile
+from resnet_dist.run.progress import Console, Progress, table
+from resnet_dist.run.startup import Startup, process_began
+from resnet_dist.run.summary import artifacts, summary, where_to_look
+from resnet_dist.tracking import metrics
+from resnet_dist.tracking.journal import Tracker
 
 
 def train(
@@ -44,99 +48,130 @@ def train(
     Raises:
         UserError: the config does not fit the data, the world or the run folder.
     """
+    startup = Startup(process_began())
     fix_algorithms(config.train.deterministic)
     startup.mark("imports")
     world = distributed.start()
     startup.mark("process group")
+    console = Console(speaks=world.is_main)
     with contextlib.ExitStack() as held:
         world.on_main(lambda: held.enter_context(sole_process(config)))
-        job = build(config, world, resume_anyway)
+        written = held.enter_context(OutcomeFile(config.run_dir, world.is_main, console.say))
+        job = build(config, world, resume_anyway, console.say, startup)
         resumed = restore(job)
+        startup.mark("checkpoint")
         world.on_main(lambda: open_run_folder(config, job.state.step, job.previous.changes))
-        progress = Progress(job.plan, job.state.step, speaks=world.is_main)
-        progress.say(f"{config.name}: {config.model.name} on {world.size} x {world.device.type}\n")
-        progress.say(job.plan.describe(job.decoding) + "\n")
+        written.goes_on_from(job.state.step)
+        console.say(f"{config.name}: {config.model.name} on {world.size} x {world.device.type}\n")
+        console.say(job.plan.describe(job.decoding) + "\n")
         if resumed:
-            progress.say(resumed + "\n")
-        notes = tags(job, recipe) if world.is_main else {}
-        tracker = Tracker(config, notes, records=world.is_main, warn=progress.say)
-        job.saver.warn = progress.say
+            console.say(resumed + "\n")
+        notes = parts.tags(job, recipe) if world.is_main else {}
+        tracker = Tracker(config, notes, records=world.is_main, warn=console.say)
         try:
-            outcome, score = run(job, interrupt, tracker, progress)
+            loop = Loop.of(job, interrupt, tracker, console, startup)
+            outcome = run(loop)
             world.on_main(job.saver.finish)
         except BaseException:
             job.saver.wait()
-            tracker.close("FAILED", {})
+            tracker.close(Outcome.FAILED.mlflow_status, {})
             raise
-        record = tracker.close(outcome.value, artifacts(outcome, config.run_dir))
-        progress.say(summary(job, outcome, score, record, progress))
+        written.end(outcome, job.state.step)
+        record = tracker.close(outcome.mlflow_status, artifacts(outcome, config.run_dir))
+        rows = summary(config.run_dir, job.state, loop.progress, outcome, loop.score)
+        console.say(table(rows + where_to_look(record)))
     distributed.stop()
     return outcome
 
 
-def run(
-    job: Job, interrupt: Interrupt, tracker: Tracker, progress: Progress
-) -> tuple[Outcome, Score | None]:
-    """The loop. Returns the last score, None if nothing was evaluated."""
-    plan, state, world = job.plan, job.state, job.world
-    meter = Meter(world, state.meter, state.train_loss)
-    score: Score | None = None
-    bad = BadSamples(job.config, world, progress.say)
-    bad.share(job.train_index, job.train_index.bad)
-    bad.share(job.val_index, job.val_index.bad)
-    bad.check_budget()
-    if plan.evals_after(state.step) and state.evaluated_step < state.step:
-        # The last try was stopped before this evaluation, or could not read too many of its images.
-        score = evaluated(job, meter, bad, tracker, progress)
-        save(job, meter)
-    batches = train_batches(job)
-    startup.mark("rest")
-    upcoming: Upcoming | None = None
-    for step in range(state.step, plan.total_steps):
-        if upcoming is None:  # at the start, and after an evaluation
-            upcoming = look_ahead(job, batches, meter, interrupt)
-            startup.mark("first batch")
-        # Asked a step ago: the hosts hardly wait for each other here, and never for a GPU.
-        if upcoming.is_stop():
-            save(job, meter)
-            world.raise_any(upcoming.failure)
-            return Outcome.PREEMPTED, score
-        passes, upcoming = upcoming.passes, None
-        if not plan.evals_after(step + 1):
-            upcoming = look_ahead(job, batches, meter, interrupt)
-        lr = plan.lr_at(step, state.lr_memory)
-        set_lr(state.optimizer, lr)
-        correct = train_step(job, passes, meter)
-        state.step = step + 1
-        if plan.watches_train_error(state.lr_memory):
-            total = int(world.sum(correct))  # CPU-GPU sync point, in the first few hundred steps
-            plan.remember_train_error(state.lr_memory, state.step, total)
-        progress.tick(state.step)
-        startup.end(world.device, progress.say)
+@dataclass
+class Loop:
+    """What the chapters of a run share."""
 
+    job: Job
+    interrupt: Interrupt
+    ahead: Ahead
+    meter: Meter
+    bad: BadSamples
+    tracker: Tracker
+    progress: Progress
+    startup: Startup
+    lr: float = 0.0  # of the last step
+    score: Score | None = None  # of the last evaluation
+
+    @classmethod
+    def of(
+        cls, job: Job, interrupt: Interrupt, tracker: Tracker, console: Console, startup: Startup
+    ) -> "Loop":
+        meter = Meter(job.world, job.state.meter, job.state.train_loss)
+        return cls(
+            job=job,
+            interrupt=interrupt,
+            ahead=Ahead(lambda: parts.train_batches(job), job.plan.accumulation, meter, interrupt),
+            meter=meter,
+            bad=BadSamples(job.config, job.world, console.say),
+            tracker=tracker,
+            progress=Progress(console, job.plan, job.state.step),
+            startup=startup,
+        )
+
+
+def run(loop: Loop) -> Outcome:
+    """The loop: step, log, evaluate, save."""
+    job, plan, state = loop.job, loop.job.plan, loop.job.state
+    loop.bad.share(job.train_index, job.train_index.bad)
+    loop.bad.share(job.val_index, job.val_index.bad)
+    loop.bad.check_budget()
+    if plan.evals_after(state.step) and state.evaluated_step < state.step:
+        # The last start was stopped before this evaluation, or could not read too many of its
+        # images.
+        validate(loop)
+        save(loop)
+    loop.startup.mark("rest")
+    if state.step < plan.total_steps:
+        loop.ahead.look()
+        loop.startup.mark("first batch")
+    while state.step < plan.total_steps:
+        passes = loop.ahead.take(looks_on=not plan.evals_after(state.step + 1))
+        if passes is None:
+            save(loop)
+            job.world.raise_any(loop.ahead.failure)
+            return Outcome.STOPPED
+        step(loop, passes)
         if plan.logs_after(state.step):
-            epoch = plan.epoch_at(state.step)
-            bad.share(job.train_index, job.train_loader.bad)
-            metrics = meter.drain() | {"train/lr": lr, "progress/epoch": epoch}
-            tracker.log(state.step, metrics)
-            progress.update(state.step, metrics)
-        with meter.paused():
+            log(loop)
+        with loop.meter.paused():
             if plan.evals_after(state.step):
                 # An evaluation may take longer than who stops us waits: it is made up for later.
-                if world.any(interrupt.requested):
-                    save(job, meter)
-                    return Outcome.PREEMPTED, score
+                if job.world.any(loop.interrupt.requested):
+                    save(loop)
+                    return Outcome.STOPPED
                 # Training's and evaluation's buffers do not exist together.
                 passes.clear()
-                batches.close()
-                score = evaluated(job, meter, bad, tracker, progress)
-                batches = train_batches(job)
-            elif plan.logs_after(state.step):
-                tracker.log(state.step, {"data/bad_samples": bad.count})
-            if plan.saves_after(state.step) or state.best_step == state.step or bad.too_many:
-                save(job, meter)
-            bad.check_budget()
-    return Outcome.FINISHED, score
+                loop.ahead.close()
+                validate(loop)
+            if plan.saves_after(state.step) or state.best_step == state.step or loop.bad.too_many:
+                save(loop)
+            loop.bad.check_budget()
+    return Outcome.FINISHED
+
+
+# --------------------------------------------------------------------------------------------------
+# Step
+
+
+def step(loop: Loop, passes: list[Batch]) -> None:
+    """The next optimizer step, at its lr."""
+    job, plan, state = loop.job, loop.job.plan, loop.job.state
+    loop.lr = plan.lr_at(state.step, state.lr_memory)
+    set_lr(state.optimizer, loop.lr)
+    correct = train_step(job, passes, loop.meter)
+    state.step += 1
+    if plan.watches_train_error(state.lr_memory):
+        total = int(job.world.sum(correct))  # CPU-GPU sync point, in the first few hundred steps
+        state.lr_memory = plan.after_train_step(state.lr_memory, state.step, total)
+    loop.progress.tick(state.step)
+    loop.startup.end(job.world.device, loop.progress.console.say)
 
 
 def train_step(job: Job, passes: Iterable[Batch], meter: Meter) -> Tensor:
@@ -152,8 +187,7 @@ def train_step(job: Job, passes: Iterable[Batch], meter: Meter) -> Tensor:
         # under no_sync(). To a bare network it means nothing.
         job.model.require_backward_grad_sync = accumulated == plan.accumulation - 1  # type: ignore[assignment]
         if job.dropouts:
-            places = plan.places(job.world.rank, accumulated)
-            set_dropout_keys(job.dropouts, config.seed, state.step, places, job.world.device)
+            set_dropout_keys(job.dropouts, config.seed, batch.step, batch.places, job.world.device)
         with autocast(job.world.device, config.train.precision):
             logits = job.model(batch.images)
             loss_sum = F.cross_entropy(
@@ -178,29 +212,47 @@ def train_step(job: Job, passes: Iterable[Batch], meter: Meter) -> Tensor:
     return correct
 
 
-def evaluated(
-    job: Job, meter: Meter, bad: BadSamples, tracker: Tracker, progress: Progress
-) -> Score:
-    """The score, remembered and told. Where too many images cannot be read the state is saved."""
+# --------------------------------------------------------------------------------------------------
+# Log, evaluate, save
+
+
+def log(loop: Loop) -> None:
+    """Means since the last line, over all ranks. A collective, and a CPU-GPU sync point."""
+    job, done = loop.job, loop.job.state.step
+    loop.bad.share(job.train_index, job.train_loader.bad)
+    figures = loop.meter.drain() | {
+        metrics.TRAIN_LR: loop.lr,
+        metrics.EPOCH: job.plan.epoch_at(done),
+    }
+    loop.tracker.log(done, figures)
+    loop.progress.update(done, figures)
+    if not job.plan.evals_after(done):  # it may find more
+        loop.tracker.log(done, {metrics.BAD_SAMPLES: loop.bad.count})
+
+
+def validate(loop: Loop) -> None:
+    """Scores the network, the averaged one with train.ema_decay, on the validation images;
+    remembers the score, logs and tells it. A collective.
+
+    Raises:
+        UserError: more images than data.max_bad_samples cannot be read; the state is saved.
+    """
+    job, state, world = loop.job, loop.job.state, loop.job.world
+    agree_on_running_stats(job)
+    network = state.model if state.ema is None else state.ema.network
     try:
-        score = evaluate_now(job)
+        score = evaluate(network, parts.val_batches(job), world, job.config.train.precision)
     except UserError:  # the same on all ranks
-        save(job, meter)
+        save(loop)
         raise
-    bad.share(job.val_index, job.val_loader.bad)
-    remember(job, score)
-    step = job.state.step
-    tracker.log(step, score.metrics())
-    tracker.log(step, {"data/bad_samples": bad.count})
-    progress.say(f"epoch {job.plan.epoch_at(step):.2f}  val {score}")
-    return score
+    loop.bad.share(job.val_index, job.val_loader.bad)
+    state.remember_evaluation(score.acc1, job.plan)
+    loop.score = score
+    loop.tracker.log(state.step, score.metrics())
+    loop.tracker.log(state.step, {metrics.BAD_SAMPLES: loop.bad.count})
+    loop.progress.console.say(f"epoch {job.plan.epoch_at(state.step):.2f}  val {score}")
 
 
-def remember(job: Job, score: Score) -> None:
-    """What outlives an evaluation: the best one, and the plateau schedule's drops."""
-    state = job.state
-    state.evaluated_step = state.step
-    is_best = score.acc1 > state.best_acc1
-    if is_best:
-        state.best_acc1, state.best_step = score.acc1, state.step
-    job.plan.remember_score(state.lr_memory, state.step, is_best)
+def save(loop: Loop) -> None:
+    """Saves the state as it is now. A collective; rank 0 copies it, and writes it behind."""
+    parts.save(loop.job, loop.meter)

@@ -92,7 +92,7 @@ def decoding_reports(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return Path(os.environ["DECODING_REPORTS"])
     import torch  # not all tests need it
 
-    from resnet_dist.data.probe import report_of
+    from resnet_dist.data.load.probe import report_of
 
     folder = tmp_path_factory.mktemp("decoding")
     report_of(torch.device("cuda", 0), folder, print)
@@ -129,7 +129,7 @@ def trained(tiny_config: Callable[..., Config]) -> Callable[..., Config]:
     """tiny_config, in whose run folder three steps have been done."""
     from resuming import ONE_EPOCH  # it imports torch, which not all tests need
 
-    from resnet_dist.interrupt import Interrupt
+    from resnet_dist.run.interrupt import Interrupt
     from resnet_dist.train import train
 
     train(tiny_config(*ONE_EPOCH), "test", Interrupt())

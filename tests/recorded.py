@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from resnet_dist import job as job_module
 from resnet_dist import train as train_module
 from resnet_dist.config import Config
-from resnet_dist.data.augment import Request
-from resnet_dist.data.dali import Batch
-from resnet_dist.interrupt import Interrupt
+from resnet_dist.data.load.batch import Batch
+from resnet_dist.data.view.augment import Request
 from resnet_dist.job import Job
-from resnet_dist.lookahead import Upcoming
+from resnet_dist.run import lookahead as lookahead_module
+from resnet_dist.run.interrupt import Interrupt
+from resnet_dist.run.lookahead import Upcoming
 
 Journal = list[tuple[int, dict[str, float]]]  # step, metrics
 
@@ -67,11 +68,10 @@ class StopsBefore(Interrupt):
     def __init__(self, step: int | None) -> None:
         super().__init__()
         self.step: int | None = step
-        self.ahead: int | None = None  # the step that was looked ahead to last
+        self.ahead = -1  # the step that was looked ahead to last
 
     @property
     def requested(self) -> bool:
-        assert self.ahead is not None
         return self.step is not None and self.ahead >= self.step
 
 
@@ -83,17 +83,21 @@ def record(config: Config, stop_before: int | None = None, *, float64: bool = Fa
     """
     run, asked, interrupt = Run(), deque[Request](), StopsBefore(stop_before)
     train_requests, train_step = job_module.train_requests, train_module.train_step
-    look_ahead = train_module.look_ahead
+    look_ahead = lookahead_module.look_ahead
 
     def noted_requests(*arguments: Any) -> Iterator[Request]:
         asked.clear()
-        for request in train_requests(*arguments):
+        interrupt.ahead = arguments[-1] - 1  # the first step is looked at next
+        return noted(train_requests(*arguments))
+
+    def noted(requests: Iterator[Request]) -> Iterator[Request]:
+        for request in requests:
             asked.append(request)
             yield request
 
-    def noted_look_ahead(job: Job, *rest: Any) -> Upcoming:
-        interrupt.ahead = job.state.step if interrupt.ahead is None else interrupt.ahead + 1
-        return look_ahead(job, *rest)
+    def noted_look_ahead(*arguments: Any) -> Upcoming:
+        interrupt.ahead += 1
+        return look_ahead(*arguments)
 
     def noted_step(job: Job, passes: list[Batch], *rest: Any) -> Tensor:
         assert job.state.step not in run.steps
@@ -103,7 +107,7 @@ def record(config: Config, stop_before: int | None = None, *, float64: bool = Fa
     with ExitStack() as patches:
         patch = patches.enter_context(pytest.MonkeyPatch.context())
         patch.setattr(job_module, "train_requests", noted_requests)
-        patch.setattr(train_module, "look_ahead", noted_look_ahead)
+        patch.setattr(lookahead_module, "look_ahead", noted_look_ahead)
         patch.setattr(train_module, "train_step", noted_step)
         if float64:
             patches.enter_context(double_precision())

@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 
-from resnet_dist import checkpoint, checkpoint_folder, checkpoint_list, distributed
+from resnet_dist import distributed
+from resnet_dist.checkpoints import folders, writer
+from resnet_dist.checkpoints.content import Checkpoint
 from resnet_dist.config import Config
 from resnet_dist.errors import UserError
-from resnet_dist.interrupt import Interrupt
 from resnet_dist.job import Job, build, restore
+from resnet_dist.run.interrupt import Interrupt
 from resnet_dist.train import train
 
 ONE_EPOCH = ("train.epochs=1", "train.eval_every_iterations=100")  # 3 steps
@@ -29,7 +31,7 @@ def resumed(config: Config, resume_anyway: bool = False) -> tuple[Job, str]:
 
 
 def newest(config: Config) -> Path:
-    path = checkpoint_list.latest(config.run_dir)
+    path = folders.latest(config.run_dir)
     assert path is not None
     return path
 
@@ -37,7 +39,7 @@ def newest(config: Config) -> Path:
 def rewrite(config: Config, **changed: Any) -> None:
     """The newest checkpoint, as if it had been made by another machine or version."""
     path = newest(config)
-    content = checkpoint.load(path) | changed
+    content = Checkpoint.load(path).to_dict() | changed
     content = {key: value for key, value in content.items() if value is not ...}
     shutil.rmtree(path)
-    checkpoint_folder.write(path, content)
+    writer.write(path, Checkpoint.from_dict(content))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from resnet_dist.config import DataConfig
-from resnet_dist.data.augment import (
+from resnet_dist.data.view.augment import (
     PCA_COMPONENTS,
     PCA_SPREAD,
     eval_windows,

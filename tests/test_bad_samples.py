@@ -12,11 +12,14 @@ import torch
 from multirank import run_ranks
 from PIL import Image
 
-from resnet_dist import checkpoint, checkpoint_history, cli
+from resnet_dist import cli
+from resnet_dist.checkpoints import folders
+from resnet_dist.checkpoints.content import Checkpoint
 from resnet_dist.config import Config
 from resnet_dist.errors import UserError
-from resnet_dist.interrupt import Interrupt
-from resnet_dist.train import Outcome, train
+from resnet_dist.run.interrupt import Interrupt
+from resnet_dist.run.outcome import Outcome
+from resnet_dist.train import train
 
 # Three steps that see each of the 30 images once.
 CONFIG = (
@@ -93,7 +96,7 @@ class StopAt(Interrupt):
 
 
 def weights(config: Config) -> dict[str, torch.Tensor]:
-    return checkpoint.load(config.run_dir / "checkpoints/latest")["model"]
+    return Checkpoint.load(config.run_dir / "checkpoints/latest").model
 
 
 def metrics(config: Config, name: str) -> list[float]:
@@ -133,7 +136,7 @@ def test_a_resumed_run_sees_the_same_stand_ins(
     train_on_rank(0, 1, straight)
     capfd.readouterr()
     with StopAt(2) as interrupt:
-        assert train(stopped, "test", interrupt) is Outcome.PREEMPTED
+        assert train(stopped, "test", interrupt) is Outcome.STOPPED
     assert train_on_rank(0, 1, stopped) == "FINISHED"
     told = [line for line in capfd.readouterr().out.splitlines() if line.startswith("bad sample")]
     assert len(told) == len(set(told)) == 7  # not again after the stop
@@ -147,7 +150,7 @@ def test_past_the_budget_it_stops_with_one_line_and_a_checkpoint(
     with pytest.raises(UserError, match=r"data\.max_bad_samples=5") as error:
         train_on_rank(0, 1, config)
     assert "\n" not in str(error.value)
-    assert checkpoint_history.latest(config.run_dir) is not None  # nothing is lost
+    assert folders.latest(config.run_dir) is not None  # nothing is lost
 
 
 def test_the_epoch_before_such_an_evaluation_is_not_lost(
@@ -163,7 +166,7 @@ def test_the_epoch_before_such_an_evaluation_is_not_lost(
         files[path] = good
     with pytest.raises(UserError, match=r"max_bad_samples=2"):
         train_on_rank(0, 1, config)
-    assert checkpoint.load(config.run_dir)["step"] == 3
+    assert Checkpoint.load(config.run_dir).step == 3
     # The evaluation is owed: once the images are mended it is made up for. They are others then.
     for path, good in files.items():
         path.write_bytes(good)
@@ -175,10 +178,10 @@ def test_the_epoch_before_such_an_evaluation_is_not_lost(
     whole = replace(config, name="whole")
     train_on_rank(0, 1, whole)
     assert metrics(config, "val/acc1") == metrics(whole, "val/acc1")
-    ours, theirs = (checkpoint.load(c.run_dir) for c in (config, whole))
+    ours, theirs = (Checkpoint.load(c.run_dir) for c in (config, whole))
     best = [(c.run_dir / "checkpoints/best").resolve().name for c in (config, whole)]
     assert best == ["step-00000003"] * 2
-    assert all(torch.equal(ours["model"][key], theirs["model"][key]) for key in theirs["model"])
+    assert all(torch.equal(ours.model[key], theirs.model[key]) for key in theirs.model)
 
 
 def test_what_an_earlier_try_met_counts(spoiled: Callable[..., Config]) -> None:
@@ -218,4 +221,4 @@ def test_one_rank_without_data_ends_all_with_its_reason(tiny_config: Callable[..
     assert said[0] == said[1]
     assert said[0].startswith("rank 1: ")
     assert "cannot be read (No such file or directory)" in said[0]
-    assert checkpoint_history.latest(config.run_dir) is not None  # nothing is lost
+    assert folders.latest(config.run_dir) is not None  # nothing is lost

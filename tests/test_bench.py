@@ -19,7 +19,7 @@ from resnet_dist.bench.results import versions
 from resnet_dist.cli import main
 from resnet_dist.config import DataConfig
 from resnet_dist.config_file import load_config
-from resnet_dist.data.order import BLOCK_IMAGES, block_order, epoch_order
+from resnet_dist.data.view.order import BLOCK_IMAGES, block_order, epoch_order
 from resnet_dist.errors import UserError
 
 LEVELS = 255 * torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)  # from normalised to 0..255

@@ -7,21 +7,23 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from resnet_dist import checkpoint, checkpoint_folder, checkpoint_history
-from resnet_dist.checkpoint import TrainState
+from resnet_dist.checkpoints import folders, writer
+from resnet_dist.checkpoints.content import Checkpoint, Facts
+from resnet_dist.checkpoints.folders import Retention
 from resnet_dist.config import Config, OptimConfig, to_dict
 from resnet_dist.errors import UserError
-from resnet_dist.interrupt import Interrupt
 from resnet_dist.models.build import build_model
 from resnet_dist.optim import build_optimizer, set_lr
 from resnet_dist.plan import LrMemory
-from resnet_dist.retention import Retention
+from resnet_dist.run.interrupt import Interrupt
+from resnet_dist.state import TrainState
 from resnet_dist.train import train
 
 FORMAT_2 = Path(__file__).parent / "data" / "format2"  # written by commit 040c52f
@@ -53,12 +55,12 @@ def small_state(step: int) -> TrainState:
     return state
 
 
-def content_of(state: TrainState, config: Config) -> dict[str, Any]:
-    return checkpoint.content_of(state, config, {"classes": ["a", "b", "c"]})
+def content_of(state: TrainState, config: Config) -> Checkpoint:
+    return state.checkpoint(config, Facts(classes=("a", "b", "c")))
 
 
 def save(state: TrainState, config: Config, retention: Retention = ALL) -> Path:
-    return checkpoint_history.save(config.run_dir, content_of(state, config), retention)
+    return writer.save(config.run_dir, content_of(state, config), retention)
 
 
 def note(path: Path) -> Any:
@@ -71,7 +73,7 @@ def test_all_of_the_state_comes_back(
     config = tiny_config()
     state = make_state(0, step=7)
     state.best_acc1, state.best_step, state.train_loss = 12.5, 3, 0.75
-    state.lr_memory = LrMemory([2, 5], 4, 7, [1, 2])
+    state.lr_memory = LrMemory((2, 5), 4, 7, (1, 2))
     state.meter = torch.tensor([[0.1, 2, 3], [4, 5, 6]], dtype=torch.float64)
     path = save(state, config)
     # The promise to users, spelled out: no pickle of ours is needed.
@@ -83,7 +85,7 @@ def test_all_of_the_state_comes_back(
     assert list(content["model"]) == list(build_model("resnet20", 3).state_dict())
 
     other = make_state(1)
-    other.load_state_dict(checkpoint.load(path))
+    other.restore(Checkpoint.load(path))
     both = (state.model.state_dict().values(), other.model.state_dict().values())
     for ours, theirs in zip(*both, strict=True):
         assert torch.equal(ours, theirs)
@@ -93,27 +95,27 @@ def test_all_of_the_state_comes_back(
     record_property("largest_difference: weights and momentum through a checkpoint", 0.0)
     assert other.scaler.state_dict() == state.scaler.state_dict()
     assert (other.step, other.best_acc1, other.best_step) == (7, 12.5, 3)
-    assert other.lr_memory == LrMemory([2, 5], 4, 7, [1, 2])
+    assert other.lr_memory == LrMemory((2, 5), 4, 7, (1, 2))
     assert torch.equal(other.meter, state.meter)
     assert other.train_loss == 0.75
 
 
 def test_latest_best_and_retention(tiny_config: Callable[..., Config]) -> None:
     config = tiny_config()
-    assert checkpoint_history.latest(config.run_dir) is None
+    assert folders.latest(config.run_dir) is None
     state = make_state(0)
     for step, acc1 in [(1, 10.0), (2, 50.0), (3, 20.0), (4, 30.0), (5, 40.0)]:
         state.step = step
         if acc1 > state.best_acc1:
             state.best_acc1, state.best_step = acc1, step
         path = save(state, config, Retention(2))
-        assert checkpoint_history.latest(config.run_dir) == path.resolve()
+        assert folders.latest(config.run_dir) == path.resolve()
     folder = config.run_dir / "checkpoints"
     assert sorted(p.name for p in folder.iterdir()) == [
         "best", "latest", "step-00000002", "step-00000004", "step-00000005"
     ]  # fmt: skip
     assert (folder / "best").resolve().name == "step-00000002"
-    assert checkpoint.load(config.run_dir)["step"] == 2  # a run folder means its best
+    assert Checkpoint.load(config.run_dir).step == 2  # a run folder means its best
     assert note(folder / "best")["best"]["acc1"] == 50.0
 
 
@@ -155,15 +157,15 @@ def test_an_exploding_run_does_not_push_out_the_good_checkpoints(
     names = sorted(p.name for p in (config.run_dir / "checkpoints").glob("step-*"))
     assert names == [f"step-0000000{step}" for step in (2, 3, 6, 7)]
     # The next try is told, and how to go back.
-    (line,) = checkpoint_history.look_over(config.run_dir)
+    (line,) = folders.look_over(config.run_dir)
     assert "step-00000007: not all values are finite" in line
     assert "the newest sound one is step-00000003" in line
     way_back = line.partition("to go back to it: ")[2].partition(", and the same")[0]
     subprocess.run(way_back, shell=True, check=True)
-    assert checkpoint_history.look_over(config.run_dir) == []
-    newest = checkpoint_history.latest(config.run_dir)
+    assert folders.look_over(config.run_dir) == []
+    newest = folders.latest(config.run_dir)
     assert newest is not None
-    assert checkpoint.load(newest)["step"] == 3
+    assert Checkpoint.load(newest).step == 3
 
 
 def spoil_weight(state: TrainState) -> None:
@@ -213,8 +215,8 @@ def test_soundness_is_noted(
 
 def test_averaged_weights_that_are_not_finite_are_noted(tiny_config: Callable[..., Config]) -> None:
     config = tiny_config()
-    content = content_of(small_state(1), config) | {"ema": {"weight": torch.tensor([math.nan])}}
-    assert not note(checkpoint_history.save(config.run_dir, content, Retention()))["finite"]
+    content = replace(content_of(small_state(1), config), ema={"weight": torch.tensor([math.nan])})
+    assert not note(writer.save(config.run_dir, content, Retention()))["finite"]
 
 
 def test_copied_without_links_and_with_leftovers(tiny_config: Callable[..., Config]) -> None:
@@ -227,7 +229,7 @@ def test_copied_without_links_and_with_leftovers(tiny_config: Callable[..., Conf
     (path.parent / ".partial-step-00000003-0123abcd").mkdir()
     (path.parent / ".removed-step-00000002").mkdir()
     (path.parent / ".partial-latest").symlink_to("step-00000002")
-    assert checkpoint_history.latest(config.run_dir) == path
+    assert folders.latest(config.run_dir) == path
     state.step = 3
     save(state, config, Retention(1))
     assert {p.name for p in path.parent.iterdir()} == {"latest", "step-00000003"}
@@ -236,7 +238,7 @@ def test_copied_without_links_and_with_leftovers(tiny_config: Callable[..., Conf
 def test_the_checksums_are_those_of_coreutils(
     tiny_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoint_folder, "PIECE_BYTES", 1000)  # more pieces than one
+    monkeypatch.setattr(folders, "PIECE_BYTES", 1000)  # more pieces than one
     path = save(small_state(1), tiny_config())
     assert sorted(p.name for p in path.iterdir()) == ["SHA256SUMS", "meta.json", "state.pt"]
     check = ["sha256sum", "--strict", "-c", "SHA256SUMS"]
@@ -254,9 +256,9 @@ def test_a_bit_flipped_anywhere_is_found(tiny_config: Callable[..., Config], nam
             flipped = bytearray(whole)
             flipped[place] ^= 1 << bit
             (path / name).write_bytes(flipped)
-            assert checkpoint_folder.damage(path) is not None, (place, bit)
+            assert folders.damage(path) is not None, (place, bit)
     (path / name).write_bytes(whole)
-    assert checkpoint_folder.damage(path) is None
+    assert folders.damage(path) is None
 
 
 @pytest.mark.parametrize("name", ["state.pt", "meta.json", "SHA256SUMS"])
@@ -265,16 +267,16 @@ def test_a_file_cut_anywhere_is_found(tiny_config: Callable[..., Config], name: 
     whole = (path / name).read_bytes()
     for length in range(0, len(whole), 17 if name == "state.pt" else 1):
         (path / name).write_bytes(whole[:length])
-        assert checkpoint_folder.damage(path) is not None, length
+        assert folders.damage(path) is not None, length
 
 
 def test_damage_is_named(tiny_config: Callable[..., Config], tmp_path: Path) -> None:
     path = save(small_state(1), tiny_config())
     with pytest.raises(UserError, match="no checkpoint; give a folder such as"):
-        checkpoint.load(tmp_path)
+        Checkpoint.load(tmp_path)
     flip_a_bit(path)
     with pytest.raises(UserError, match=r"damaged \(the SHA-256 of state\.pt differs"):
-        checkpoint.load(path)
+        Checkpoint.load(path)
 
 
 def flip_a_bit(path: Path) -> None:
@@ -318,20 +320,20 @@ def test_a_damaged_checkpoint_is_passed_over(
 ) -> None:
     config = tiny_config()
     paths = [save(small_state(step), config) for step in (1, 2, 3)]
-    assert checkpoint_history.look_over(config.run_dir) == []
+    assert folders.look_over(config.run_dir) == []
     for path in paths[1:]:
         spoil(path)
-    warnings = checkpoint_history.look_over(config.run_dir)
+    warnings = folders.look_over(config.run_dir)
     assert [str(path) in line for path, line in zip(paths[:0:-1], warnings, strict=True)] == [
         True
     ] * 2
-    assert checkpoint_history.latest(config.run_dir) == paths[0]
-    assert checkpoint.load(config.run_dir)["step"] == 1
-    assert checkpoint_history.look_over(config.run_dir) == []
+    assert folders.latest(config.run_dir) == paths[0]
+    assert Checkpoint.load(config.run_dir).step == 1
+    assert folders.look_over(config.run_dir) == []
     again = save(small_state(3), config)  # its name is free
-    assert checkpoint.load(again)["step"] == 3
+    assert Checkpoint.load(again).step == 3
     spoil(paths[0])  # older than a whole one: left alone
-    assert checkpoint_history.look_over(config.run_dir) == []
+    assert folders.look_over(config.run_dir) == []
 
 
 def test_the_same_step_again_is_written_once(tiny_config: Callable[..., Config]) -> None:
@@ -410,12 +412,12 @@ def test_a_program_in_a_checkpoint_does_not_run(
     )
     with_sums(path)
     with pytest.raises(UserError, match="more than tensors and plain data"):
-        checkpoint.load(path)
+        Checkpoint.load(path)
     assert not (tmp_path / "canary-flew").exists()
     # Nor is one written.
     with pytest.raises(TypeError, match="only tensors and plain data can be saved"):
-        checkpoint_folder.write(
-            tmp_path / "new", content_of(small_state(1), config) | {"x": Canary()}
+        writer.write(
+            tmp_path / "new", replace(content_of(small_state(1), config), scaler={"x": Canary()})
         )
     assert not (tmp_path / "new").exists()
 
@@ -432,45 +434,44 @@ def test_another_format_is_refused_by_name(tiny_config: Callable[..., Config], n
     (path / "more.pt").write_bytes(b"more")
     with open(path / "SHA256SUMS", "a") as sums:
         sums.write(f"{extra}  more.pt\n")
-    assert checkpoint_history.look_over(config.run_dir) == []
+    assert folders.look_over(config.run_dir) == []
     with pytest.raises(UserError, match=f"format {number}; this version reads 2 to 3: use the ver"):
-        checkpoint.load(path)
+        Checkpoint.load(path)
 
 
 def test_format_2_is_read(tmp_path: Path) -> None:
     """A folder written by the code of then."""
-    content = checkpoint.load(FORMAT_2)
-    assert content["format"] == checkpoint.FORMAT
-    assert (content["step"], content["best"]) == (7, {"acc1": 50.0, "step": 7})
-    assert torch.equal(content["meter"], torch.zeros(1, 3, dtype=torch.float64))
-    added = {key: content[key] for key in ("ema", "train_loss", "decoder", "made_with")}
+    content = Checkpoint.load(FORMAT_2)
+    assert (content.step, content.best_acc1, content.best_step) == (7, 50.0, 7)
+    assert torch.equal(content.meter, torch.zeros(1, 3, dtype=torch.float64))
+    added = {key: getattr(content, key) for key in ("ema", "train_loss", "decoder", "made_with")}
     assert added == {"ema": None, "train_loss": None, "decoder": None, "made_with": {}}
     torch.manual_seed(0)
     model = torch.nn.Linear(3, 2)
     state = TrainState(model, build_optimizer(model, OptimConfig()), torch.amp.GradScaler("cpu"))
     start = model.weight.detach().clone()
-    content["scaler"] = state.scaler.state_dict()  # it was off then
-    state.load_state_dict(content)
+    # Its scaler was off then.
+    state.restore(replace(content, scaler=state.scaler.state_dict()))
     expected = start - 0.1 * (1 + 1e-4 * start)  # one step: lr, gradient, weight decay
     assert torch.allclose(model.weight, expected, rtol=0, atol=1e-7)
     # Written again, it is of today's format.
-    checkpoint_folder.write(tmp_path / "new", content)
+    writer.write(tmp_path / "new", content)
     assert note(tmp_path / "new")["format"] == 3
-    assert checkpoint_folder.damage(tmp_path / "new") is None
+    assert folders.damage(tmp_path / "new") is None
 
 
 @pytest.mark.parametrize("name", ["state.pt", "meta.json"])
 def test_damage_in_format_2_is_found(tmp_path: Path, name: str) -> None:
     path = tmp_path / "step-00000007"
     shutil.copytree(FORMAT_2, path)
-    assert checkpoint_folder.damage(path) is None
+    assert folders.damage(path) is None
     os.truncate(path / name, (path / name).stat().st_size - 5)
-    assert checkpoint_folder.damage(path) is not None
+    assert folders.damage(path) is not None
 
 
 def as_format_2(path: Path) -> None:
     """Rewrites a checkpoint the way of commit 040c52f (see FORMAT_2)."""
-    content = checkpoint.load(path)
+    content = Checkpoint.load(path).to_dict()
     content["data_fingerprint"] = content["fingerprints"]["training images"]
     known = torch.load(FORMAT_2 / "state.pt", weights_only=True)
     content = {key: content[key] for key in known} | {"format": 2, "ema": None}
@@ -489,14 +490,14 @@ def test_a_run_goes_on_from_format_2(
     config = tiny_config("train.save_every_iterations=2", "train.keep_checkpoints=9")
     train(config, "test", Interrupt())
     folder = config.run_dir / "checkpoints"
-    whole = checkpoint.load(folder / "latest")
+    whole = Checkpoint.load(folder / "latest")
     for path in folder.glob("step-*"):
         if int(path.name.removeprefix("step-")) > 4:
             shutil.rmtree(path)
     as_format_2(folder / "step-00000004")
     train(config, "test", Interrupt())
-    again = checkpoint.load(folder / "latest")
-    assert again["step"] == whole["step"] == 6
-    assert all(torch.equal(again["model"][key], whole["model"][key]) for key in whole["model"])
+    again = Checkpoint.load(folder / "latest")
+    assert again.step == whole.step == 6
+    assert all(torch.equal(again.model[key], whole.model[key]) for key in whole.model)
     record_property("largest_difference: weights, resumed from a checkpoint of format 2", 0.0)
     assert note(folder / "step-00000006")["format"] == 3

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 from test_checkpoint import ALL, SPOILS, Spoil, content_of, flip_a_bit, lose_everything, small_state
 
-from resnet_dist import checkpoint, checkpoint_history, checkpoint_list
+from resnet_dist.checkpoints import folders, writer
+from resnet_dist.checkpoints.content import Checkpoint
+from resnet_dist.checkpoints.folders import Retention
+from resnet_dist.checkpoints.writer import Saver
 from resnet_dist.config import Config
 from resnet_dist.errors import UserError
-from resnet_dist.interrupt import Interrupt
-from resnet_dist.retention import Retention
-from resnet_dist.saver import Saver
+from resnet_dist.run.interrupt import Interrupt
 from resnet_dist.train import train
 
 
@@ -27,7 +28,7 @@ def config(tiny_config: Callable[..., Config]) -> Config:
 def save(config: Config, step: int, best: int = -1, retention: Retention = ALL) -> Path:
     state = small_state(step)
     state.best_step = best
-    return checkpoint_history.save(config.run_dir, content_of(state, config), retention)
+    return writer.save(config.run_dir, content_of(state, config), retention)
 
 
 def names_in(folder: Path) -> list[str]:
@@ -35,7 +36,7 @@ def names_in(folder: Path) -> list[str]:
 
 
 def look_over(config: Config) -> list[str]:
-    return checkpoint_history.look_over(config.run_dir)
+    return folders.look_over(config.run_dir)
 
 
 def a_file(folder: Path) -> None:
@@ -61,13 +62,13 @@ def not_readable(folder: Path) -> None:
 )
 def test_what_cannot_be_listed_is_not_empty(config: Config, make: Callable[[Path], None]) -> None:
     """A run would start anew, beside 80 epochs of work."""
-    assert checkpoint_list.step_folders(config.run_dir) == []
+    assert folders.step_folders(config.run_dir) == []
     config.run_dir.mkdir(parents=True)
     make(config.run_dir / "checkpoints")
     with pytest.raises(UserError, match=r"checkpoints: cannot be listed: .*move it away to start"):
         look_over(config)
     with pytest.raises(UserError, match="cannot be listed"):
-        checkpoint_history.latest(config.run_dir)
+        folders.latest(config.run_dir)
     with pytest.raises(UserError, match="cannot be listed"):
         train(config, "test", Interrupt())
     assert not (config.run_dir / "journal.jsonl").exists()
@@ -91,15 +92,15 @@ def test_what_may_not_be_read_is_not_empty(config: Config) -> None:
         if user == 0:
             os.seteuid(65534)
         with pytest.raises(UserError, match="cannot be listed: Permission denied"):
-            checkpoint_list.step_folders(config.run_dir)
+            folders.step_folders(config.run_dir)
     finally:
         os.seteuid(user)
         (config.run_dir / "checkpoints").chmod(0o755)  # for who cleans up
-    assert len(checkpoint_list.step_folders(config.run_dir)) == 1
+    assert len(folders.step_folders(config.run_dir)) == 1
 
 
 def test_a_login_node_needs_no_torch_to_look() -> None:
-    program = "import sys, resnet_dist.checkpoint_list; sys.exit('torch' in sys.modules)"
+    program = "import sys, resnet_dist.checkpoints.folders; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], timeout=60).returncode == 0
 
 
@@ -119,7 +120,7 @@ def test_a_run_that_was_copied_with_links_followed_goes_on(config: Config) -> No
     shutil.rmtree(folder)
     followed.rename(folder)
     assert not (folder / "latest").is_symlink()
-    assert checkpoint.load(config.run_dir)["step"] == checkpoint.load(folder / "best")["step"]
+    assert Checkpoint.load(config.run_dir).step == Checkpoint.load(folder / "best").step
     lines = look_over(config)
     assert ["a folder, not a link" in line for line in lines] == [True] * 2
     assert (folder / "latest").readlink() == Path("step-00000006")
@@ -160,11 +161,11 @@ def test_copies_of_links_alone_are_checkpoints(config: Config, names: list[str])
         shutil.copytree(target, path.parent / name)
     for step in path.parent.glob("step-*"):
         shutil.rmtree(step)
-    assert checkpoint.load(config.run_dir)["step"] == (2 if names == ["latest"] else 1)
+    assert Checkpoint.load(config.run_dir).step == (2 if names == ["latest"] else 1)
     look_over(config)
-    newest = checkpoint_history.latest(config.run_dir)
+    newest = folders.latest(config.run_dir)
     assert newest == path
-    assert checkpoint.load(newest)["step"] == 2
+    assert Checkpoint.load(newest).step == 2
     assert (path.parent / "latest").readlink() == Path(path.name)
 
 
@@ -191,7 +192,7 @@ def test_without_links_there_are_checkpoints_all_the_same(
     assert line == f"warning: {folder}: latest and best are not set: Operation not permitted"
     assert look_over(config) == [line]
     assert names_in(folder) == ["step-00000002", "step-00000003"]
-    assert checkpoint.load(config.run_dir)["step"] == 2
+    assert Checkpoint.load(config.run_dir).step == 2
 
 
 def test_links_that_were_lost_are_found_and_set_again(config: Config) -> None:
@@ -200,12 +201,12 @@ def test_links_that_were_lost_are_found_and_set_again(config: Config) -> None:
     path = save(config, 3, best=2)
     for name in ("latest", "best"):
         (path.parent / name).unlink()
-    assert checkpoint.load(config.run_dir)["step"] == 2
+    assert Checkpoint.load(config.run_dir).step == 2
     assert look_over(config) == []
     assert (path.parent / "latest").readlink() == Path("step-00000003")
     assert (path.parent / "best").readlink() == Path("step-00000002")
     shutil.rmtree(path.parent / "step-00000002")
-    assert checkpoint.load(config.run_dir)["step"] == 3  # the newest, as the best is gone
+    assert Checkpoint.load(config.run_dir).step == 3  # the newest, as the best is gone
 
 
 def test_a_finished_run_that_is_started_again_sets_its_links(config: Config) -> None:

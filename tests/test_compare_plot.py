@@ -10,15 +10,15 @@ import pytest
 from PIL import Image
 
 from resnet_dist import cli
-from resnet_dist.compare import ErrorCurves, compare, degradation, error_curves
 from resnet_dist.config import Config, ModelConfig, TrackingConfig
 from resnet_dist.errors import UserError
 from resnet_dist.models.depths import DEPTHS
-from resnet_dist.tracking import Tracker
+from resnet_dist.tracking.journal import Tracker
+from resnet_dist.verbs.compare import ErrorCurves, compare, degradation, error_curves
 
 to_hex = pytest.importorskip("matplotlib.colors").to_hex
 Figure = pytest.importorskip("matplotlib.figure").Figure
-from resnet_dist import plots  # noqa: E402 (it imports matplotlib)
+from resnet_dist.verbs import plots  # noqa: E402 (it imports matplotlib)
 
 STEPS_PER_EPOCH = 40  # a quarter: 10 steps
 LOGGED = (4, 8, 12, 16, 20, 22)  # every 4 steps, and the end

@@ -23,11 +23,12 @@ from nvidia.dali import backend
 from PIL import Image, ImageOps
 
 from resnet_dist.config import DataConfig
-from resnet_dist.data import dali
-from resnet_dist.data.augment import Request, Windows, unchanged
-from resnet_dist.data.dali import Batch, Loader
-from resnet_dist.data.decoding import HOST, Decoding
-from resnet_dist.data.index import Index
+from resnet_dist.data.index.index import Index
+from resnet_dist.data.load import dali
+from resnet_dist.data.load.batch import Batch
+from resnet_dist.data.load.dali import Loader
+from resnet_dist.data.load.decoding import HOST, Decoding
+from resnet_dist.data.view.augment import Request, Windows, unchanged
 
 REPO = Path(__file__).resolve().parent.parent
 MEAN = np.array([0.485, 0.456, 0.406])
@@ -482,7 +483,11 @@ WITHOUT_NPP = pytest.mark.skipif(
 @WITHOUT_NPP
 @pytest.mark.parametrize(
     "module",
-    ["resnet_dist.data.dali", "resnet_dist.data.dali_graphs", "resnet_dist.bench.dali_peer"],
+    [
+        "resnet_dist.data.load.dali",
+        "resnet_dist.data.load.dali_graphs",
+        "resnet_dist.bench.dali_peer",
+    ],
 )
 def test_a_library_that_is_not_needed_is_not_warned_of(module: str) -> None:
     """What DALI checks when it builds the first pipeline for a GPU, in a process of its own."""

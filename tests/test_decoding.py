@@ -18,11 +18,11 @@ from PIL import Image
 from resnet_dist import distributed
 from resnet_dist.config import Config
 from resnet_dist.config_file import load_config
-from resnet_dist.data import probe
-from resnet_dist.data.decoding import HOST, UNPROBED, WAYS, Decoding, Report, Trial, choose
-from resnet_dist.data.probe import report_of, run_apart
-from resnet_dist.data.probe_way import BATCHES, KnownJpegs, Lag, compare, repeat
-from resnet_dist.data.source import agreed_decoding, once_per_kind
+from resnet_dist.data.load import probe
+from resnet_dist.data.load.decoding import HOST, UNPROBED, WAYS, Decoding, Report, Trial, choose
+from resnet_dist.data.load.probe import report_of, run_apart
+from resnet_dist.data.load.probe_way import BATCHES, KnownJpegs, Lag, compare, repeat
+from resnet_dist.data.load.source import agreed_decoding, once_per_kind
 from resnet_dist.errors import UserError
 
 CPU = torch.device("cpu")
@@ -230,7 +230,7 @@ def test_a_process_that_cannot_start_says_nothing_of_the_decoder() -> None:
 def test_a_way_ends_at_its_limit_also_if_nobody_waits_for_it() -> None:
     """The system ends it: where a way hangs in C, no Python code would run."""
     program = (
-        "import sys, time, resnet_dist.data.probe_way as w;"
+        "import sys, time, resnet_dist.data.load.probe_way as w;"
         "w.try_way = lambda *_: time.sleep(600);"
         "sys.argv = ['', '0', '--device', 'cpu', '--limit', '1']; w.main()"
     )
@@ -247,8 +247,8 @@ def test_a_way_gets_all_of_its_time_or_is_not_tried(monkeypatch: pytest.MonkeyPa
 
 def test_an_image_that_a_way_refuses_is_told_with_the_decoders_reason() -> None:
     program = (
-        "import sys, numpy as np, resnet_dist.data.probe_way as w\n"
-        "from resnet_dist.data.cache import Image\n"
+        "import sys, numpy as np, resnet_dist.data.load.probe_way as w\n"
+        "from resnet_dist.data.load.cache import Image\n"
         "class Damaged(w.KnownJpegs):\n"
         "    def read(self, sample):\n"
         "        reads.append(sample)\n"
@@ -266,11 +266,11 @@ def test_an_image_that_a_way_refuses_is_told_with_the_decoders_reason() -> None:
 def test_the_probe_itself_on_a_cpu(tmp_path: Path) -> None:
     """The same processes as on a GPU, with the CPU's decoder in place of each way."""
     output = tmp_path / "probe.json"
-    command = ["resnet_dist.data.probe", "--device", "cpu", "--output", str(output)]
+    command = ["resnet_dist.data.load.probe", "--device", "cpu", "--output", str(output)]
     program = (
-        "import sys, runpy, resnet_dist.data.decoding as d; d.WAYS = d.WAYS[:2];"
+        "import sys, runpy, resnet_dist.data.load.decoding as d; d.WAYS = d.WAYS[:2];"
         f"sys.argv = {['', *command[1:], '--images', '8', '--seconds', '0.1']!r};"
-        "runpy.run_module('resnet_dist.data.probe', run_name='__main__')"
+        "runpy.run_module('resnet_dist.data.load.probe', run_name='__main__')"
     )
     trial = run_apart([sys.executable, "-W", "error", "-c", program], 120.0)
     written = json.loads(output.read_text())

@@ -16,16 +16,24 @@ import torch.distributed as dist
 from multirank import run_ranks
 from torch import Tensor, nn
 
-from resnet_dist import checkpoint, distributed
+from resnet_dist import distributed
 from resnet_dist.bench.deterministic import bench_deterministic
+from resnet_dist.checkpoints.content import Checkpoint
 from resnet_dist.config import Config
-from resnet_dist.determinism import agree_after_step, check_deterministic_form, fix_algorithms
+from resnet_dist.determinism import fix_algorithms
 from resnet_dist.distributed import sum_in_rank_order
 from resnet_dist.errors import UserError
-from resnet_dist.interrupt import Interrupt
-from resnet_dist.job import build, build_network, distribute, evaluate_now
+from resnet_dist.job import (
+    agree_after_step,
+    agree_on_running_stats,
+    build,
+    build_network,
+    check_deterministic_form,
+    distribute,
+)
 from resnet_dist.models.build import build_model
 from resnet_dist.models.dropout import KeyedDropout, set_dropout_keys
+from resnet_dist.run.interrupt import Interrupt
 from resnet_dist.train import train
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.int64)
@@ -162,7 +170,7 @@ def run(rank: int, world_size: int, config: Config) -> str:
 def run_on(world_size: int, config: Config) -> dict[str, Any]:
     outcomes = run_ranks(run, world_size, config, init_process_group=False, timeout_s=200)
     assert outcomes == ["FINISHED"] * world_size
-    content = checkpoint.load(config.run_dir / "checkpoints" / "latest")
+    content = Checkpoint.load(config.run_dir / "checkpoints" / "latest").to_dict()
     moments = content["optimizer"]["state"]
     return content["model"] | {
         f"momentum {key}": m["momentum_buffer"] for key, m in moments.items()
@@ -231,7 +239,7 @@ def where_statistics_are_averaged(rank: int, world_size: int, configs: list[Conf
         fix_algorithms(config.train.deterministic)
         job = build(config, distributed.start())
         mean = job.state.model.get_buffer("bn1.running_mean").fill_(rank)
-        evaluate_now(job)
+        agree_on_running_stats(job)
         means.append(mean[0].item())
         agree_after_step(job.state.model, job.world)
         means.append(mean[0].item())

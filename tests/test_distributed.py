@@ -16,7 +16,7 @@ from torch import nn
 
 from resnet_dist import distributed
 from resnet_dist.errors import UserError
-from resnet_dist.interrupt import Interrupt
+from resnet_dist.run.interrupt import Interrupt
 
 
 def say_the_verbs(rank: int, world_size: int) -> dict:

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from resnet_dist import distributed
 from resnet_dist.config import Config
-from resnet_dist.data import augment
-from resnet_dist.data.dali import Batch
-from resnet_dist.data.order import slice_of
+from resnet_dist.data.load.batch import Batch
+from resnet_dist.data.view import augment
+from resnet_dist.data.view.order import slice_of
 from resnet_dist.job import build
-from resnet_dist.meter import Meter
 from resnet_dist.models.build import build_model
 from resnet_dist.models.dropout import KeyedDropout, set_dropout_keys
+from resnet_dist.run.meter import Meter
 from resnet_dist.train import train_step
 
 

@@ -13,22 +13,24 @@ from multirank import run_ranks
 from recorded import record
 from torch import Tensor, nn
 
-from resnet_dist import checkpoint, checkpoint_folder, distributed
+from resnet_dist import distributed
+from resnet_dist.checkpoints import writer
+from resnet_dist.checkpoints.content import Checkpoint
 from resnet_dist.config import Config
 from resnet_dist.determinism import fix_algorithms
 from resnet_dist.ema import AveragedNetwork
-from resnet_dist.evaluate import evaluate_checkpoint
-from resnet_dist.export import export
-from resnet_dist.interrupt import Interrupt
-from resnet_dist.job import Job, build, evaluate_now, train_batches
-from resnet_dist.lookahead import take
-from resnet_dist.meter import Meter
+from resnet_dist.job import Job, agree_on_running_stats, build, train_batches
 from resnet_dist.models import vgg
 from resnet_dist.models.build import build_model
 from resnet_dist.optim import set_lr
-from resnet_dist.predict import classify, find_images
+from resnet_dist.run.interrupt import Interrupt
+from resnet_dist.run.lookahead import take
+from resnet_dist.run.meter import Meter
 from resnet_dist.train import train, train_step
-from resnet_dist.trained import load_trained
+from resnet_dist.verbs.evaluate import evaluate_checkpoint
+from resnet_dist.verbs.export import export
+from resnet_dist.verbs.predict import classify, find_images
+from resnet_dist.verbs.trained import load_trained
 
 State = dict[str, Tensor]
 Record = Callable[[str, float], None]
@@ -54,7 +56,7 @@ def difference(a: State, b: State) -> float:
 
 
 def saved(config: Config, which: str = "latest") -> dict[str, Any]:
-    return checkpoint.load(config.run_dir / "checkpoints" / which)
+    return Checkpoint.load(config.run_dir / "checkpoints" / which).to_dict()
 
 
 def journal(config: Config) -> dict[int, dict[str, float]]:
@@ -139,7 +141,7 @@ def test_the_training_does_not_notice(
 def test_the_averaged_weights_are_what_is_used(averaged: Config, tiny_folder: Path) -> None:
     """By evaluations in training, hence the best, and by every verb that reads a checkpoint."""
     best, world = averaged.run_dir / "checkpoints/best", distributed.start()
-    content = checkpoint.load(best)
+    content = Checkpoint.load(best).to_dict()
     scored = journal(averaged)[content["step"]]
     assert evaluate_checkpoint(best, []).metrics() == {k: scored[k] for k in scored if "val/" in k}
     assert content["best"]["acc1"] == scored["val/acc1"]
@@ -148,9 +150,9 @@ def test_the_averaged_weights_are_what_is_used(averaged: Config, tiny_folder: Pa
     assert difference(trained.network.state_dict(), content["ema"]) == 0
     # The test can fail: the weights themselves have another loss.
     trained.write(averaged.run_dir / "weights")
-    loose = checkpoint.load(averaged.run_dir / "weights")
+    loose = Checkpoint.load(averaged.run_dir / "weights").to_dict()
     assert difference(loose["ema"], content["ema"]) == 0
-    checkpoint_folder.write(averaged.run_dir / "trained", content | {"ema": None})
+    writer.write(averaged.run_dir / "trained", Checkpoint.from_dict(content | {"ema": None}))
     assert evaluate_checkpoint(averaged.run_dir / "trained", []).loss != scored["val/loss"]
 
     found = classify(trained, find_images([str(tiny_folder / "val")]), world)
@@ -177,7 +179,7 @@ def test_the_averaged_weights_are_exported(
 def test_new_bn_statistics_are_written_with_the_averaged_weights(averaged: Config) -> None:
     before, folder = saved(averaged, "best"), averaged.run_dir / "recalibrated"
     score = evaluate_checkpoint(averaged.run_dir, [], bn_images=30, save_to=folder)
-    after = checkpoint.load(folder)
+    after = Checkpoint.load(folder)
     assert evaluate_checkpoint(folder, []) == score
     assert torch.equal(after["ema"]["conv1.weight"], before["ema"]["conv1.weight"])
     assert not torch.equal(after["ema"]["bn1.running_mean"], before["ema"]["bn1.running_mean"])
@@ -218,7 +220,7 @@ def test_a_stop_changes_nothing(
     parts = replace(whole, name="parts")
     assert run_on(world_size, whole) == "FINISHED"
     for stop_before in stops:
-        assert run_on(world_size, parts, stop_before) == "PREEMPTED"
+        assert run_on(world_size, parts, stop_before) == "STOPPED"
     assert run_on(world_size, parts) == "FINISHED"
     ours, theirs = saved(parts), saved(whole)
     how = " ".join((f"stopped {len(stops)} times, {world_size} ranks", *more))
@@ -237,10 +239,10 @@ def test_it_may_be_switched_on_and_off(averaged: Config) -> None:
     world, content = distributed.start(), saved(averaged)
     averaged = replace(averaged, name="another")
     plain = build(replace(averaged, train=replace(averaged.train, ema_decay=None)), world)
-    plain.state.load_state_dict(content)
-    assert plain.state.state_dict()["ema"] is None
+    plain.state.restore(Checkpoint.from_dict(content))
+    assert plain.state.ema is None
     again = build(averaged, world)
-    again.state.load_state_dict(content | {"ema": None})
+    again.state.restore(Checkpoint.from_dict(content | {"ema": None}))
     assert again.state.ema is not None
     assert difference(again.state.ema.network.state_dict(), content["model"]) == 0
 
@@ -258,7 +260,7 @@ def averages_of_ranks(rank: int, world_size: int, config: Config) -> tuple[State
         network.bn1.running_var.copy_(torch.linspace(0.1, 1, 16))  # type: ignore[union-attr, operator]
     three_steps(job)
     own = copied(job.state.ema.network.state_dict())
-    evaluate_now(job)
+    agree_on_running_stats(job)
     return own, copied(job.state.ema.network.state_dict())
 
 

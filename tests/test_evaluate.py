@@ -12,24 +12,27 @@ from multirank import run_ranks
 from PIL import Image
 from torch import Tensor, nn
 
-from resnet_dist import checkpoint, checkpoint_history, cli, distributed
-from resnet_dist.checkpoint import TrainState
+from resnet_dist import cli, distributed
+from resnet_dist.checkpoints import writer
+from resnet_dist.checkpoints.content import Facts
+from resnet_dist.checkpoints.folders import Retention
 from resnet_dist.config import Config, DataConfig, TrainConfig
 from resnet_dist.config_file import load_config
-from resnet_dist.data.augment import Request, unchanged, whole_windows
-from resnet_dist.data.dali import Batch
-from resnet_dist.data.index import Index
-from resnet_dist.data.protocol import CENTER_CROP, MULTI_SCALE, TEN_CROP, Protocol
-from resnet_dist.data.source import load_index, make_loader
-from resnet_dist.data.stream import eval_requests
+from resnet_dist.data.index.index import Index
+from resnet_dist.data.load.batch import Batch
+from resnet_dist.data.load.source import load_index, make_loader
+from resnet_dist.data.view.augment import Request, unchanged, whole_windows
+from resnet_dist.data.view.protocol import CENTER_CROP, MULTI_SCALE, TEN_CROP, Protocol
+from resnet_dist.data.view.requests import eval_requests
 from resnet_dist.errors import UserError
-from resnet_dist.evaluate import Score, check_protocol, evaluate, evaluate_checkpoint
+from resnet_dist.evaluate import Score, evaluate
 from resnet_dist.models.build import build_model
 from resnet_dist.models.depths import Net
 from resnet_dist.models.vgg import Vgg
 from resnet_dist.optim import build_optimizer
-from resnet_dist.retention import Retention
-from resnet_dist.trained import Trained, load_trained
+from resnet_dist.state import TrainState
+from resnet_dist.verbs.evaluate import check_protocol, evaluate_checkpoint
+from resnet_dist.verbs.trained import Trained, load_trained
 
 SCALES = replace(MULTI_SCALE, scales_px=(32, 48, 36))
 # Height, width and number of the images: one shape fills batches, others are of fewer images than
@@ -82,9 +85,9 @@ def saved(root: Path) -> Callable[..., Path]:
             mean_image = torch.rand(32, 32, 3) * torch.tensor([0.2, 0.6, 1.0])
         optimizer = build_optimizer(network, config.optim)
         state = TrainState(network, optimizer, torch.amp.GradScaler("cpu", enabled=False))
-        facts = {"classes": ["class0", "class1", "class2"], "mean_image": mean_image}
-        content = checkpoint.content_of(state, config, facts)
-        return checkpoint_history.save(config.run_dir, content, Retention())
+        facts = Facts(classes=("class0", "class1", "class2"), mean_image=mean_image)
+        content = state.checkpoint(config, facts)
+        return writer.save(config.run_dir, content, Retention())
 
     return save
 

@@ -19,13 +19,16 @@ from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
 import resnet_dist
-from resnet_dist import checkpoint, checkpoint_history, cli
+from resnet_dist import cli
+from resnet_dist.checkpoints import writer
+from resnet_dist.checkpoints.content import Facts
+from resnet_dist.checkpoints.folders import Retention
 from resnet_dist.config import Config, DataConfig, ModelConfig, TrackingConfig
 from resnet_dist.errors import UserError
-from resnet_dist.export import export, timm_state_dict
 from resnet_dist.models.build import build_model
 from resnet_dist.models.depths import DEPTHS, no_counterpart
-from resnet_dist.retention import Retention
+from resnet_dist.state import TrainState
+from resnet_dist.verbs.export import export, timm_state_dict
 
 CLASSES = ["ant", "bée", "cow"]
 STEP = 7
@@ -52,10 +55,9 @@ def save_run(root: Path, name: str, model: nn.Module, **facts: Any) -> Path:
     config = Config(name, 0, ModelConfig(name), DATA, tracking=TrackingConfig(str(root)))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    state = checkpoint.TrainState(model, optimizer, scaler, step=STEP, best_step=STEP)
-    facts = {"classes": CLASSES, "data_fingerprint": "", "mean_image": None, **facts}
-    content = checkpoint.content_of(state, config, facts)
-    checkpoint_history.save(config.run_dir, content, Retention())
+    state = TrainState(model, optimizer, scaler, step=STEP, best_step=STEP)
+    content = state.checkpoint(config, Facts(classes=tuple(CLASSES), **facts))
+    writer.save(config.run_dir, content, Retention())
     return config.run_dir
 
 

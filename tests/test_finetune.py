@@ -13,19 +13,20 @@ from multirank import run_ranks
 from PIL import Image
 from torch import Tensor, nn
 
-from resnet_dist import checkpoint, cli, distributed
+from resnet_dist import cli, distributed
+from resnet_dist.checkpoints.content import Checkpoint
 from resnet_dist.config import Config
 from resnet_dist.errors import UserError
-from resnet_dist.interrupt import Interrupt
 from resnet_dist.job import build, restore, save
-from resnet_dist.meter import Meter
+from resnet_dist.run.interrupt import Interrupt
+from resnet_dist.run.meter import Meter
 from resnet_dist.train import train
 
 Weights = dict[str, Tensor]
 
 
 def weights(run: Path) -> Weights:
-    return checkpoint.load(run / "checkpoints/latest")["model"]
+    return Checkpoint.load(run / "checkpoints/latest").model
 
 
 def part_of(key: str) -> str:

@@ -13,15 +13,16 @@ from multirank import run_ranks
 from PIL import Image
 from resuming import ONE_EPOCH, newest, refused, resumed, rewrite
 
-from resnet_dist import checkpoint, distributed
+from resnet_dist import distributed
+from resnet_dist.checkpoints.content import Checkpoint
 from resnet_dist.config import Config
-from resnet_dist.data.quarantine import write_quarantine
-from resnet_dist.data.source import agreed_decoding
+from resnet_dist.data.index.quarantine import write_quarantine
+from resnet_dist.data.load.source import agreed_decoding
 from resnet_dist.determinism import fix_algorithms
 from resnet_dist.errors import UserError
-from resnet_dist.interrupt import Interrupt
 from resnet_dist.job import build
-from resnet_dist.resume import describe, made_with, not_bit_for_bit
+from resnet_dist.run.interrupt import Interrupt
+from resnet_dist.run.resume import describe, made_with, not_bit_for_bit
 from resnet_dist.train import train
 
 
@@ -46,7 +47,7 @@ def test_one_refusal_lists_all_that_differs(
     )
     assert parts is not None, line
     assert parts[1] == str(trained().run_dir)
-    old = checkpoint.load(newest(trained()))["fingerprints"]["training images"]
+    old = Checkpoint.load(newest(trained())).fingerprints["training images"]
     new = build(replace(now, name="x", train=trained().train), distributed.start()).facts
     new = new["fingerprints"]["training images"]
     assert parts[2].split("; ") == [
@@ -137,7 +138,7 @@ def test_a_quarantine_is_no_other_data(trained: Callable[..., Config], own_data:
 def test_format_2_knew_the_training_images_alone(
     trained: Callable[..., Config], own_data: Path
 ) -> None:
-    known = checkpoint.load(newest(trained()))["fingerprints"]
+    known = Checkpoint.load(newest(trained())).fingerprints
     assert len(known) == 4
     rewrite(trained(), fingerprints={"training images": known["training images"]})
     (own_data / "val/class0/0.jpg").unlink()
@@ -150,7 +151,7 @@ def test_resume_anyway_takes_the_new_settings_and_keeps_the_state(
     trained: Callable[..., Config],
 ) -> None:
     """torch would put back momentum and weight decay as they were saved."""
-    saved = checkpoint.load(newest(trained()))
+    saved = Checkpoint.load(newest(trained())).to_dict()
     now = trained("optim.momentum=0.5", "optim.weight_decay=0.01", "train.epochs=2")
     job, _ = resumed(now, resume_anyway=True)
     groups = job.state.optimizer.param_groups
@@ -191,7 +192,7 @@ def test_resume_anyway_goes_on_with_any_setting(
     said = capsys.readouterr().out
     assert f"{key} " in said[said.index("warning: not the same run") :]
     assert ("momentum starts from zero" in said) == (key == "optim.lr_scales")
-    assert checkpoint.load(newest(now))["step"] > 3
+    assert Checkpoint.load(newest(now)).step > 3
     # And back: what was made with it goes on without it.
     train(trained("train.epochs=3"), "test", Interrupt(), resume_anyway=True)
 
@@ -220,9 +221,9 @@ def test_only_deterministic_mode_minds_who_made_it(
     (said,) = run_ranks(trained_and_resumed, 1, strict, init_process_group=False)
     assert said.startswith("resumes at step 3")
     assert "warning" not in said
-    version = checkpoint.load(newest(strict))["made_with"]["torch"]
+    version = Checkpoint.load(newest(strict)).made_with["torch"]
     for config in (strict, trained()):
-        rewrite(config, made_with=checkpoint.load(newest(config))["made_with"] | {"torch": "2.13"})
+        rewrite(config, made_with=Checkpoint.load(newest(config)).made_with | {"torch": "2.13"})
     (said, _) = run_ranks(resumed_on, 2, strict, init_process_group=False)
     assert said.endswith(
         f"\nwarning: not bit for bit from here on: torch 2.13 -> {version}, world_size 1 -> 2"
@@ -267,14 +268,14 @@ def test_what_no_gpu_has_to_decode(tiny_config: Callable[..., Config]) -> None:
 
 def test_on_a_cpu_what_is_decoded_is_recorded(trained: Callable[..., Config]) -> None:
     """Whole images leave an image that is damaged in part to a stand-in, windows may not."""
-    assert checkpoint.load(newest(trained()))["decoder"] == "cpu"
+    assert Checkpoint.load(newest(trained())).decoder == "cpu"
     assert resumed(trained("data.decode=window"))[0].previous.changes == ()
     assert "decoder cpu -> cpu, whole images." in refused(trained("data.decode=image"))
 
 
 @pytest.mark.gpu
 def test_a_run_of_the_cpu_s_decoder_is_not_the_gpu_s(trained: Callable[..., Config]) -> None:
-    recorded = checkpoint.load(newest(trained()))["decoder"]
+    recorded = Checkpoint.load(newest(trained())).decoder
     assert recorded != "cpu"
     rewrite(trained(), decoder="cpu")
     assert f"as these differ: decoder cpu -> {recorded}." in refused(trained())

@@ -14,11 +14,11 @@ from PIL import Image
 
 from resnet_dist.bench.dali_peer import peer_graph
 from resnet_dist.config import DataConfig
-from resnet_dist.data.augment import Request, eval_windows, train_windows
-from resnet_dist.data.dali import Loader
-from resnet_dist.data.dali_graphs import decode_graph, image_graph, raw_graph
-from resnet_dist.data.decoding import HOST, WAYS, Decoding
-from resnet_dist.data.index import Index
+from resnet_dist.data.index.index import Index
+from resnet_dist.data.load.dali import Loader
+from resnet_dist.data.load.dali_graphs import decode_graph, image_graph, raw_graph
+from resnet_dist.data.load.decoding import HOST, WAYS, Decoding
+from resnet_dist.data.view.augment import Request, eval_windows, train_windows
 
 NO_DEVICE = "trying to create a GPU DALI pipeline while CUDA is not available"
 MEANS = [np.zeros(3, np.float32), np.zeros((8, 8, 3), np.float32)]

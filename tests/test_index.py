@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from resnet_dist.data import folder
-from resnet_dist.data.build import build_index, set_aside, without
-from resnet_dist.data.headers import displayed_size
-from resnet_dist.data.index import Index
-from resnet_dist.data.index_file import load_index_file, read_extra, save_index
-from resnet_dist.data.listing import count_images
-from resnet_dist.data.quarantine import read_quarantine, write_quarantine
+from resnet_dist.data.formats import build_index, set_aside, without
+from resnet_dist.data.index import folder
+from resnet_dist.data.index.headers import displayed_size
+from resnet_dist.data.index.index import Index
+from resnet_dist.data.index.index_file import load_index_file, read_extra, save_index
+from resnet_dist.data.index.listing import count_images
+from resnet_dist.data.index.quarantine import read_quarantine, write_quarantine
 from resnet_dist.errors import UserError
 
 

@@ -24,12 +24,13 @@ import pytest
 import torch
 from test_checkpoint import content_of, small_state
 
-from resnet_dist import checkpoint, checkpoint_folder, checkpoint_history
+from resnet_dist.checkpoints import folders
+from resnet_dist.checkpoints.content import Checkpoint
+from resnet_dist.checkpoints.folders import Retention
+from resnet_dist.checkpoints.writer import Saver
 from resnet_dist.config import Config
 from resnet_dist.errors import UserError
-from resnet_dist.interrupt import Interrupt
-from resnet_dist.retention import Retention
-from resnet_dist.saver import Saver
+from resnet_dist.run.interrupt import Interrupt
 from resnet_dist.train import train
 
 # Children are forks of a server without threads that has imported everything: see multirank.py.
@@ -139,14 +140,14 @@ def assert_whole_and_alive(run_dir: Path, config: Config, steps: tuple[int, ...]
     folder = run_dir / "checkpoints"
     links = {link for link in ("latest", "best") if os.path.lexists(folder / link)}
     assert links == {"latest", "best"} or steps[0] == 0  # a run's first save
-    assert all(checkpoint_folder.damage(folder / link) is None for link in links)
-    assert checkpoint_history.look_over(run_dir) == []  # whatever has a name is whole
-    newest = checkpoint_history.latest(run_dir)
+    assert all(folders.damage(folder / link) is None for link in links)
+    assert folders.look_over(run_dir) == []  # whatever has a name is whole
+    newest = folders.latest(run_dir)
     found = None
     if newest is not None:
-        found = checkpoint.load(newest)["step"]
+        found = Checkpoint.load(newest).step
         weights = small_state(found).model.state_dict()
-        for key, value in checkpoint.load(newest)["model"].items():
+        for key, value in Checkpoint.load(newest).model.items():
             assert torch.equal(value, weights[key])
     assert found in steps or (found is None and steps[0] == 0)
     if found is not None:
@@ -155,7 +156,7 @@ def assert_whole_and_alive(run_dir: Path, config: Config, steps: tuple[int, ...]
     save_step(run_dir, config, 3)  # the next incarnation
     assert sorted(p.name for p in folder.iterdir()) == ["best", "latest", "step-00000003"]
     for link in ("latest", "best"):
-        assert checkpoint.load(folder / link)["step"] == 3
+        assert Checkpoint.load(folder / link).step == 3
     return found
 
 
@@ -278,11 +279,11 @@ def test_a_run_that_is_killed_while_it_saves_goes_on(
     for survives, config in killed.items():
         calls += [(train_until, (config, survives)), (train_until, (config, 10**6))]
     assert run_each(calls, whole) == [0, *[-signal.SIGKILL, 0] * len(killed)]
-    theirs = checkpoint.load(whole.run_dir / "checkpoints/latest")
+    theirs = Checkpoint.load(whole.run_dir / "checkpoints/latest")
     names = sorted(p.name for p in (whole.run_dir / "checkpoints").iterdir())
     for config in killed.values():
-        ours = checkpoint.load(config.run_dir / "checkpoints/latest")
-        assert ours["step"] == theirs["step"] == 3
-        assert all(torch.equal(ours["model"][key], theirs["model"][key]) for key in ours["model"])
+        ours = Checkpoint.load(config.run_dir / "checkpoints/latest")
+        assert ours.step == theirs.step == 3
+        assert all(torch.equal(ours.model[key], theirs.model[key]) for key in ours.model)
         assert sorted(p.name for p in (config.run_dir / "checkpoints").iterdir()) == names
     record_property("largest_difference: weights, killed while saving and gone on, to whole", 0.0)

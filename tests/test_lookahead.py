@@ -12,12 +12,15 @@ import pytest
 import torch
 from multirank import run_ranks
 
-from resnet_dist import checkpoint, checkpoint_list, distributed
+from resnet_dist import distributed
+from resnet_dist.checkpoints import folders
+from resnet_dist.checkpoints.content import Checkpoint
 from resnet_dist.config import Config
-from resnet_dist.data.augment import Request
-from resnet_dist.data.dali import Batch, Loader
+from resnet_dist.data.load.batch import Batch
+from resnet_dist.data.load.dali import Loader
+from resnet_dist.data.view.augment import Request
 from resnet_dist.errors import UserError
-from resnet_dist.interrupt import Interrupt
+from resnet_dist.run.interrupt import Interrupt
 from resnet_dist.train import train
 
 STEPS = 6  # with an evaluation after the third and the last
@@ -53,10 +56,10 @@ def test_all_ranks_stop_before_the_same_step(
     outcomes = run_ranks(
         train_and_stop, world_size, config, asked, ask, init_process_group=False, timeout_s=100
     )
-    assert outcomes == ["PREEMPTED"] * world_size
-    newest = checkpoint_list.latest(config.run_dir)
+    assert outcomes == ["STOPPED"] * world_size
+    newest = folders.latest(config.run_dir)
     assert newest is not None
-    assert checkpoint.load(newest)["step"] == ASKS[ask]
+    assert Checkpoint.load(newest).step == ASKS[ask]
 
 
 @pytest.mark.parametrize("ask", [3, 7])
@@ -69,7 +72,7 @@ def test_a_stop_does_not_wait_for_an_evaluation(
         for name in ("stopped", "whole")
     )
     run_ranks(train_and_stop, 1, whole, 0, len(ASKS), init_process_group=False)
-    assert run_ranks(train_and_stop, 1, config, 0, ask, init_process_group=False) == ["PREEMPTED"]
+    assert run_ranks(train_and_stop, 1, config, 0, ask, init_process_group=False) == ["STOPPED"]
     evaluations = [step for step, metrics in journal(config) if "val/acc1" in metrics]
     assert evaluations == ([] if ASKS[ask] == 3 else [3])
     assert run_ranks(train_and_stop, 1, config, 0, len(ASKS), init_process_group=False) == [
@@ -120,9 +123,9 @@ def test_a_rank_that_loses_its_data_ends_all_with_its_reason(
     assert said[0] == said[1]
     assert said[0].startswith("rank 1: ")
     assert "cannot be read" in said[0]
-    newest = checkpoint_list.latest(config.run_dir)
+    newest = folders.latest(config.run_dir)
     assert newest is not None
-    assert step <= checkpoint.load(newest)["step"] < STEPS
+    assert step <= Checkpoint.load(newest).step < STEPS
 
 
 def train_on_a_bug(rank: int, world_size: int, config: Config) -> tuple[str, str]:
@@ -149,9 +152,9 @@ def test_nothing_is_lost_by_a_bug_in_one_rank_s_data(tiny_config: Callable[..., 
     ends = run_ranks(train_on_a_bug, 2, config, init_process_group=False)
     assert [reason for reason, _ in ends] == ["rank 1: MemoryError: no room"] * 2
     assert ["Traceback" in said for _, said in ends] == [False, True]
-    newest = checkpoint_list.latest(config.run_dir)
+    newest = folders.latest(config.run_dir)
     assert newest is not None
-    assert checkpoint.load(newest)["step"] == 2
+    assert Checkpoint.load(newest).step == 2
 
 
 def ask_while_others_are_asked(rank: int, world_size: int) -> list[object]:

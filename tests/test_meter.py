@@ -8,8 +8,9 @@ from multirank import run_ranks
 from torch import Tensor
 
 from resnet_dist import distributed
+from resnet_dist.checkpoints.content import NO_SUMS, mean_loss
 from resnet_dist.distributed import World
-from resnet_dist.meter import NO_SUMS, Meter, mean_loss
+from resnet_dist.run.meter import Meter
 
 ALONE = World(0, 0, 1, 1, torch.device("cpu"))
 LOSS, ACC1 = "train/loss", "train/acc1"

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from resnet_dist.config import Config, DataConfig, TrainConfig
-from resnet_dist.data import order as order_module
-from resnet_dist.data.index import Index, Shards
-from resnet_dist.data.order import (
+from resnet_dist.data.index.index import Index, Shards
+from resnet_dist.data.view import order as order_module
+from resnet_dist.data.view.order import (
     BLOCK_IMAGES,
     block_order,
     epoch_order,
@@ -14,8 +14,8 @@ from resnet_dist.data.order import (
     slice_of,
     step_samples,
 )
-from resnet_dist.data.protocol import CENTER_CROP, PROTOCOLS, Protocol
-from resnet_dist.data.stream import eval_requests, train_request, train_requests
+from resnet_dist.data.view.protocol import CENTER_CROP, PROTOCOLS, Protocol
+from resnet_dist.data.view.requests import eval_requests, train_request, train_requests
 from resnet_dist.plan import Plan
 
 IMAGES = 103

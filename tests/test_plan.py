@@ -73,7 +73,7 @@ def test_schedules_as_tables() -> None:
         [1, 0.25, 0.01]
     )
     plateau = plan(global_batch_size=100, optim={"schedule": "plateau"})
-    drops = LrMemory(plateau_drops=[40, 70])
+    drops = LrMemory(plateau_drops=(40, 70))
     assert [plateau.lr_at(s, drops) / plateau.peak_lr for s in (39, 40, 69, 70)] == pytest.approx(
         [1, 0.1, 0.1, 0.01]
     )
@@ -202,7 +202,7 @@ def test_the_lr_is_low_until_the_training_error_is() -> None:
     right = [10] * 25 + [30] * 30  # of 100 images: the window of 20 steps passes 20 % ...
     for step, correct in enumerate(right, start=1):
         assert p.lr_at(step - 1, memory) == pytest.approx(0.1 * p.peak_lr)
-        p.remember_train_error(memory, step, correct)
+        memory = p.after_train_step(memory, step, correct)
         if not p.watches_train_error(memory):
             break
     assert memory == LrMemory(warmup_end=36)  # ... with eleven of 30 among nine of 10

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from resnet_dist.verbs.evaluate import evaluate_checkpoint
 from resuming import ONE_EPOCH
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
@@ -16,14 +17,13 @@ from resnet_dist.bench import checkpoint as bench_checkpoint
 from resnet_dist.bench import deterministic as bench_deterministic
 from resnet_dist.config import Config
 from resnet_dist.determinism import fix_algorithms
-from resnet_dist.evaluate import evaluate_checkpoint
-from resnet_dist.interrupt import Interrupt
 from resnet_dist.precision import autocast
-from resnet_dist.predict import predict
-from resnet_dist.recalibrate import recalibrate
-from resnet_dist.responses import analyze_responses
+from resnet_dist.run.interrupt import Interrupt
 from resnet_dist.train import train
-from resnet_dist.trained import load_trained
+from resnet_dist.verbs.predict import predict
+from resnet_dist.verbs.recalibrate import recalibrate
+from resnet_dist.verbs.responses import analyze_responses
+from resnet_dist.verbs.trained import load_trained
 
 CPU = torch.device("cpu")
 

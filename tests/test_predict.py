@@ -14,15 +14,16 @@ import torch
 from multirank import run_ranks
 from PIL import Image
 
-from resnet_dist import checkpoint, cli, distributed
+from resnet_dist import cli, distributed
+from resnet_dist.checkpoints.content import Checkpoint
 from resnet_dist.config import Config
-from resnet_dist.data.augment import Request, center_windows
-from resnet_dist.data.dali import Batch
+from resnet_dist.data.load.batch import Batch
+from resnet_dist.data.view.augment import Request, center_windows
 from resnet_dist.job import Job, build, save
-from resnet_dist.meter import Meter
 from resnet_dist.models.build import build_model
-from resnet_dist.predict import classify, find_images
-from resnet_dist.trained import load_trained
+from resnet_dist.run.meter import Meter
+from resnet_dist.verbs.predict import classify, find_images
+from resnet_dist.verbs.trained import load_trained
 
 Rows = list[list[str]]
 
@@ -70,9 +71,9 @@ def val_batches(job: Job) -> Iterator[Batch]:
 def by_hand(config: Config) -> torch.Tensor:
     """float32 [17, 3]: the probabilities of the val images, in the order of their paths."""
     images = torch.cat([batch.images for batch in val_batches(build(config, distributed.start()))])
-    saved = checkpoint.load(config.run_dir)
+    saved = Checkpoint.load(config.run_dir)
     model = build_model("resnet20", 3).eval()
-    model.load_state_dict(saved["model"])
+    model.load_state_dict(saved.model)
     with torch.no_grad():
         return model(images).softmax(dim=1)
 

@@ -19,12 +19,12 @@ import pytest
 from PIL import Image
 
 from resnet_dist.cli import main
-from resnet_dist.data.build import build_index
-from resnet_dist.data.headers import UnreadableImage
+from resnet_dist.data.formats import build_index
+from resnet_dist.data.index.headers import UnreadableImage
+from resnet_dist.data.index.quarantine import read_quarantine, write_quarantine
+from resnet_dist.data.load.reader import Reader
 from resnet_dist.data.prepare.reencode import Limit, reencode
 from resnet_dist.data.prepare.write_shards import Settings, prepare_shards
-from resnet_dist.data.quarantine import read_quarantine, write_quarantine
-from resnet_dist.data.reader import Reader
 from resnet_dist.errors import UserError
 
 SYNSETS = ("n01440764", "n01443537", "n02123045")

@@ -9,7 +9,7 @@ import pytest
 
 from resnet_dist.config import Config
 from resnet_dist.plan import Plan
-from resnet_dist.progress import Progress, duration, table
+from resnet_dist.run.progress import Console, Progress, duration, table
 
 METRICS = {
     "train/loss": 1.5,
@@ -22,7 +22,7 @@ PLAN = Plan.of(Config(), 1, 25_600, 100)
 
 
 def test_lines_elsewhere(capsys: pytest.CaptureFixture[str]) -> None:
-    progress = Progress(PLAN, first_step=0, speaks=True)
+    progress = Progress(Console(speaks=True), PLAN, first_step=0)
     progress.tick(1)
     progress.update(50, METRICS)
     out = capsys.readouterr().out
@@ -35,8 +35,8 @@ def test_lines_elsewhere(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_other_ranks_are_silent(capsys: pytest.CaptureFixture[str]) -> None:
-    progress = Progress(PLAN, first_step=0, speaks=False)
-    progress.say("hello")
+    progress = Progress(Console(speaks=False), PLAN, first_step=0)
+    progress.console.say("hello")
     progress.tick(1)
     progress.update(50, METRICS)
     assert capsys.readouterr() == ("", "")
@@ -45,7 +45,7 @@ def test_other_ranks_are_silent(capsys: pytest.CaptureFixture[str]) -> None:
 def test_one_living_line_on_a_terminal() -> None:
     code = (
         "from test_progress import *\n"
-        "p = Progress(PLAN, 0, True); p.update(50, METRICS); p.update(60, METRICS); p.say('stays')"
+        "p = Progress(Console(True), PLAN, 0); p.update(50, METRICS); p.update(60, METRICS); p.console.say('stays')"
     )
     parent, child = pty.openpty()
     path = os.pathsep.join(sys.path)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from resnet_dist.data.quarantine import QUARANTINE, read_quarantine, write_quarantine
+from resnet_dist.data.index.quarantine import QUARANTINE, read_quarantine, write_quarantine
 from resnet_dist.errors import UserError
 
 ODD_NAMES = [

@@ -10,20 +10,22 @@ import torch
 from multirank import run_ranks
 from torch import Tensor, nn
 
-from resnet_dist import checkpoint, checkpoint_history, cli, distributed
-from resnet_dist.checkpoint import TrainState
+from resnet_dist import cli, distributed
+from resnet_dist.checkpoints import writer
+from resnet_dist.checkpoints.content import Checkpoint, Facts
+from resnet_dist.checkpoints.folders import Retention
 from resnet_dist.config import Config
-from resnet_dist.data.augment import Request, train_windows
-from resnet_dist.data.order import epoch_order
-from resnet_dist.data.source import load_index, make_loader
+from resnet_dist.data.load.source import load_index, make_loader
+from resnet_dist.data.view.augment import Request, train_windows
+from resnet_dist.data.view.order import epoch_order
 from resnet_dist.errors import UserError
-from resnet_dist.evaluate import evaluate_checkpoint
 from resnet_dist.models.build import build_model
 from resnet_dist.optim import build_optimizer
 from resnet_dist.precision import autocast
-from resnet_dist.recalibrate import recalibrate
-from resnet_dist.retention import Retention
-from resnet_dist.trained import Trained, load_trained
+from resnet_dist.state import TrainState
+from resnet_dist.verbs.evaluate import evaluate_checkpoint
+from resnet_dist.verbs.recalibrate import recalibrate
+from resnet_dist.verbs.trained import Trained, load_trained
 
 N, SIZES = 20, (6, 7, 7)  # images, and the batches of at most 8 that they make
 
@@ -40,9 +42,9 @@ def path(tiny_config: Callable[..., Config]) -> Path:
             nn.init.normal_(layer.bias)
     optimizer = build_optimizer(network, config.optim)
     state = TrainState(network, optimizer, torch.amp.GradScaler("cpu", enabled=False), step=5)
-    facts = {"classes": ["class0", "class1", "class2"], "mean_image": None}
-    content = checkpoint.content_of(state, config, facts)
-    return checkpoint_history.save(config.run_dir, content, Retention())
+    facts = Facts(classes=("class0", "class1", "class2"), mean_image=None)
+    content = state.checkpoint(config, facts)
+    return writer.save(config.run_dir, content, Retention())
 
 
 def norms(network: nn.Module) -> dict[str, nn.BatchNorm2d]:
@@ -143,7 +145,7 @@ def test_the_same_bits_on_any_world(
                 assert state.keys() == first.keys()
                 assert all(torch.equal(state[key], first[key]) for key in first)
     record_property("largest_difference: recalibrated BN on 1, 2, 3 and 4 ranks", 0.0)
-    before = checkpoint.load(path)["model"]
+    before = Checkpoint.load(path).model
     changed = [key for key in before if not torch.equal(before[key], alone[0][key])]
     assert changed == [key for key in before if "running" in key or "num_batches" in key]
 
@@ -194,13 +196,12 @@ def test_the_command_line_keeps_them(
     assert score != str(evaluate_checkpoint(path, []))
     assert score == str(evaluate_checkpoint(kept, []))
 
-    content, before = checkpoint.load(kept), checkpoint.load(path)
-    assert content.keys() == before.keys()
-    assert (content["step"], content["config"]) == (5, before["config"])
+    content, before = Checkpoint.load(kept), Checkpoint.load(path)
+    assert (content.step, content.config) == (5, before.config)
     trained = load_trained(path, [], distributed.start())
     recalibrate(trained, 20, distributed.start())
     for key, value in trained.network.state_dict().items():
-        assert torch.equal(content["model"][key], value)
+        assert torch.equal(content.model[key], value)
 
     for folder, line in [(kept, "is there already"), (path / "state.pt" / "x", "not written")]:
         with pytest.raises(SystemExit) as stopped:

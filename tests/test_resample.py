@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from resnet_dist.data.augment import Windows, unchanged
-from resnet_dist.data.resample import IMAGES_PER_TASK, Buffers, Resampler
+from resnet_dist.data.load.resample import IMAGES_PER_TASK, Buffers, Resampler
+from resnet_dist.data.view.augment import Windows, unchanged
 
 COUNT = 2 * IMAGES_PER_TASK + 3
 

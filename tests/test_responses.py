@@ -10,17 +10,19 @@ import torch
 from needs import needs
 from torch import Tensor, nn
 
-from resnet_dist import checkpoint, checkpoint_history, cli, distributed
-from resnet_dist.checkpoint import TrainState
+from resnet_dist import cli, distributed
+from resnet_dist.checkpoints import writer
+from resnet_dist.checkpoints.content import Checkpoint, Facts
+from resnet_dist.checkpoints.folders import Retention
 from resnet_dist.config import Config
-from resnet_dist.data.augment import Request, eval_windows
-from resnet_dist.data.dali import Batch
-from resnet_dist.data.source import load_index, make_loader
+from resnet_dist.data.load.batch import Batch
+from resnet_dist.data.load.source import load_index, make_loader
+from resnet_dist.data.view.augment import Request, eval_windows
 from resnet_dist.errors import UserError
 from resnet_dist.models.build import build_model
 from resnet_dist.models.residual import BasicBlock, Bottleneck
-from resnet_dist.responses import analyze_responses, layer_stds, main_path_norms
-from resnet_dist.retention import Retention
+from resnet_dist.state import TrainState
+from resnet_dist.verbs.responses import analyze_responses, layer_stds, main_path_norms
 
 
 def checkpoint_of(config: Config) -> Path:
@@ -42,9 +44,9 @@ def save(model: nn.Module, config: Config) -> Path:
     optimizer = torch.optim.SGD(model.parameters())
     state = TrainState(model, optimizer, torch.amp.GradScaler("cpu", enabled=False), step=1)
     classes = ["class0", "class1", "class2"]
-    facts = {"classes": classes, "mean_image": None}
-    content = checkpoint.content_of(state, config, facts)
-    return checkpoint_history.save(config.run_dir, content, Retention())
+    facts = Facts(classes=tuple(classes), mean_image=None)
+    content = state.checkpoint(config, facts)
+    return writer.save(config.run_dir, content, Retention())
 
 
 def val_batches(config: Config, samples: list[list[int]]) -> Iterator[Batch]:
@@ -59,7 +61,7 @@ def val_batches(config: Config, samples: list[list[int]]) -> Iterator[Batch]:
 def by_hand(path: Path, config: Config) -> list[float]:
     """The forward pass written out; all outputs kept, then torch.std. All val images in turn."""
     model = build_model(config.model.name, 3)
-    model.load_state_dict(checkpoint.load(path)["model"])
+    model.load_state_dict(Checkpoint.load(path).model)
     model.eval()
     outputs: list[list[Tensor]] = []
     for batch in val_batches(config, [[i] for i in range(17)]):
@@ -135,7 +137,7 @@ def test_some_images_are_of_all_classes(tiny_config: Callable[..., Config]) -> N
     (measured,) = analyze_responses([path], [], 6)
     assert measured.images == 6
     model = build_model("resnet20", 3)
-    model.load_state_dict(checkpoint.load(path)["model"])
+    model.load_state_dict(Checkpoint.load(path).model)
     (batch,) = val_batches(config, [[0, 2, 5, 8, 11, 14]])
     assert set(batch.labels.tolist()) == {0, 1, 2}
     expected = layer_stds(model, [batch], distributed.start(), "fp32")
@@ -174,7 +176,7 @@ def test_the_command_line(
 
 @needs("matplotlib")
 def test_the_figure() -> None:
-    from resnet_dist import plots  # it imports matplotlib
+    from resnet_dist.verbs import plots  # it imports matplotlib
 
     figure = plots.response_figure({"a": [1.0, 3.0, 2.0], "b": [0.5, 0.4]})
     original, by_size = figure.axes

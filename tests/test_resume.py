@@ -21,7 +21,8 @@ from PIL import Image
 from recorded import Run, global_batches, journal, loss_differences, record, relative_difference
 from torch import Tensor
 
-from resnet_dist import checkpoint, distributed
+from resnet_dist import distributed
+from resnet_dist.checkpoints.content import Checkpoint
 from resnet_dist.config import Config
 from resnet_dist.config_file import load_config
 from resnet_dist.data.prepare.write_shards import Settings, prepare_shards
@@ -136,7 +137,7 @@ def differing(ours: Any, theirs: Any, place: str = "") -> list[str]:
 
 def content(config: Config, which: str = "latest") -> dict[str, Any]:
     """All of a checkpoint, but for the run's name and the time."""
-    saved = checkpoint.load(config.run_dir / "checkpoints" / which)
+    saved = Checkpoint.load(config.run_dir / "checkpoints" / which).to_dict()
     saved["config"].pop("name")
     saved.pop("saved_at")
     return saved
@@ -204,7 +205,7 @@ def test_stopped_once(
     for step in stops:
         parts = replace(config, name=f"stop{step}")
         pieces = [record(parts, step), record(parts)]
-        assert [piece.outcome for piece in pieces] == ["PREEMPTED", "FINISHED"]
+        assert [piece.outcome for piece in pieces] == ["STOPPED", "FINISHED"]
         assert f"resumes at step {step} (epoch {step / 5:.2f}) from " in pieces[1].said
         assert "warning" not in pieces[1].said
         assert_same_steps(pieces, whole)
@@ -297,7 +298,7 @@ def test_stopped_on_several_ranks(
         pieces += [(parts, step), (parts, None)]
     ranks = run_ranks(runs, world_size, tmp_path, pieces, init_process_group=False)
     for whole, *rest in ranks:
-        assert [r.outcome for r in rest] == ["PREEMPTED", "FINISHED"] * len(stops)
+        assert [r.outcome for r in rest] == ["STOPPED", "FINISHED"] * len(stops)
         for number in range(len(stops)):
             assert_same_steps(rest[2 * number : 2 * number + 2], whole)
     for parts, _ in pieces[1:]:
@@ -330,7 +331,7 @@ def test_the_world_changes_in_the_middle_of_an_epoch(
     parts = replace(config, name="parts")
     whole = global_batches(piece(1, config))
     pieces = [piece(4, parts, 2), piece(2, parts, 5), piece(3, parts)]
-    assert [r.outcome for ranks in pieces for r in ranks] == ["PREEMPTED"] * 6 + ["FINISHED"] * 3
+    assert [r.outcome for ranks in pieces for r in ranks] == ["STOPPED"] * 6 + ["FINISHED"] * 3
     seen = [(step, batch) for ranks in pieces for step, batch in global_batches(ranks).items()]
     assert [step for step, _ in seen] == list(range(8))
     assert all(batch.equals(whole[step]) for step, batch in seen)

@@ -17,14 +17,15 @@ from multirank import run_ranks
 from needs import needs
 from resuming import ONE_EPOCH, newest, refused, resumed
 
-from resnet_dist import cli, distributed, run_folder
+from resnet_dist import cli, distributed
 from resnet_dist.config import Config, leaves
 from resnet_dist.config_file import load_config
 from resnet_dist.errors import UserError
-from resnet_dist.interrupt import Interrupt
 from resnet_dist.job import build, tags
-from resnet_dist.run_folder import check_run_folder, differing_settings, open_run_folder
-from resnet_dist.tracking import RunRecord, mlflow_client
+from resnet_dist.run import folder as run_folder
+from resnet_dist.run.folder import check_run_folder, differing_settings, open_run_folder
+from resnet_dist.run.interrupt import Interrupt
+from resnet_dist.tracking.mirror import RunRecord, mlflow_client
 from resnet_dist.train import train
 
 REPO = Path(__file__).resolve().parent.parent

@@ -16,13 +16,16 @@ from host_sync import no_host_sync
 from multirank import run_ranks
 from test_checkpoint import content_of, make_state, small_state
 
-from resnet_dist import checkpoint, checkpoint_folder, checkpoint_history
 from resnet_dist.bench import checkpoint as bench
+from resnet_dist.checkpoints import folders
+from resnet_dist.checkpoints.content import Checkpoint, leaves
+from resnet_dist.checkpoints.folders import Retention
+from resnet_dist.checkpoints.writer import Saver
 from resnet_dist.config import Config
 from resnet_dist.errors import UserError
-from resnet_dist.interrupt import Interrupt
-from resnet_dist.retention import Retention
-from resnet_dist.saver import Saver
+from resnet_dist.plan import LrMemory
+from resnet_dist.run.interrupt import Interrupt
+from resnet_dist.state import TrainState
 from resnet_dist.train import train
 
 
@@ -56,8 +59,7 @@ def saver(tiny_config: Callable[..., Config]) -> Saver:
 
 def flat(content: Any) -> torch.Tensor:
     """All numbers of the model and the optimizer."""
-    leaves = checkpoint_folder.leaves(content)
-    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    tensors = [leaf for leaf in leaves(content.to_dict()) if isinstance(leaf, torch.Tensor)]
     return torch.cat([tensor.flatten().double() for tensor in tensors])
 
 
@@ -69,7 +71,7 @@ def test_training_goes_on_while_the_writer_is_held_up(
 ) -> None:
     """What is on the disk in the end is the state at the save, to the bit."""
     state = make_state(0, step=1)
-    state.lr_memory.correct_per_step = [1, 2]
+    state.lr_memory = LrMemory(correct_per_step=(1, 2))
     content = content_of(state, tiny_config())
     before = flat(content).clone()
     saver.save(content)
@@ -78,15 +80,15 @@ def test_training_goes_on_while_the_writer_is_held_up(
         state.model(torch.randn(4, 3, 32, 32)).sum().backward()
         state.optimizer.step()
     state.step = 4
-    state.lr_memory.correct_per_step += [3]
-    assert checkpoint_history.latest(saver.run_dir) is None
+    state.lr_memory = LrMemory(correct_per_step=(1, 2, 3))
+    assert folders.latest(saver.run_dir) is None
     assert not torch.equal(flat(content_of(state, tiny_config())), before)
     gate.opened.set()
     saver.finish()
-    saved = checkpoint.load(saver.run_dir)
+    saved = Checkpoint.load(saver.run_dir)
     assert torch.equal(flat(saved), before)
     record_property("largest_difference: a save while training goes on, to the state then", 0.0)
-    assert (saved["step"], saved["lr_memory"]["correct_per_step"]) == (1, [1, 2])
+    assert (saved.step, saved.lr_memory.correct_per_step) == (1, (1, 2))
 
 
 def test_one_save_at_a_time(tiny_config: Callable[..., Config], saver: Saver, gate: Gate) -> None:
@@ -108,7 +110,7 @@ def test_one_save_at_a_time(tiny_config: Callable[..., Config], saver: Saver, ga
     assert returned.is_set()
     saver.finish()
     for step, content in ((1, first), (2, second)):
-        saved = checkpoint.load(saver.run_dir / f"checkpoints/step-0000000{step}")
+        saved = Checkpoint.load(saver.run_dir / f"checkpoints/step-0000000{step}")
         assert torch.equal(flat(saved), flat(content))
 
 
@@ -146,7 +148,7 @@ def test_a_full_disk_loses_nothing(tiny_config: Callable[..., Config], disk: Pat
         assert "checkpoint of step 2: not written: " in said[-1]
         assert "No space left on device" in said[-1]
         assert sorted(p.name for p in folder.iterdir()) == ["latest", "step-00000001"]
-        assert checkpoint.load(disk)["step"] == 1
+        assert Checkpoint.load(disk).step == 1
         with pytest.raises(UserError, match=r"No space left.*the newest is .*step-00000001"):
             saver.finish()
         ballast.unlink()
@@ -154,7 +156,7 @@ def test_a_full_disk_loses_nothing(tiny_config: Callable[..., Config], disk: Pat
     state.step = 3
     saver.save(content_of(state, tiny_config()))  # the next save tries again
     saver.finish()
-    assert checkpoint.load(disk / "checkpoints/latest")["step"] == 3
+    assert Checkpoint.load(disk / "checkpoints/latest").step == 3
     assert len(said) == 3
 
 
@@ -163,7 +165,7 @@ def test_more_than_plain_data_is_not_saved(
 ) -> None:
     said: list[str] = []
     saver.warn = said.append
-    saver.save(content_of(small_state(1), tiny_config()) | {"x": {1, 2}})
+    saver.save(replace(content_of(small_state(1), tiny_config()), scaler={"x": {1, 2}}))
     with pytest.raises(UserError, match="only tensors and plain data"):
         saver.finish()
     assert len(said) == 1
@@ -228,9 +230,9 @@ def crash_after_the_first_save(rank: int, world_size: int, config: Config) -> No
     os.fsync = slow
     with pytest.raises(KeyboardInterrupt):
         train(config, "test", CtrlCTwice())
-    newest = checkpoint_history.latest(config.run_dir)
+    newest = folders.latest(config.run_dir)
     assert newest is not None
-    assert checkpoint.load(newest)["step"] == 2
+    assert Checkpoint.load(newest).step == 2
 
 
 def test_what_was_saved_is_written_before_a_crash_ends_the_run(
@@ -252,7 +254,7 @@ def test_a_wait_that_is_interrupted_can_be_taken_up_again(
         saver.wait()
     threading.Timer(0.3, gate.opened.set).start()
     saver.finish()
-    assert checkpoint.load(saver.run_dir)["step"] == 1
+    assert Checkpoint.load(saver.run_dir).step == 1
 
 
 @pytest.mark.gpu
@@ -262,7 +264,7 @@ def test_the_training_thread_does_not_wait_for_the_gpu(
     model = torch.nn.Linear(4096, 4096, device="cuda")
     scaler = torch.amp.GradScaler("cuda", enabled=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    state = checkpoint.TrainState(model, optimizer, scaler)
+    state = TrainState(model, optimizer, scaler)
     images = torch.randn(4096, 4096, device="cuda")
     saved = []
     for step in (1, 2, 3):
@@ -279,8 +281,8 @@ def test_the_training_thread_does_not_wait_for_the_gpu(
         assert all(buffer.is_pinned() for buffer in saver._buffers.values() if buffer.numel() > 3)
     saver.finish()
     for step in (2, 3):
-        content = checkpoint.load(saver.run_dir / f"checkpoints/step-0000000{step}")
-        assert torch.equal(content["model"]["weight"], saved[step - 1].cpu())
+        content = Checkpoint.load(saver.run_dir / f"checkpoints/step-0000000{step}")
+        assert torch.equal(content.model["weight"], saved[step - 1].cpu())
 
 
 def test_one_checkpoint_in_so_many_epochs_stays(tiny_config: Callable[..., Config]) -> None:

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from resnet_dist.data import shards
-from resnet_dist.data.build import build_index
-from resnet_dist.data.index import Index
-from resnet_dist.data.index_file import load_index_file, save_index
-from resnet_dist.data.listing import count_images
+from resnet_dist.data.formats import build_index
+from resnet_dist.data.index import shards
+from resnet_dist.data.index.index import Index
+from resnet_dist.data.index.index_file import load_index_file, save_index
+from resnet_dist.data.index.listing import count_images
 from resnet_dist.errors import UserError
 
 

@@ -12,10 +12,10 @@ from test_cifar import write_binary, write_python
 from test_shards import hub_sample, jpeg, write_tar
 
 from resnet_dist.config_file import load_config
-from resnet_dist.data.build import build_index
-from resnet_dist.data.index_file import StoredPaths, save_index
-from resnet_dist.data.quarantine import write_quarantine
-from resnet_dist.data.source import load_index
+from resnet_dist.data.formats import build_index
+from resnet_dist.data.index.index_file import StoredPaths, save_index
+from resnet_dist.data.index.quarantine import write_quarantine
+from resnet_dist.data.load.source import load_index
 from resnet_dist.distributed import start
 from resnet_dist.errors import UserError
 

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from resnet_dist import startup as startup_module
-from resnet_dist.startup import Startup, process_began
+from resnet_dist.run import startup as startup_module
+from resnet_dist.run.startup import Startup, process_began
 
 CPU = torch.device("cpu")
 LINE = r"first step (\d+\.\d) s after the start: (.+)"
@@ -60,7 +60,9 @@ def test_parts_add_up_and_the_first_step_alone_is_told(monkeypatch: pytest.Monke
 
 
 def test_the_start_is_the_process_s_and_not_the_import_s() -> None:
-    code = "import time; time.sleep(0.7); from resnet_dist.startup import process_began as began; "
+    code = (
+        "import time; time.sleep(0.7); from resnet_dist.run.startup import process_began as began; "
+    )
     code += "time.sleep(0.3); print(time.monotonic() - began())"
     before = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)

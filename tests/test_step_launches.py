@@ -32,19 +32,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.noise_job import NoiseJob
 from resnet_dist import distributed
-from resnet_dist.checkpoint import TrainState
 from resnet_dist.config_file import load_config
-from resnet_dist.data.dali import Batch
+from resnet_dist.data.load.batch import Batch
 from resnet_dist.determinism import fix_algorithms
 from resnet_dist.distributed import World
 from resnet_dist.ema import AveragedNetwork
 from resnet_dist.job import build_network
-from resnet_dist.meter import Meter
 from resnet_dist.models.build import build_model
 from resnet_dist.models.dropout import KeyedDropout, set_dropout_keys
 from resnet_dist.optim import build_optimizer, load_optimizer_state, set_lr
 from resnet_dist.plan import Plan
 from resnet_dist.precision import DTYPES, grad_scaler
+from resnet_dist.run.meter import Meter
+from resnet_dist.state import TrainState
 from resnet_dist.train import train_step
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)

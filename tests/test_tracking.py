@@ -19,13 +19,14 @@ from multirank import run_ranks
 from needs import needs
 
 from resnet_dist import cli
-from resnet_dist.compare import compare
 from resnet_dist.config import Config, leaves, to_yaml
 from resnet_dist.errors import UserError
-from resnet_dist.interrupt import Interrupt
-from resnet_dist.outcome import Outcome
-from resnet_dist.tracking import RunRecord, Tracker, mlflow_client
+from resnet_dist.run.interrupt import Interrupt
+from resnet_dist.run.outcome import Outcome
+from resnet_dist.tracking.journal import Tracker
+from resnet_dist.tracking.mirror import RunRecord, mlflow_client
 from resnet_dist.train import train
+from resnet_dist.verbs.compare import compare
 
 TAGS = {"git.commit": "abc", "world_size": "2", "precision": "fp32", "recipe": "tiny"}
 

@@ -19,20 +19,24 @@ from needs import needs
 from torch.distributed import GradBucket
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
-from resnet_dist import checkpoint, checkpoint_history, cli, distributed
+from resnet_dist import cli, distributed
+from resnet_dist.checkpoints import folders
+from resnet_dist.checkpoints.content import Checkpoint
 from resnet_dist.config import Config
-from resnet_dist.data.dali import Batch
-from resnet_dist.data.stream import train_requests
+from resnet_dist.data.load.batch import Batch
+from resnet_dist.data.view.requests import train_requests
 from resnet_dist.errors import UserError
-from resnet_dist.evaluate import Score, evaluate_checkpoint
-from resnet_dist.interrupt import Interrupt
+from resnet_dist.evaluate import Score
 from resnet_dist.job import Job, build
-from resnet_dist.lookahead import take
-from resnet_dist.meter import Meter
 from resnet_dist.models import vgg
 from resnet_dist.optim import set_lr
 from resnet_dist.plan import Plan
-from resnet_dist.train import remember, train, train_step
+from resnet_dist.run.interrupt import Interrupt
+from resnet_dist.run.lookahead import take
+from resnet_dist.run.meter import Meter
+from resnet_dist.state import TrainState
+from resnet_dist.train import train, train_step
+from resnet_dist.verbs.evaluate import evaluate_checkpoint
 
 
 def run(rank: int, world_size: int, config: Config) -> str:
@@ -41,7 +45,7 @@ def run(rank: int, world_size: int, config: Config) -> str:
 
 
 def weights(config: Config, which: str = "latest") -> dict[str, torch.Tensor]:
-    return checkpoint.load(config.run_dir / "checkpoints" / which)["model"]
+    return Checkpoint.load(config.run_dir / "checkpoints" / which).model
 
 
 def journal(config: Config) -> dict[int, dict[str, float]]:
@@ -91,8 +95,8 @@ def test_resume_equals_no_stop(tiny_config: Callable[..., Config]) -> None:
     run_on(2, whole)
     parts = replace(whole, name="parts")
     outcomes = run_ranks(run_and_interrupt, 2, parts, init_process_group=False, timeout_s=200)
-    assert outcomes == ["PREEMPTED"] * 2
-    stopped = checkpoint.load(parts.run_dir / "checkpoints" / "latest")["step"]
+    assert outcomes == ["STOPPED"] * 2
+    stopped = Checkpoint.load(parts.run_dir / "checkpoints" / "latest").step
     assert 0 < stopped < 12
     run_on(2, parts)
     assert largest_difference(weights(parts), weights(whole)) == 0
@@ -128,7 +132,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(
     whole, torn = tiny_config("name=whole", *settings), tiny_config("name=torn", *settings)
     for config in (whole, torn):
         run(0, 1, config)
-    newest = checkpoint_history.latest(torn.run_dir)
+    newest = folders.latest(torn.run_dir)
     assert newest is not None
     os.truncate(newest / "state.pt", 1000)
     capsys.readouterr()
@@ -187,9 +191,9 @@ def test_low_precision_trains(tiny_config: Callable[..., Config], precision: str
     run_on(2, config)
     losses = [metrics["train/loss"] for metrics in journal(config).values()]
     assert all(0 < loss < 20 for loss in losses)
-    content = checkpoint.load(config.run_dir)
-    assert bool(content["scaler"]) == (precision == "fp16")
-    assert content["model"]["conv1.weight"].dtype == torch.float32
+    content = Checkpoint.load(config.run_dir)
+    assert bool(content.scaler) == (precision == "fp16")
+    assert content.model["conv1.weight"].dtype == torch.float32
 
 
 def job_and_batches(config: Config) -> tuple[Job, Callable[[], Iterator[Batch]]]:
@@ -261,14 +265,13 @@ def test_waiting_for_data_is_measured(tiny_config: Callable[..., Config]) -> Non
 
 def test_the_plateau_rule_drops_and_remembers(tiny_config: Callable[..., Config]) -> None:
     config = tiny_config("optim.schedule=plateau", "optim.plateau_patience_evals=2")
-    state = checkpoint.TrainState(torch.nn.Linear(1, 1), None, None)  # type: ignore[arg-type]
+    state = TrainState(torch.nn.Linear(1, 1), None, None)  # type: ignore[arg-type]
     plan = Plan.of(config, 1, 30, 17)
-    job = Job(config, plan, None, state, *[None] * 9)  # type: ignore[arg-type]
     for step, right in enumerate([5, 6, 6, 4, 6, 7, 1, 1], start=1):
         state.step = step
-        remember(job, Score(right, right, 0.0, 10))
+        state.remember_evaluation(10.0 * right, plan)
     assert (state.best_acc1, state.best_step) == (70.0, 6)
-    assert state.lr_memory.plateau_drops == [4, 8]
+    assert state.lr_memory.plateau_drops == (4, 8)
 
 
 def test_the_warmup_by_training_error_resumes_exactly(tiny_config: Callable[..., Config]) -> None:
@@ -278,16 +281,17 @@ def test_the_warmup_by_training_error_resumes_exactly(tiny_config: Callable[...,
     whole = tiny_config("name=whole", *settings)
     run_on(2, whole)
     lrs = [journal(whole)[step]["train/lr"] for step in range(1, 31)]
-    memory = checkpoint.load(whole.run_dir / "checkpoints/latest")["lr_memory"]
-    fired = memory["warmup_end"]
+    memory = Checkpoint.load(whole.run_dir / "checkpoints/latest").lr_memory
+    fired = memory.warmup_end
+    assert fired is not None
     assert 20 <= fired < 30
     peak = 3 * 8 / 256
     assert lrs == pytest.approx([0.1 * peak] * fired + [peak] * (30 - fired))
     parts = tiny_config("name=parts", *settings)
     outcomes = run_ranks(run_and_interrupt, 2, parts, init_process_group=False, timeout_s=200)
-    assert outcomes == ["PREEMPTED"] * 2
-    stopped = checkpoint.load(parts.run_dir / "checkpoints" / "latest")
-    assert len(stopped["lr_memory"]["correct_per_step"]) == min(stopped["step"], 20)
+    assert outcomes == ["STOPPED"] * 2
+    stopped = Checkpoint.load(parts.run_dir / "checkpoints" / "latest")
+    assert len(stopped.lr_memory.correct_per_step) == min(stopped.step, 20)
     run_on(2, parts)
     assert largest_difference(weights(parts), weights(whole)) == 0
 
@@ -296,7 +300,7 @@ def test_held_out_images_with_a_mean_image(tiny_config: Callable[..., Config]) -
     """The 45k/5k split in small: val is a part of train, and the real val set is a flag away."""
     config = tiny_config("train.iterations=3", "data.holdout_images=9", "data.per_pixel_mean=true")
     run_on(2, config)
-    assert len(checkpoint.load(config.run_dir)["mean_image"]) == 32
+    assert len(Checkpoint.load(config.run_dir).mean_image) == 32
     held = run_ranks(score_of, 2, config.run_dir, init_process_group=False)[0]
     assert held.images == 9
     assert held.acc1 == pytest.approx(journal(config)[3]["val/acc1"])

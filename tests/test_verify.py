@@ -18,13 +18,13 @@ from PIL import Image
 
 from resnet_dist import cli, distributed
 from resnet_dist.config import Config, DataConfig
-from resnet_dist.data.augment import Request, eval_windows, train_windows
-from resnet_dist.data.build import build_index
-from resnet_dist.data.dali import Loader
-from resnet_dist.data.decoding import Decoding
-from resnet_dist.data.listing import CIFAR_PIXEL_BYTES
-from resnet_dist.data.quarantine import QUARANTINE, read_quarantine
-from resnet_dist.data.source import load_index
+from resnet_dist.data.formats import build_index
+from resnet_dist.data.index.listing import CIFAR_PIXEL_BYTES
+from resnet_dist.data.index.quarantine import QUARANTINE, read_quarantine
+from resnet_dist.data.load.dali import Loader
+from resnet_dist.data.load.decoding import Decoding
+from resnet_dist.data.load.source import load_index
+from resnet_dist.data.view.augment import Request, eval_windows, train_windows
 
 HEIGHT, WIDTH = 60, 80
 

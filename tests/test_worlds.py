@@ -28,14 +28,15 @@ from recorded import (
 )
 from torch import Tensor, nn
 
-from resnet_dist import checkpoint, distributed
+from resnet_dist import distributed
+from resnet_dist.checkpoints.content import Checkpoint
 from resnet_dist.config import Config
 from resnet_dist.config_file import load_config
-from resnet_dist.data.dali import Batch
+from resnet_dist.data.load.batch import Batch
 from resnet_dist.job import build, train_batches
-from resnet_dist.lookahead import take
-from resnet_dist.meter import Meter
 from resnet_dist.plan import Plan
+from resnet_dist.run.lookahead import take
+from resnet_dist.run.meter import Meter
 from resnet_dist.train import train_step
 
 STEPS = 50
@@ -110,7 +111,7 @@ def run_on(
 
 
 def weights(config: Config) -> dict[str, Tensor]:
-    return checkpoint.load(config.run_dir / "checkpoints" / "latest")["model"]
+    return Checkpoint.load(config.run_dir / "checkpoints" / "latest").model
 
 
 def distance(ours: Config, theirs: Config) -> float:

@@ -13,6 +13,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -20,22 +21,23 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from resnet_dist import checkpoint, checkpoint_folder, checkpoint_history
 from resnet_dist.bench import results
-from resnet_dist.checkpoint import TrainState
+from resnet_dist.checkpoints import folders, writer
+from resnet_dist.checkpoints.content import Checkpoint, Facts
+from resnet_dist.checkpoints.folders import Retention
+from resnet_dist.checkpoints.writer import Saver
 from resnet_dist.config import Config, ModelConfig, OptimConfig
 from resnet_dist.models.build import build_model
 from resnet_dist.optim import build_optimizer, set_lr
 from resnet_dist.precision import autocast, grad_scaler
-from resnet_dist.retention import Retention
-from resnet_dist.saver import Saver
+from resnet_dist.state import TrainState
 
 STEPS_PER_SAVE = 100
 TIMED_SECONDS = 1.5  # of steps, at least: a write may take half a second
 PARTS_RUNS = 7
 CROP_PX = 224
 GPU_BATCH_SIZE = 128
-CLASSES = [f"class{label}" for label in range(1000)]
+CLASSES = tuple(f"class{label}" for label in range(1000))
 HOST_STEP_MS = 50
 HOST_SIDE = (
     f"{HOST_STEP_MS} ms of Python that calls torch on one element, without a pause: a step as long "
@@ -55,7 +57,7 @@ def bench_checkpoint(folder: Path, runs: int, output: Path | None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="bench-checkpoint-", dir=folder) as name:
         state, config = trained_state(device), Config(model=ModelConfig("resnet50"))
-        content = checkpoint.content_of(state, config, {"classes": CLASSES})
+        content = state.checkpoint(config, Facts(classes=CLASSES))
         batch_size = GPU_BATCH_SIZE if device.type == "cuda" else CPU_BATCH_SIZE
         steps = {REAL_STEP.format(batch_size): real_step(state, device, batch_size)}
         if device.type == "cpu":  # its steps are so long that they hide everything
@@ -120,17 +122,17 @@ def host_side_step() -> Callable[[], None]:
 
 
 def overhead(
-    step: Callable[[], None], content: dict[str, Any], folder: Path, runs: int
+    step: Callable[[], None], content: Checkpoint, folder: Path, runs: int
 ) -> dict[str, Any]:
     """Milliseconds of a step, and what a save of each kind adds."""
     saver = Saver(folder / "behind", Retention(1))
     number = 0
 
     def saved_behind() -> None:
-        saver.save(content | {"step": number})
+        saver.save(replace(content, step=number))
 
     def saved_here() -> None:
-        checkpoint_history.save(folder / "here", content | {"step": number}, Retention(1))
+        writer.save(folder / "here", replace(content, step=number), Retention(1))
 
     kinds: dict[str, Callable[[], None]] = {
         "none": lambda: None,
@@ -174,7 +176,7 @@ def overhead(
     return {"step_ms": round(step_ms, 2), "rounds": runs, "kinds": rows}
 
 
-def parts(content: dict[str, Any], folder: Path, runs: int) -> dict[str, float]:
+def parts(content: Checkpoint, folder: Path, runs: int) -> dict[str, float]:
     """Medians of milliseconds, each measured alone; and the size."""
     file, saver = folder / "state.pt", Saver(folder / "parts", Retention(1))
     times: dict[str, list[float]] = {}
@@ -204,9 +206,9 @@ def parts(content: dict[str, Any], folder: Path, runs: int) -> dict[str, float]:
         timed("fsync", flush)
         timed("sha256", digest)
         path = folder / "written"
-        timed("whole_write", checkpoint_folder.write, path, copy)
-        timed("check", checkpoint_folder.damage, path)
-        timed("load", checkpoint.load, path)
+        timed("whole_write", writer.write, path, copy)
+        timed("check", folders.damage, path)
+        timed("load", Checkpoint.load, path)
         shutil.rmtree(path)
     megabytes = file.stat().st_size / 1e6
     medians = {f"{name}_ms": round(median(all_runs), 1) for name, all_runs in times.items()}

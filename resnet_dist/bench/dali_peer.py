@@ -10,7 +10,7 @@ import torch
 from nvidia.dali import Pipeline, fn, pipeline_def, types
 
 from resnet_dist.config import DataConfig
-from resnet_dist.data.index import Index
+from resnet_dist.data.index.index import Index
 
 
 def dali_reader(

@@ -19,9 +19,9 @@ from torch.nn import functional as F
 
 from resnet_dist.bench import results
 from resnet_dist.config import Config, ModelConfig
-from resnet_dist.determinism import agree_after_step, fix_algorithms
+from resnet_dist.determinism import fix_algorithms
 from resnet_dist.distributed import World, sum_over_ranks
-from resnet_dist.job import build_network, distribute
+from resnet_dist.job import agree_after_step, build_network, distribute
 from resnet_dist.models.build import build_model
 from resnet_dist.optim import build_optimizer
 from resnet_dist.precision import autocast

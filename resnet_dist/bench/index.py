@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from resnet_dist.bench import results
-from resnet_dist.data.index import Index, Shards
-from resnet_dist.data.index_file import load_index_file, save_index
-from resnet_dist.data.order import block_order, epoch_order
+from resnet_dist.data.index.index import Index, Shards
+from resnet_dist.data.index.index_file import load_index_file, save_index
+from resnet_dist.data.view.order import block_order, epoch_order
 
 CLASSES = 1000
 IMAGES_PER_SHARD = 1000

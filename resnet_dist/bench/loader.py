@@ -23,7 +23,7 @@ from resnet_dist.bench import peers, results
 from resnet_dist.bench.peers import Work
 from resnet_dist.bench.photos import as_shards, photo_folder
 from resnet_dist.config import DataConfig
-from resnet_dist.data.source import agreed_decoding
+from resnet_dist.data.load.source import agreed_decoding
 from resnet_dist.errors import UserError
 
 IMAGES_PER_THREAD = 2000  # in a run: 5 to 10 seconds

@@ -9,9 +9,9 @@ import torch
 
 from resnet_dist.bench import results
 from resnet_dist.config import Config, OptimConfig
-from resnet_dist.data.protocol import CENTER_CROP
-from resnet_dist.data.source import load_index, make_loader
-from resnet_dist.data.stream import eval_requests, train_requests
+from resnet_dist.data.load.source import load_index, make_loader
+from resnet_dist.data.view.protocol import CENTER_CROP
+from resnet_dist.data.view.requests import eval_requests, train_requests
 from resnet_dist.distributed import World
 from resnet_dist.plan import Plan
 

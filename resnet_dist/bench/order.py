@@ -9,7 +9,13 @@ from typing import Any
 import numpy as np
 
 from resnet_dist.bench import results
-from resnet_dist.data.order import BLOCK_IMAGES, WINDOW_IMAGES, block_order, epoch_order, slice_of
+from resnet_dist.data.view.order import (
+    BLOCK_IMAGES,
+    WINDOW_IMAGES,
+    block_order,
+    epoch_order,
+    slice_of,
+)
 
 CLASSES, IMAGE_BYTES = 1000, 110_000
 BATCHES = (256, 1024)

@@ -21,12 +21,12 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from resnet_dist.config import Config, DataConfig, TrackingConfig, TrainConfig
-from resnet_dist.data.augment import Request
-from resnet_dist.data.build import build_index
-from resnet_dist.data.dali import decoded_part
-from resnet_dist.data.index import Index
-from resnet_dist.data.source import make_loader
-from resnet_dist.data.stream import train_requests
+from resnet_dist.data.formats import build_index
+from resnet_dist.data.index.index import Index
+from resnet_dist.data.load.dali import decoded_part
+from resnet_dist.data.load.source import make_loader
+from resnet_dist.data.view.augment import Request
+from resnet_dist.data.view.requests import train_requests
 from resnet_dist.distributed import World
 from resnet_dist.errors import UserError
 from resnet_dist.plan import Plan
@@ -111,7 +111,7 @@ def torchvision_same_windows(work: Work) -> Stream:
                 samples.tolist(), windows.roi.tolist(), windows.flip.tolist(), strict=True
             )
         ]
-        for samples, windows, _ in requests_of(work)
+        for samples, windows, *_ in requests_of(work)
     ]
     return _loaded(work, SameWindows(_train_folder(work)), batch_sampler=seen)
 

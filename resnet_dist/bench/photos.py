@@ -7,8 +7,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from resnet_dist.bench.results import cores
-from resnet_dist.data.build import build_index
-from resnet_dist.data.listing import images_below
+from resnet_dist.data.formats import build_index
+from resnet_dist.data.index.listing import images_below
 from resnet_dist.data.prepare.write_shards import Settings, prepare_shards
 from resnet_dist.errors import UserError
 

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from resnet_dist.data.listing import IMAGE_SUFFIXES
+from resnet_dist.data.index.listing import IMAGE_SUFFIXES
+from resnet_dist.data.index.tar_members import RefusedTar, TarHeaders, plain_files
 from resnet_dist.data.prepare.images import TarMembers, unreadable
-from resnet_dist.data.tar_members import RefusedTar, TarHeaders, plain_files
 from resnet_dist.errors import UserError
 
 TRAIN_TAR = "ILSVRC2012_img_train.tar"

@@ -3,7 +3,7 @@
 import sys
 import time
 
-from resnet_dist.progress import duration
+from resnet_dist.run.progress import duration
 
 PLAIN_LINE_SECONDS = 30.0
 

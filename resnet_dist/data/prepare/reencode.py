@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from resnet_dist.data.headers import UnreadableImage, exif_orientation, said_by_pillow
+from resnet_dist.data.index.headers import UnreadableImage, exif_orientation, said_by_pillow
 
 # EXIF 2.32, table "Orientation": how the stored rows and columns come to stand upright.
 UPRIGHT = {

@@ -6,22 +6,20 @@ samples make the same bytes.
 
 import io
 import json
-import os
 import tarfile
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import IO
 
 import numpy as np
 
-from resnet_dist.data.headers import UnreadableImage, displayed_size
+from resnet_dist.data.index.headers import UnreadableImage, displayed_size
 from resnet_dist.data.prepare.images import Images
 from resnet_dist.data.prepare.reencode import Limit, reencode
-from resnet_dist.disk import flush_folder
 from resnet_dist.errors import UserError
+from resnet_dist.files import replacing
 
 SIGNATURES = {
     b"\xff\xd8\xff": ".jpg",
@@ -33,7 +31,6 @@ SIGNATURES = {
     b"P6": ".ppm",
     b"P5": ".pgm",
 }
-PARTIAL = ".partial"
 
 
 @dataclass(frozen=True)
@@ -72,29 +69,14 @@ def make_shard(task: ShardTask) -> tuple[ShardFacts, bool]:
     fresh = not task.path.exists()
     if fresh:
         try:
-            _write_whole(task)
+            with replacing(task.path) as file:
+                _write(task, file)
         except OSError as error:
             raise UserError(
                 f"{task.path}: cannot be written: {error.strerror}; "
                 "what is whole stays, and the same command goes on"
             ) from None
     return _read_facts(task.path, len(task.labels)), fresh
-
-
-def _write_whole(task: ShardTask) -> None:
-    folder, name = task.path.parent, task.path.name
-    # A name that no other process has: not even one that should be dead.
-    with NamedTemporaryFile(dir=folder, prefix=f".{name}.", suffix=PARTIAL, delete=False) as file:
-        try:
-            _write(task, file)
-            file.flush()
-            os.fsync(file.fileno())
-            os.chmod(file.name, 0o644)  # data sets are shared
-            os.replace(file.name, task.path)
-        except BaseException:
-            os.unlink(file.name)  # its bytes may be what the disk lacks
-            raise
-    flush_folder(folder)
 
 
 def _write(task: ShardTask, file: IO[bytes]) -> None:

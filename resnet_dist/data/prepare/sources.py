@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from resnet_dist.data.build import build_index, set_aside
-from resnet_dist.data.index import Index
-from resnet_dist.data.listing import CIFAR_FORMS, list_folder
+from resnet_dist.data.formats import build_index, set_aside
+from resnet_dist.data.index.index import Index
+from resnet_dist.data.index.listing import CIFAR_FORMS, list_folder
+from resnet_dist.data.index.quarantine import read_quarantine
 from resnet_dist.data.prepare import hub_parquet, ilsvrc
 from resnet_dist.data.prepare.images import Files, Images, Pixels, TarMembers, unreadable
-from resnet_dist.data.quarantine import read_quarantine
 from resnet_dist.errors import UserError
 
 SPLITS = ("train", "val")

@@ -23,22 +23,17 @@ from pathlib import Path
 import numpy as np
 import PIL
 
-from resnet_dist.data.index import Index, Shards, fingerprint_of
-from resnet_dist.data.index_file import save_index
+from resnet_dist.data.index.index import Index, Shards, fingerprint_of
+from resnet_dist.data.index.index_file import save_index
+from resnet_dist.data.index.quarantine import QUARANTINE, read_quarantine, write_quarantine
+from resnet_dist.data.index.shards import PREPARED
+from resnet_dist.data.index.worker_pool import worker_pool
 from resnet_dist.data.prepare.progress import ShardProgress
 from resnet_dist.data.prepare.reencode import Limit
-from resnet_dist.data.prepare.shard_file import (
-    PARTIAL,
-    ShardFacts,
-    ShardTask,
-    make_shard,
-)
+from resnet_dist.data.prepare.shard_file import ShardFacts, ShardTask, make_shard
 from resnet_dist.data.prepare.sources import Source, open_source
-from resnet_dist.data.quarantine import QUARANTINE, read_quarantine, write_quarantine
-from resnet_dist.data.shards import PREPARED
-from resnet_dist.data.worker_pool import worker_pool
-from resnet_dist.disk import flush_folder
 from resnet_dist.errors import UserError
+from resnet_dist.files import PARTIAL, replace_file
 
 VERSION = 1
 QUEUED_PER_WORKER = 2  # a task of 1000 images takes 100 kB; there may be thousands of them
@@ -121,7 +116,7 @@ def _claim(dest: Path, source: Source, settings: Settings) -> None:
             raise UserError(
                 f"{dest}: not empty, and not made by `prepare`; give a new one"
             ) from None
-        _write_text(path, json.dumps(wanted, indent=1) + "\n")
+        replace_file(path, json.dumps(wanted, indent=1) + "\n")
     except (ValueError, AttributeError):
         raise UserError(f"{path}: damaged; give a new folder, or remove all of this one") from None
     else:
@@ -130,10 +125,11 @@ def _claim(dest: Path, source: Source, settings: Settings) -> None:
                 f"{dest}: was made with {odd[0]} {json.dumps(found.get(odd[0]))}, now it is "
                 f"{json.dumps(wanted[odd[0]])}; give a new folder"
             )
-    _write_text(dest / "classes.txt", "".join(f"{name}\n" for name in source.classes))
+    classes = "".join(f"{name}\n" for name in source.classes)
+    replace_file(dest / "classes.txt", os.fsencode(classes))
     for name in source.splits:
         (dest / name).mkdir(exist_ok=True)
-        for partial in (dest / name).glob(f".*{PARTIAL}"):  # of a run that was killed
+        for partial in (dest / name).glob(f"{PARTIAL}*"):  # of a run that was killed
             partial.unlink()
 
 
@@ -190,7 +186,6 @@ def _finish(dest: Path, source: Source, facts: Mapping[Path, ShardFacts]) -> str
     write_quarantine(dest, {**read_quarantine(dest), **bad})
     for name, index in indexes.items():
         save_index(index, dest / name / "index.arrow", dest)
-        flush_folder(dest / name)
     counts = " and ".join(f"{len(index):,} {name}" for name, index in indexes.items())
     nbytes = sum(os.path.getsize(path) for path in facts)
     text = (
@@ -226,13 +221,3 @@ def _index(dest: Path, split: str, source: Source, facts: Mapping[Path, ShardFac
             for i, why in one.bad.items()
         },
     )
-
-
-def _write_text(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    with open(partial, "wb") as file:
-        file.write(os.fsencode(text))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    flush_folder(path.parent)

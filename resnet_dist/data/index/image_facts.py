@@ -1,0 +1,70 @@
+"""What is particular about an image, by its header, and what becomes of it in training."""
+
+import io
+import os
+import warnings
+
+from PIL import Image
+
+from resnet_dist.data.index.headers import JPEG_SIGNATURE, PNG_SIGNATURE, exif_orientation
+
+FORMATS = {
+    ".jpg": "JPEG",
+    ".jpeg": "JPEG",
+    ".png": "PNG",
+    ".bmp": "BMP",
+    ".tif": "TIFF",
+    ".tiff": "TIFF",
+    ".webp": "WEBP",
+    ".ppm": "PPM",
+    ".pgm": "PPM",
+}
+PNG_BIT_DEPTH_AT = 24  # in the header chunk, the first one
+ADOBE_YCCK = 2  # "color transform" of Adobe's APP14 segment
+END_MARKS = {JPEG_SIGNATURE: b"\xff\xd9", PNG_SIGNATURE: b"IEND"}
+END_BYTES = 1024  # some writers leave a few bytes behind the end
+
+
+def particulars(data: bytes, name: str) -> dict[str, str]:
+    """Kind -> what is done to train on such an image; empty for an RGB image like any other.
+
+    data: a whole encoded image. name: its file, whose suffix says what it should be.
+    """
+    try:
+        with warnings.catch_warnings(), Image.open(io.BytesIO(data)) as image:
+            warnings.simplefilter("ignore")
+            return _particulars(image, data, os.path.splitext(name)[1].lower())
+    except Exception:  # Pillow's plugins raise whatever they meet
+        return {}  # the decoder has the last word
+
+
+def _particulars(image: Image.Image, data: bytes, suffix: str) -> dict[str, str]:
+    mode, info = image.mode, image.info
+    found = {}
+    named, form = FORMATS.get(suffix), image.format or ""
+    form = "JPEG" if form == "MPO" else form  # JPEG with more pictures behind the first
+    if named is not None and form != named:
+        found["other format"] = f"is {form} under a name of {named}; decoded as {form}"
+    if mode == "CMYK":
+        kind = "YCCK" if info.get("adobe_transform") == ADOBE_YCCK else "CMYK"
+        found[kind] = "converted to RGB"
+    if mode in ("1", "L", "LA", "F") or mode.startswith("I"):
+        found["grayscale"] = "its gray is taken for R, G and B"
+    if mode in ("P", "PA"):
+        found["palette"] = "its colours are looked up"
+    if mode in ("LA", "PA", "RGBA") or "transparency" in info:
+        found["transparent"] = "its transparency is dropped"
+    if mode.startswith("I") or (form == "PNG" and data[PNG_BIT_DEPTH_AT] == 16):
+        found["16-bit"] = "scaled to 8 bits"
+    if info.get("progressive"):
+        found["progressive"] = "as any JPEG, decoded more slowly"
+    orientation = exif_orientation(info.get("exif", b""))
+    if isinstance(orientation, int) and 2 <= orientation <= 8:
+        found["EXIF"] = f"turned by its EXIF orientation {orientation}"
+    return found
+
+
+def ends_early(data: bytes) -> bool:
+    """Whether a JPEG or PNG lacks its end."""
+    marks = [mark for start, mark in END_MARKS.items() if data.startswith(start)]
+    return bool(marks) and marks[0] not in data[-END_BYTES:]

@@ -1,0 +1,69 @@
+"""DATA/bad_samples.tsv: samples known beforehand to be unreadable, a line `name<TAB>reason` each.
+
+A name is relative to DATA: train/cat/1.jpg, or train/000000.tar/1.jpg. It may hold any bytes that a
+file system allows; tabs, line ends and backslashes are written as \\t, \\n, \\r and \\\\.
+"""
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from resnet_dist.errors import UserError
+from resnet_dist.files import replace_file
+
+QUARANTINE = "bad_samples.tsv"
+
+_ESCAPES = {"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"}
+_PLAIN = {text: character for character, text in _ESCAPES.items()}
+
+
+def read_quarantine(root: Path) -> dict[str, str]:
+    """Name -> reason; empty if there is no such file.
+
+    Raises:
+        UserError: the file cannot be read, or a line of it holds no tab.
+    """
+    path = root / QUARANTINE
+    try:
+        text = os.fsdecode(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; make it readable or remove it") from None
+    bad = {}
+    for number, line in enumerate(text.split("\n"), start=1):
+        line = line.removesuffix("\r")
+        if not line:
+            continue
+        name, tab, reason = line.partition("\t")
+        if not tab:
+            raise UserError(
+                f"{path}:{number}: no tab in it; expected name<TAB>reason: mend or remove this line"
+            )
+        bad[_unescape(name)] = _unescape(reason)
+    return bad
+
+
+def write_quarantine(root: Path, bad: Mapping[str, str]) -> None:
+    """Replaces the file, sorted by name; with nothing bad, removes it.
+
+    Raises:
+        OSError: `root` cannot be written.
+    """
+    path = root / QUARANTINE
+    if not bad:
+        if path.exists():
+            path.unlink()
+        return
+    text = "".join(f"{escape(name)}\t{escape(bad[name])}\n" for name in sorted(bad))
+    replace_file(path, os.fsencode(text))
+
+
+def escape(text: str) -> str:
+    """On one line, whatever is in it."""
+    return re.sub(r"[\\\t\n\r]", lambda found: _ESCAPES[found[0]], text)
+
+
+def _unescape(text: str) -> str:
+    return re.sub(r"\\[\\tnr]", lambda found: _PLAIN[found[0]], text)

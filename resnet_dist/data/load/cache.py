@@ -1,0 +1,146 @@
+"""Images kept in memory that the ranks of a node share: as their encoded bytes, or decoded.
+
+The memory is a file in /dev/shm whose name is gone once all ranks have it mapped, so that it
+goes with the last of them, however that ends.
+"""
+
+import mmap
+import os
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from resnet_dist.data.index.headers import UnreadableImage
+from resnet_dist.data.index.index import Index
+from resnet_dist.distributed import World
+from resnet_dist.errors import UserError
+
+SHARED_MEMORY = Path("/dev/shm")
+BLANK_PX, BLANK_GREY = 8, 128  # of the image that an evaluation sees in place of a bad one
+SPARE_BYTES = 2**30  # NCCL and others keep things there, too
+
+
+@dataclass(frozen=True)
+class Image:
+    """An image as it stands on the disk, or decoded."""
+
+    data: np.ndarray  # uint8 [bytes], or [H, W, 3]
+    trusted: bool  # the decoder may be given it among others: see headers.py
+
+
+Result = Image | UnreadableImage
+
+
+def shared_bytes(world: World, nbytes: int, what: str) -> np.ndarray:
+    """uint8 [nbytes], zeros at first: the same memory in all ranks of a node. A collective.
+
+    what: for the message.
+
+    Raises:
+        UserError: it does not fit.
+    """
+    token = world.on_main(lambda: uuid.uuid4().hex)
+    path = SHARED_MEMORY / f"resnet-dist-{token}"
+
+    def make() -> None:
+        if world.local_rank != 0:
+            return
+        try:
+            reserve()
+        except OSError as error:
+            raise UserError(f"{what}: {path}: {error.strerror}; use data.cache=none") from None
+
+    def reserve() -> None:
+        free = os.statvfs(SHARED_MEMORY)
+        spare = free.f_bavail * free.f_frsize - SPARE_BYTES
+        if nbytes > spare:
+            raise UserError(
+                f"{what}: needs {nbytes / 2**30:,.1f} GiB of {SHARED_MEMORY}, and "
+                f"{max(0, spare) / 2**30:,.1f} GiB are to spare; use data.cache=none"
+            )
+        with open(path, "wb") as file:
+            os.posix_fallocate(file.fileno(), 0, max(1, nbytes))  # a hole could be filled too late
+
+    def open_() -> np.ndarray:
+        with open(path, "r+b") as file:
+            return np.frombuffer(mmap.mmap(file.fileno(), 0), np.uint8)[:nbytes]
+
+    try:
+        world.on_all(make)
+        return world.on_all(open_)
+    finally:
+        if world.local_rank == 0:
+            path.unlink(missing_ok=True)
+
+
+class EncodedCache:
+    """The bytes of the images that some rank of the node has read already."""
+
+    def __init__(self, nbytes: np.ndarray, world: World) -> None:
+        """nbytes: int64 [N], of each image. A collective."""
+        self._ends = np.cumsum(nbytes)
+        self._nbytes = nbytes
+        total = int(nbytes.sum())
+        memory = shared_bytes(world, total + len(nbytes), "data.cache=encoded")
+        self._bytes, self._filled = memory[:total], memory[total:]
+
+    def get(self, sample: int) -> np.ndarray | None:
+        """uint8 [bytes]; None: not read yet."""
+        if not self._filled[sample]:
+            return None
+        end = self._ends[sample]
+        return self._bytes[end - self._nbytes[sample] : end]
+
+    def put(self, sample: int, data: np.ndarray) -> None:
+        """Ranks that put the same image at once write the same bytes. A file that has changed its
+        length since it was indexed is not kept."""
+        if len(data) == self._nbytes[sample]:
+            end = self._ends[sample]
+            self._bytes[end - len(data) : end] = data
+            self._filled[sample] = 1
+
+
+class DecodedCache:
+    """The pixels of all images that can be decoded, a share of them decoded by each rank."""
+
+    blank = np.full((BLANK_PX, BLANK_PX, 3), BLANK_GREY, np.uint8)
+
+    def __init__(self, index: Index, world: World) -> None:
+        """A collective; `fill` follows."""
+        self._index = index
+        self._nbytes = 3 * index.sizes.astype(np.int64).prod(axis=1)
+        self._ends = np.cumsum(self._nbytes)
+        total = int(self._nbytes.sum())
+        memory = shared_bytes(world, total + len(index), "data.cache=decoded")
+        self._pixels, self._filled = memory[:total], memory[total:]
+
+    def put(self, sample: int, pixels: np.ndarray) -> None:
+        """pixels: uint8 [H, W, 3]."""
+        end = self._ends[sample]
+        self._pixels[end - self._nbytes[sample] : end] = pixels.reshape(-1)
+        self._filled[sample] = 1
+
+    def read(self, sample: int) -> Image:
+        """
+        Raises:
+            UnreadableImage: it could not be decoded.
+        """
+        if not self._filled[sample]:
+            raise UnreadableImage(self._index.bad.get(sample, "could not be decoded"))
+        height, width = self._index.sizes[sample].tolist()
+        end = self._ends[sample]
+        pixels = self._pixels[end - self._nbytes[sample] : end]
+        return Image(pixels.reshape(height, width, 3), trusted=True)
+
+    def read_ahead(self, samples: np.ndarray) -> Callable[[], list[Result]]:
+        """There is nothing to wait for."""
+        return lambda: [self._result(sample) for sample in samples.tolist()]
+
+    def _result(self, sample: int) -> Result:
+        try:
+            return self.read(sample)
+        except UnreadableImage as error:
+            return error

@@ -1,0 +1,378 @@
+"""Executes requests (sample numbers + windows) with NVIDIA DALI, through dali_graphs.py.
+
+Nothing is drawn here: what a batch shows is decided by resnet_dist.data.augment. The resampling is
+Pillow's and torchvision's antialiased bilinear, a triangle as wide as the scale, except at the
+image's border: taps beyond it repeat the edge pixel, where Pillow leaves them out.
+"""
+
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+from nvidia.dali import Pipeline, __version__, backend, types
+
+from resnet_dist.config import DataConfig
+from resnet_dist.data.index.headers import why_undecodable
+from resnet_dist.data.index.index import Index
+from resnet_dist.data.load.batch import BLANK_LABEL, Batch
+from resnet_dist.data.load.cache import DecodedCache
+from resnet_dist.data.load.dali_graphs import decode_graph, image_graph, raw_graph
+from resnet_dist.data.load.decoding import Decoding
+from resnet_dist.data.load.feed import BLANK_PX, Feed, Work
+from resnet_dist.data.load.image_check import ImageCheck
+from resnet_dist.data.load.reader import Reader
+from resnet_dist.data.load.resample import Resampler
+from resnet_dist.data.view.augment import Request, Windows, whole_images
+from resnet_dist.process import give_back
+
+DALI_VERSION: str = __version__
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """A DALI pipeline before it is built, and what it is fed."""
+
+    define: Callable[..., Pipeline]
+    options: dict[str, Any]
+    inputs: Callable[[Work], tuple[Any, ...]]
+
+
+class Loader:
+    """Turns requests into batches, reading and decoding ahead of the consumer.
+
+    A bad image ends a DALI pipeline. Then its batch is decoded one by one, the bad ones replaced
+    (see feed.py), and a new pipeline goes on from that batch.
+    """
+
+    def __init__(
+        self,
+        index: Index,
+        data: DataConfig,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        max_batch_size: int,
+        mean_image: np.ndarray | None = None,
+        reader: Reader | DecodedCache | None = None,
+        decoding: Decoding = Decoding(),  # noqa: B008 (it is frozen)
+    ) -> None:
+        """dtype: of the images. mean_image: float32 [H, W, 3] on the 0..1 scale, in place of
+        data.mean: of raw pixels, or of encoded images seen at H x W. reader: of this index, if
+        not a plain one.
+
+        Raises:
+            ValueError: a GPU is to decode, and `device` is none.
+        """
+        if decoding.device == "mixed" and device.type != "cuda":
+            raise ValueError(f"{decoding}: needs a GPU, and the images are for {device}")
+        self._decoding = decoding
+        self._index = index
+        self._data = data
+        self._device = device
+        self._dtype = dtype
+        self._mean = 255 * np.asarray(data.mean if mean_image is None else mean_image, np.float32)
+        self._std = [255 * s for s in data.std]
+        self._threads = data.decode_threads or 1
+        self._executor = {
+            "batch_size": max_batch_size,
+            "num_threads": self._threads,
+            "device_id": _device_id(device),
+            "prefetch_queue_depth": data.prefetch_batches,
+        }
+        self._source = "decoded" if isinstance(reader, DecodedCache) else decoding.part
+        self._feed: Feed | None = None
+        if index.pixels is None:
+            reader = reader or Reader(index, data.read_threads)
+            self._feed = Feed(index, reader, data.max_bad_samples, ImageCheck())
+
+    @cached_property
+    def _resampler(self) -> Resampler:
+        return Resampler(self._mean, self._std, self._threads)
+
+    @property
+    def bad(self) -> dict[int, str]:
+        """The samples that were asked for in vain so far, and why."""
+        return {} if self._feed is None else self._feed.bad
+
+    def batches(self, requests: Iterable[Request]) -> Generator[Batch]:
+        """One Batch per request, in order. B may vary from request to request; all windows of a
+        stream are cut_first, or none is.
+
+        Its memory is held until the iterator ends or is closed.
+
+        Raises:
+            UserError: more than data.max_bad_samples images cannot be read.
+            RuntimeError: DALI failed, and not because of an image.
+        """
+        requests = iter(requests)
+        first = next(requests, None)
+        if first is None:
+            return
+        requests = chain([first], requests)
+        seen_px = first.windows.size_px
+        if self._mean.ndim == 3 and self._mean.shape[:2] != seen_px:
+            raise ValueError(f"the mean image is {self._mean.shape[:2]}, the windows {seen_px}")
+        work: Iterator[Work]
+        if self._feed is None:
+            work = (Work(request, request.samples, request.windows, []) for request in requests)
+        else:
+            work = self._feed.work(requests, ahead=self._data.prefetch_batches)
+        if not self._resizes_here(first.windows):
+            yield from self._made_by_dali(work, self._graph_for(first.windows))
+        elif self._source == "decoded":
+            yield from self._resized_here((w, self._cut_out(w)) for w in work)
+        else:
+            outputs = self._run(work, self._graph_for(first.windows))
+            yield from self._resized_here(
+                (w, [torch.from_dlpack(window) for window in windows]) for w, (windows,) in outputs
+            )
+
+    def decoded(self, parts: Iterable[np.ndarray]) -> Iterator[tuple[int, np.ndarray]]:
+        """Each image that can be decoded, whole: sample number, uint8 [H, W, 3]. For a CPU.
+
+        parts: sample numbers, int64 [B], that are decoded together.
+        """
+        assert self._feed is not None
+        requests = (Request(part, whole_images(self._index.sizes[part])) for part in parts)
+        work = self._feed.work(requests, ahead=self._data.prefetch_batches)
+        graph = _Graph(
+            decode_graph,
+            {"source": "image", "cut": False, "decoding": Decoding("image")},
+            lambda one: (one.images,),
+        )
+        for one, (images,) in self._run(work, graph):
+            for sample, pixels in zip(one.shown.tolist(), images, strict=True):
+                if sample >= 0:
+                    yield sample, np.array(pixels)
+
+    def _resizes_here(self, windows: Windows) -> bool:
+        on_cpu = self._device.type == "cpu"
+        return self._feed is not None and windows.cut_first and on_cpu
+
+    def _graph_for(self, windows: Windows) -> _Graph:
+        # DALI has no bfloat16. Its float16 has three bits more mantissa, and normalised pixels lie
+        # far inside its range, so nothing is lost on the way.
+        dtype = types.FLOAT if self._dtype == torch.float32 else types.FLOAT16
+        normalisation = {"mean": self._mean, "normalisation": {"std": self._std, "dtype": dtype}}
+        if self._feed is None:
+            return _Graph(raw_graph, normalisation, self._raw_inputs)
+        source = {
+            "source": self._source,
+            "cut": windows.cut_first,
+            "decoding": self._decoding,
+        }
+        if self._resizes_here(windows):
+            return _Graph(decode_graph, source, self._image_inputs)
+        return _Graph(image_graph, source | normalisation, self._window_inputs)
+
+    def _made_by_dali(self, work: Iterator[Work], graph: _Graph) -> Iterator[Batch]:
+        # The tensors are DALI's memory, whose reuse no stream orders. When torch is done with one,
+        # DALI 2.4 passes it to a thread of its own, which synchronizes the whole device, for about
+        # every batch, before it frees it. This thread does not wait, but the capture of a CUDA
+        # graph may fail by it, or the process may end. Copies in torch's own memory would need none
+        # of this: benchmarks/gpu_batch_copy.py measures what they cost.
+        for one, (images, labels) in self._run(work, graph):
+            yield Batch(
+                # [B, H, W, 3] seen as [B, 3, H, W]: channels_last without a copy.
+                torch.from_dlpack(images.as_tensor()).permute(0, 3, 1, 2).to(self._dtype),
+                torch.from_dlpack(labels.as_tensor()),
+                one.request.step,
+                one.request.places,
+            )
+
+    def _resized_here(self, cut: Iterable[tuple[Work, list[torch.Tensor]]]) -> Iterator[Batch]:
+        """Threads resize a batch while the consumer has the one before."""
+        resizing: deque[tuple[Work, Callable[[], torch.Tensor]]] = deque()
+
+        def batch() -> Batch:
+            work, wait = resizing.popleft()
+            images, labels = wait().to(self._dtype), torch.from_numpy(self._labels(work))
+            return Batch(images, labels, work.request.step, work.request.places)
+
+        try:
+            for work, windows in cut:
+                resizing.append((work, self._resampler.start(windows, work.windows)))
+                if len(resizing) > 1:
+                    yield batch()
+            while resizing:
+                yield batch()
+        finally:
+            self._resampler.forget()
+
+    def _cut_out(self, work: Work) -> list[torch.Tensor]:
+        """The windows of decoded images, uint8 [h, w, 3] each."""
+        return _parts([torch.from_numpy(image) for image in work.images], *self._part(work))
+
+    def _run(self, work: Iterator[Work], graph: _Graph) -> Iterator[tuple[Work, Any]]:
+        """Each Work, and what the graph makes of it."""
+        polled: deque[Work] = deque()  # given to DALI and not delivered yet
+        again: deque[Work] = deque()  # the same, when a pipeline failed
+        # DALI reads the inputs where they are, so they must live until it is done with them.
+        alive: deque[tuple[Any, ...]] = deque(maxlen=2 * self._data.prefetch_batches + 1)
+
+        def poll() -> tuple[Any, ...]:
+            one = again.popleft() if again else next(work)  # StopIteration: no more input
+            polled.append(one)
+            alive.append(graph.inputs(one))
+            return alive[-1]
+
+        while True:
+            pipe = graph.define(poll, **graph.options, **self._executor)
+            try:
+                while True:
+                    # Waits on the host for DALI's CPU threads, not for the GPU: the current CUDA
+                    # stream is made to wait for the batch.
+                    outputs = pipe.run(_current_stream(self._device))
+                    yield polled.popleft(), outputs
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                self._mend_first_bad(polled, error)
+            finally:
+                del pipe
+                give_back()
+                if self._device.type == "cuda":
+                    backend.ReleaseUnusedMemory()  # type: ignore[attr-defined]
+            again.extend(polled)
+            polled.clear()
+
+    def _mend_first_bad(self, polled: Iterable[Work], error: RuntimeError) -> None:
+        """Finds the Work with bad images, by decoding one by one, and replaces them."""
+        for work in polled:
+            if self._feed is None:
+                break
+            is_bad = False
+            for place, why in self._failures([work.at(p) for p in range(len(work.shown))]):
+                if not is_bad and not self._decodes_at_all(work):
+                    raise error
+                is_bad = True
+                self._feed.mend(work, place, why)
+            if is_bad:
+                return
+        raise error
+
+    def _decodes_at_all(self, work: Work) -> bool:
+        """Whether a good image can be decoded: if not, it is not the images."""
+        good = work.at(0)
+        assert self._feed is not None
+        good.put(0, BLANK_LABEL, whole_images(np.full((1, 2), BLANK_PX)), self._feed.blank)
+        return not any(self._failures([good]))
+
+    def _failures(self, singles: list[Work]) -> Iterator[tuple[int, str]]:
+        """Which of these, with one image each, cannot be decoded, and why."""
+        graph = self._graph_for(singles[0].windows)
+        executor = self._executor | {"batch_size": 1, "num_threads": 1, "prefetch_queue_depth": 1}
+        done = 0
+        left: Iterator[Work]
+        alive: deque[tuple[Any, ...]] = deque(maxlen=3)
+
+        def poll() -> tuple[Any, ...]:
+            alive.append(graph.inputs(next(left)))
+            return alive[-1]
+
+        while done < len(singles):
+            left = iter(singles[done:])
+            pipe = graph.define(poll, **graph.options, **executor)
+            try:
+                while True:
+                    pipe.run()
+                    done += 1
+            except StopIteration:
+                return
+            except RuntimeError:
+                del pipe
+            yield done, why_undecodable(singles[done].images[0].tobytes())
+            done += 1
+
+    def _image_inputs(self, work: Work) -> tuple[Any, ...]:
+        """Images, and the part of each that plays a part, unless it is all."""
+        if self._source == "image" and not work.windows.cut_first:
+            return (work.images,)
+        start, end = self._part(work)
+        if self._source != "decoded":
+            return work.images, start, end
+        return ([np.ascontiguousarray(part) for part in _parts(work.images, start, end)],)
+
+    def _part(self, work: Work) -> tuple[np.ndarray, np.ndarray]:
+        """int32 [B, 2] each: top left and bottom right of what plays a part in the windows."""
+        windows = work.windows
+        if windows.cut_first:
+            roi = windows.roi.astype(np.int32)
+            return np.ascontiguousarray(roi[:, :2]), np.ascontiguousarray(roi[:, 2:])
+        sizes = np.where(work.shown[:, None] < 0, BLANK_PX, self._index.sizes[work.shown])
+        return decoded_part(windows.roi, sizes, windows.size_px)
+
+    def _window_inputs(self, work: Work) -> tuple[Any, ...]:
+        """Also the window relative to the decoded part, its size after the resize, and what is then
+        subtracted from R, G and B."""
+        windows = work.windows
+        whole = self._source == "image" and not windows.cut_first
+        corner = np.zeros(4) if whole else np.tile(self._part(work)[0], (1, 2))
+        # DALI takes float32: enough once the part's corner is subtracted, 1/1000 pixel at 16,000.
+        roi = (windows.roi - corner).astype(np.float32)
+        size = np.tile(np.array(windows.size_px, np.float32), (len(roi), 1))
+        mean = self._mean if self._mean.ndim == 1 else np.zeros(3)
+        # Adding a colour is subtracting it from the mean: it costs no pass over the pixels.
+        mean = (mean - 255 * windows.color_shift).astype(np.float32)
+        flip, labels = windows.flip.astype(np.int32), self._labels(work)
+        return (
+            *self._image_inputs(work),
+            roi[:, :2].copy(),
+            roi[:, 2:].copy(),
+            size,
+            mean,
+            flip,
+            labels,
+        )
+
+    def _raw_inputs(self, work: Work) -> tuple[Any, ...]:
+        """Pixels, the top left corner of each window, which may lie outside the image, and its
+        size."""
+        assert self._index.pixels is not None
+        windows = work.windows
+        corner, size = windows.roi[:, :2].astype(np.int32), np.array(windows.size_px, np.int32)
+        if not np.array_equal(np.hstack([corner, corner + size]), windows.roi):
+            raise ValueError(
+                f"windows of raw pixels must be {windows.size_px} pixels high and wide and start "
+                f"at whole pixels, to be cut out unscaled: got {windows.roi[0].tolist()}, ..."
+            )
+        pixels, size = self._index.pixels[work.shown], np.tile(size, (len(work.shown), 1))
+        return pixels, corner, size, windows.flip.astype(np.int32), self._labels(work)
+
+    def _labels(self, work: Work) -> np.ndarray:
+        return np.where(work.shown < 0, BLANK_LABEL, self._index.labels[work.shown])
+
+
+def _parts(images: Sequence[Any], start: np.ndarray, end: np.ndarray) -> list[Any]:
+    """images: [h, w, 3] each; start, end: int32 [B, 2], rows first."""
+    corners = zip(images, start.tolist(), end.tolist(), strict=True)
+    return [image[top:bottom, left:right] for image, (top, left), (bottom, right) in corners]
+
+
+def decoded_part(
+    roi: np.ndarray, sizes: np.ndarray, size_px: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """The pixels that resampling `roi` touches: int32 start, end, each [B, 2], rows first.
+
+    roi: float64 [B, 4] in pixels; sizes: [B, 2].
+    """
+    scale = (roi[:, 2:] - roi[:, :2]) / np.array(size_px)
+    reach = np.ceil(np.maximum(scale, 1)) + 1  # the triangle's half-width, and one for rounding
+    start = np.maximum(np.floor(roi[:, :2] - reach), 0)
+    end = np.minimum(np.ceil(roi[:, 2:] + reach), sizes)
+    return start.astype(np.int32), end.astype(np.int32)
+
+
+def _device_id(device: torch.device) -> int | None:
+    if device.type != "cuda":
+        return None
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+def _current_stream(device: torch.device) -> torch.cuda.Stream | None:
+    return torch.cuda.current_stream(device) if device.type == "cuda" else None

@@ -1,0 +1,127 @@
+"""NVIDIA DALI's graphs: what becomes of the bytes or pixels that the loader polls in.
+
+`source` is "window" or "image" (what of a file's bytes is decoded) or "decoded" (pixels).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from nvidia.dali import Pipeline, fn, pipeline_def, types
+
+from resnet_dist.data.load.decoding import Decoding
+
+
+@pipeline_def
+def check_graph() -> Any:
+    """A whole image, on the CPU, that is fed by name."""
+    encoded = fn.external_source(name="image", dtype=types.UINT8, ndim=1)
+    return fn.decoders.image(encoded, device="cpu")
+
+
+@pipeline_def
+def decode_graph(poll: Callable[[], Any], source: str, cut: bool, decoding: Decoding) -> Any:
+    """Pixels of windows, or of whole images."""
+    dtypes, ndim = _image_types(source, cut)
+    inputs = fn.external_source(
+        source=poll, num_outputs=len(ndim), dtype=dtypes, ndim=ndim, no_copy=True
+    )
+    return _decoded(source, decoding, *inputs)
+
+
+@pipeline_def
+def image_graph(
+    poll: Callable[[], Any],
+    source: str,
+    cut: bool,
+    decoding: Decoding,
+    mean: np.ndarray,
+    normalisation: dict[str, Any],
+) -> tuple[Any, Any]:
+    dtypes, ndim = _image_types(source, cut)
+    *image, roi_start, roi_end, size, window_mean, flip, labels = fn.external_source(
+        source=poll,
+        num_outputs=len(ndim) + 6,
+        dtype=[*dtypes, *[types.FLOAT] * 4, types.INT32, types.INT64],
+        ndim=[*ndim, 1, 1, 1, 1, 0, 0],
+        layout=["HWC" if source == "decoded" else "", *[""] * (len(ndim) + 5)],
+        no_copy=True,
+    )
+    # float, not uint8: the resampled values are normalised as they are, where Pillow rounds them
+    # to whole grey levels twice.
+    images = fn.resize(
+        _decoded(source, decoding, *image),
+        roi_start=roi_start,
+        roi_end=roi_end,
+        size=size,
+        interp_type=types.INTERP_LINEAR,
+        antialias=True,
+        dtype=types.FLOAT,
+    )
+    if mean.ndim == 3:
+        images = images - types.Constant(mean, device="gpu" if _on_gpu() else "cpu")
+    images = fn.crop_mirror_normalize(
+        images, mean=window_mean, mirror=flip, output_layout="HWC", **normalisation
+    )
+    return images, labels.gpu() if _on_gpu() else labels
+
+
+def _image_types(source: str, cut: bool) -> tuple[list[Any], list[int]]:
+    """Types and dimensions of what `_decoded` takes."""
+    if source == "window" or (source == "image" and cut):
+        return [types.UINT8, types.INT32, types.INT32], [1, 1, 1]
+    return [types.UINT8], [3 if source == "decoded" else 1]
+
+
+def _decoded(source: str, decoding: Decoding, images: Any, *part: Any) -> Any:
+    if source == "decoded":
+        return images.gpu() if _on_gpu() else images
+    decoder: dict[str, Any] = {"device": "cpu"}
+    if decoding.device == "mixed":
+        decoder = {
+            "device": "mixed",
+            "hw_decoder_load": decoding.hw_decoder_load,
+            "jpeg_fancy_upsampling": decoding.fancy_upsampling,
+        }
+    pixels = _decoded_part(source, decoder, images, *part)
+    return pixels.gpu() if _on_gpu() and decoding.device != "mixed" else pixels
+
+
+def _decoded_part(source: str, decoder: dict[str, Any], images: Any, *part: Any) -> Any:
+    if source == "image":
+        images = fn.decoders.image(images, **decoder)
+        return fn.slice(images, start=part[0], end=part[1], axis_names="HW") if part else images
+    # Slices are taken in the frame that EXIF turns the image to, the one `Index.sizes` speaks of.
+    start, end = part
+    return fn.decoders.image_slice(images, start=start, end=end, axis_names="HW", **decoder)
+
+
+@pipeline_def
+def raw_graph(
+    poll: Callable[[], Any], mean: np.ndarray, normalisation: dict[str, Any]
+) -> tuple[Any, Any]:
+    images, corner, size, flip, labels = fn.external_source(
+        source=poll,
+        num_outputs=5,
+        dtype=[types.UINT8, *[types.INT32] * 3, types.INT64],
+        ndim=[3, 1, 1, 0, 0],
+        layout=["HWC"],
+    )
+    images = images.gpu() if _on_gpu() else images
+    # The mean first, then the padding: that must be zero for the network.
+    images = fn.slice(
+        images - types.Constant(mean, device="gpu" if _on_gpu() else "cpu"),
+        start=corner,
+        shape=size,
+        axis_names="HW",
+        out_of_bounds_policy="pad",
+        fill_values=0.0,
+    )
+    images = fn.crop_mirror_normalize(
+        images, mean=0.0, mirror=flip, output_layout="HWC", **normalisation
+    )
+    return images, labels.gpu() if _on_gpu() else labels
+
+
+def _on_gpu() -> bool:
+    return Pipeline.current().device_id is not None

@@ -1,0 +1,107 @@
+"""The same index on every rank, and the same data on every node."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from resnet_dist.data.formats import build_index, index_file
+from resnet_dist.data.index.folder import evenly_spaced, facts_of
+from resnet_dist.data.index.index import Index
+from resnet_dist.data.index.index_file import load_index_file
+from resnet_dist.data.index.listing import class_folders
+from resnet_dist.data.index.shards import own_index_file
+from resnet_dist.distributed import World
+from resnet_dist.errors import UserError
+
+
+def agreed_index(data_format: str, root: Path, split: str, cache_dir: Path, world: World) -> Index:
+    """`build_index`, the same on every rank. A collective.
+
+    Rank 0 walks folders and scans shards; the others map the index file that it wrote, or have the
+    index sent where one of them does not see that file. CIFAR, and shards with an index of their
+    own, are read by each rank. One rank of each node then looks whether its data are rank 0's.
+
+    Raises:
+        UserError: what `build_index` raises, or the data of a node are missing or others.
+    """
+    made: list[Index] = []
+
+    def make() -> tuple[str, Path | None, list[int]]:
+        made.append(build_index(data_format, root, split, cache_dir))
+        shards = made[0].shards
+        kept = index_file(data_format, root, split, cache_dir)
+        return made[0].fingerprint, kept, _bytes_of(shards.files) if shards else []
+
+    fingerprint, kept, shard_bytes = world.on_main(make)
+    if world.size == 1:
+        return made[0]
+    index = made[0] if made else None
+    if kept is not None and kept.parent == cache_dir:
+        if index is None:
+            index = _mapped(kept, root, fingerprint)
+        if world.any(index is None):
+            sent = world.on_main(lambda: made[0])
+            index = sent if index is None else index
+
+    def look() -> Index:
+        try:
+            mine = index if index is not None else _of_this_node(data_format, root, split)
+        except UserError as error:
+            raise UserError(f"{os.uname().nodename}: {error}") from None
+        other = None if mine.fingerprint == fingerprint else "its index has another fingerprint"
+        if other is None and world.local_rank == 0 and not world.is_main:
+            other = _difference(mine, root / split, shard_bytes)
+        if other is not None:
+            raise UserError(
+                f"{os.uname().nodename}: data.root={root}: not the data of rank 0 in {split}: "
+                f"{other}; copy them to this node again, or leave the node out"
+            )
+        return mine
+
+    return world.on_all(look)
+
+
+def _mapped(kept: Path, root: Path, fingerprint: str) -> Index | None:
+    """The index in the file `kept`; None where it is not seen, or not yet, as on a slow NFS."""
+    try:
+        index = load_index_file(kept, root)
+    except UserError:
+        return None
+    return index if index.fingerprint == fingerprint else None
+
+
+def _of_this_node(data_format: str, root: Path, split: str) -> Index:
+    if data_format == "shards":
+        return load_index_file(own_index_file(root, split), root)
+    return build_index(data_format, root, split, None)
+
+
+def _difference(index: Index, top: Path, shard_bytes: Sequence[int]) -> str | None:
+    """What of this node's files is not as in the index; None if nothing is. CIFAR has no files.
+
+    Compared are the bytes of each shard; or the class folders, and the bytes of up to 10,000 evenly
+    spaced files.
+    """
+    if index.shards is not None:
+        files, expected = index.shards.files, list(shard_bytes)
+    elif index.nbytes is not None:
+        try:
+            found = class_folders(top)
+        except OSError as error:
+            return f"{top}: {error.strerror}"
+        differing = set(found) ^ set(index.classes)
+        if differing:
+            return f"{len(differing)} class folders, such as {min(differing)}"
+        samples = evenly_spaced(len(index))
+        files, expected = tuple(index.paths[i] for i in samples), index.nbytes[samples].tolist()
+    else:
+        return None
+    for file, there, here in zip(files, expected, _bytes_of(files), strict=True):
+        if here != there:
+            return f"{file} has {here} bytes, and {there} there"
+    return None
+
+
+def _bytes_of(files: Sequence[str]) -> list[int]:
+    """The sizes of files; 0 of one that is not there."""
+    return [facts[0] if facts else 0 for facts in facts_of(files)]

@@ -1,0 +1,267 @@
+"""Tries ways of decoding on this GPU, once per GPU and versions, and keeps what it saw.
+
+    python -m resnet_dist.data.load.probe [--device cuda:0] [--output FILE] [--keep RUN_ROOT/.index]
+
+The sums of what is known: nvImageCodec 0.9.0 ends the process on an H100 or B200 when it decodes
+windows (nvImageCodec issue 55); the hardware JPEG decoder changed pixels in 134 of 200 repeats on
+an H100 (torchcodec issue 1634, torchvision issue 9606). Which of it holds on a machine only trying
+tells.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import IO
+
+import torch
+
+import resnet_dist
+from resnet_dist.data.load.dali import DALI_VERSION
+from resnet_dist.data.load.decoding import WAYS, Decoding, Report, Trial
+from resnet_dist.data.load.probe_way import READY
+from resnet_dist.files import replace_file
+
+PROBE_VERSION = "3"  # another one is another question: what is kept is asked anew
+LIMIT_SECONDS = 60.0  # for all ways
+WAY_LIMIT_SECONDS = 20.0
+KILL_SECONDS = 5.0
+# The process's own fault. Other signals come from a scheduler, a user or the out-of-memory killer.
+FAULTS = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL)
+# As torch, CUDA, DALI, nvJPEG, C++, Python and the system put it. The decoder is not at fault, and
+# the next start may find enough.
+OUT_OF_RESOURCES = re.compile(
+    r"out.of.memory|memory.?(allocat|error)|bad_?alloc|alloc(at\w+)?.(failure|failed|error)"
+    r"|(can.?t|cannot|unable to|failed to|could not) allocate|CUBLAS_STATUS_NOT_INITIALIZED"
+    r"|start new thread|temporarily unavailable|no space left|too many open files|\bECC\b",
+    re.IGNORECASE,
+)
+
+
+def versions_of(device: torch.device) -> dict[str, str]:
+    """What a way of decoding may work with, or not."""
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return {
+        "probe": PROBE_VERSION,
+        "gpu": gpu,
+        "driver": _driver(),
+        "dali": DALI_VERSION,
+        "nvimagecodec": _version_of("nvidia-nvimgcodec-cu13", "nvidia-nvimgcodec-cu12"),
+        "nvjpeg": _version_of("nvidia-nvjpeg", "nvidia-nvjpeg-cu12"),
+    }
+
+
+def _driver() -> str:
+    try:
+        line = Path("/proc/driver/nvidia/version").read_text().splitlines()[0]
+        words = [word for word in line.split() if word[:1].isdigit() and "." in word]
+    except (OSError, IndexError):  # a container or WSL without it
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+            words = done.stdout.split() if done.returncode == 0 else []
+        except (OSError, subprocess.TimeoutExpired):
+            words = []
+    return next(iter(words), "unknown")
+
+
+def _version_of(*packages: str) -> str:
+    for package in packages:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            continue
+    return "unknown"
+
+
+def report_of(
+    device: torch.device,
+    folder: Path,
+    say: Callable[[str], None],
+    ways: Sequence[Decoding] = WAYS,
+    try_ways: Callable[[torch.device, Sequence[Decoding]], Iterable[tuple[str, Trial]]]
+    | None = None,
+) -> Report:
+    """What the probe saw of `ways`, and maybe of others, on this GPU.
+
+    What `folder` lacks is tried now, in the order of `ways`, and kept there one by one, but for
+    what could not be tried.
+    """
+    found = versions_of(device)
+    key = hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:16]
+    path = folder / f"decoding-{key}.json"
+    kept = _read(path, found)
+    missing = [way for way in ways if str(way) not in kept]
+    if not missing:
+        return kept
+    say(
+        f"probing {len(missing)} of {len(WAYS)} JPEG decoders of {found['gpu']} (driver "
+        f"{found['driver']}, DALI {found['dali']}), once, up to {LIMIT_SECONDS:.0f} s"
+    )
+    failure = None
+    for name, trial in (try_ways or probe)(device, missing):
+        say(f"  {describe(name, trial)}")
+        if trial.verdict != "not tried":
+            failure = _keep(path, found, {name: trial})
+        kept[name] = trial
+    if failure is not None:
+        say(f"warning: {path}: not kept: {failure}; the next start probes again")
+    return kept
+
+
+def _keep(path: Path, found: Mapping[str, str], seen: Report) -> str | None:
+    """Adds it to what is there. Returns why that failed."""
+    ways = {name: asdict(trial) for name, trial in (_read(path, found) | seen).items()}
+    text = json.dumps({"versions": found, "ways": ways}, indent=1) + "\n"
+    try:
+        replace_file(path, text)
+    except OSError as error:
+        return error.strerror
+    return None
+
+
+def _read(path: Path, found: Mapping[str, str]) -> Report:
+    """Empty where there is none, or it is damaged."""
+    try:
+        content = json.loads(path.read_text())
+        if content["versions"] != found:
+            return {}
+        return {name: Trial(**trial) for name, trial in content["ways"].items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return {}
+
+
+def probe(
+    device: torch.device,
+    ways: Sequence[Decoding] = WAYS,
+    limit_seconds: float = LIMIT_SECONDS,
+    options: Sequence[str] = (),
+) -> Iterator[tuple[str, Trial]]:
+    """Tries ways of decoding, each in a process of its own that gets WAY_LIMIT_SECONDS.
+
+    limit_seconds: for all of them. options: more of probe_way's arguments.
+    """
+    if device.type == "cuda" and device.index is None:  # another process has another current one
+        device = torch.device("cuda", torch.cuda.current_device())
+    ends = time.monotonic() + limit_seconds
+    for way in ways:
+        if ends - time.monotonic() < WAY_LIMIT_SECONDS:  # less would say nothing about the way
+            yield str(way), Trial("not tried", said="no time was left")
+            continue
+        command = [sys.executable, "-m", "resnet_dist.data.load.probe_way", str(WAYS.index(way))]
+        command += ["--device", str(device), "--limit", str(WAY_LIMIT_SECONDS), *options]
+        yield str(way), run_apart(command, WAY_LIMIT_SECONDS)
+
+
+def run_apart(command: Sequence[str], limit_seconds: float) -> Trial:
+    """Runs a command that prints READY and then a Trial as JSON, and tells how it ended."""
+    code = str(Path(resnet_dist.__file__).parent.parent)
+    paths = [code, *filter(None, [os.environ.get("PYTHONPATH")])]
+    try:
+        with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
+            process = subprocess.Popen(
+                command,
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=errors,
+                # Ctrl-C in the terminal is for us, and would look like a crash there.
+                start_new_session=True,
+            )
+            returncode = None
+            try:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    returncode = process.wait(limit_seconds)
+            finally:
+                process.kill()
+                # A process that waits for a broken driver cannot be killed: it is left behind.
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(KILL_SECONDS)
+                # READY is the last thing that a process writes before it hangs.
+                since_ready = time.time() - os.fstat(output.fileno()).st_mtime
+            told, complained = _text(output), _text(errors)
+    except OSError as error:
+        return Trial("not tried", said=f"no process could be started: {error.strerror}")
+    if returncode is None and since_ready < limit_seconds / 2:
+        return Trial("not tried", said=f"too slow to start: ended after {limit_seconds:.0f} s")
+    return judge(returncode, told, complained, limit_seconds)
+
+
+def _text(file: IO[bytes]) -> str:
+    file.seek(0)
+    return file.read().decode(errors="replace")
+
+
+def judge(returncode: int | None, output: str, errors: str, limit_seconds: float) -> Trial:
+    """returncode: None where the process had to be ended at its limit."""
+    lines = output.splitlines()
+    if returncode == 0:
+        with contextlib.suppress(ValueError, TypeError, IndexError):
+            return Trial(**json.loads(lines[-1]))
+    if returncode is None:
+        said, is_fault = f"no end after {limit_seconds:.0f} s", True
+    elif returncode < 0:
+        names = {one.value: one.name for one in signal.Signals}
+        killer = names.get(-returncode, f"signal {-returncode}")
+        said, is_fault = f"the process ended with {killer}", -returncode in FAULTS
+    else:
+        said, is_fault = _reason(errors), True
+    if READY not in lines or not is_fault or OUT_OF_RESOURCES.search(errors):
+        return Trial("not tried", said=said)
+    return Trial("hung" if returncode is None else "crash", said=said)
+
+
+def _reason(errors: str) -> str:
+    """The line of a traceback that names the error. DALI's stands below "encountered:"."""
+    lines = [line.strip() for line in errors.splitlines() if line.strip()]
+    for number in reversed(range(len(lines) - 1)):
+        if lines[number].endswith("encountered:"):
+            return lines[number + 1][:200]
+    return (lines or ["no reason given"])[-1][:200]
+
+
+def describe(name: str, trial: Trial) -> str:
+    speed = "" if trial.images_per_sec is None else f"{trial.images_per_sec:,.0f} images/s, "
+    return f"{name:<52} {trial.verdict:<9} {speed}{trial.said}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--device", type=torch.device, default=torch.device("cuda", 0))
+    parser.add_argument("--output", type=Path, help="also as JSON")
+    parser.add_argument(
+        "--keep", type=Path, help="a folder for runs to find it in, RUN_ROOT/.index"
+    )
+    parser.add_argument("--limit", type=float, default=LIMIT_SECONDS, help="seconds for all ways")
+    parser.add_argument("--images", type=int, default=64, help="in a batch")
+    parser.add_argument("--seconds", type=float, default=0.5, help="of the speed of a way")
+    given = parser.parse_args()
+    options = ["--images", str(given.images), "--seconds", str(given.seconds)]
+    try_ways = partial(probe, limit_seconds=given.limit, options=options)
+    if given.keep is None:
+        report = dict(try_ways(given.device))
+    else:
+        say = partial(print, file=sys.stderr, flush=True)
+        report = report_of(given.device, given.keep, say, try_ways=try_ways)
+    for name, trial in report.items():
+        print(describe(name, trial))
+    if given.output is not None:
+        ways = {name: asdict(trial) for name, trial in report.items()}
+        content = {"versions": versions_of(given.device), "ways": ways}
+        given.output.write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

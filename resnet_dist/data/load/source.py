@@ -1,0 +1,176 @@
+"""A config's data set, opened: the index of a split, its mean image, and the loader over it."""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+from resnet_dist.config import Config, DataConfig
+from resnet_dist.data.formats import set_aside, without
+from resnet_dist.data.index.index import Index
+from resnet_dist.data.index.quarantine import read_quarantine
+from resnet_dist.data.load.cache import DecodedCache, EncodedCache
+from resnet_dist.data.load.dali import Loader
+from resnet_dist.data.load.decoding import (
+    BROKEN,
+    HOST,
+    Decoding,
+    Report,
+    choose,
+    is_free,
+    ways_left_by,
+)
+from resnet_dist.data.load.nodes import agreed_index
+from resnet_dist.data.load.probe import report_of, versions_of
+from resnet_dist.data.load.reader import Reader
+from resnet_dist.data.view.order import holdout, slice_of
+from resnet_dist.distributed import World
+from resnet_dist.precision import DTYPES
+
+T = TypeVar("T")
+DECODED_TOGETHER = 32
+MAX_DECODE_THREADS = 16
+
+
+def load_index(config: Config, split: str, world: World) -> Index:
+    """The index of "train" or "val", the same on every rank. A collective.
+
+    Each node's data must be rank 0's. What the data's quarantine names is in `bad`. With
+    data.holdout_images, both splits are parts of the training images.
+
+    Raises:
+        UserError: what `agreed_index` raises, or fewer images than data.holdout_images.
+    """
+    root, cache = Path(config.data.root), _kept_in(config)
+    held = config.data.holdout_images
+    with world.patiently(f"data index, {split}") as patient:
+        index = agreed_index(config.data.format, root, "train" if held else split, cache, patient)
+    index = without(index, world.on_main(lambda: set_aside(index, root, read_quarantine(root))))
+    if not held:
+        return index
+    held = config.held_out_of(len(index))
+    return index.take(holdout(len(index), held)[split == "val"])
+
+
+def agreed_decoding(
+    config: Config, world: World, recorded: str | None = None
+) -> tuple[Decoding, str]:
+    """How images are decoded, the same way on every rank, and why. A collective.
+
+    On a GPU: of the ways that the config allows, the fastest that is sound on each kind of machine
+    in the world. One rank of each kind reads the probe's report from beside the index, or probes
+    now. recorded: the way of the run so far; it is kept unless it is broken here, and then no other
+    is probed.
+
+    Raises:
+        UserError: the config asks for a way that the probe found broken.
+    """
+    if not _decodes_on_gpu(config, world.device):
+        part = "window" if config.data.decode == "auto" else config.data.decode
+        return Decoding(part), "the CPU's decoder"
+    if recorded == str(HOST) and is_free(config):
+        return HOST, "as this run has had it"
+    kind = json.dumps(versions_of(world.device))
+    say = partial(print, file=sys.stderr, flush=True)
+
+    def reports_of(ways: list[Decoding]) -> list[Report]:
+        probe = partial(report_of, world.device, _kept_in(config), say, ways)
+        return once_per_kind(kind, probe, world)
+
+    ways = ways_left_by(config)
+    of_run = [way for asked, way in ways.items() if str(asked) == recorded]
+    reports = reports_of(of_run or list(ways.values()))
+    if any(report[str(way)].verdict in BROKEN for report in reports for way in of_run):
+        reports = reports_of(list(ways.values()))
+    return choose(config, reports, recorded)
+
+
+def once_per_kind(kind: str, make: Callable[[], T], world: World) -> list[T]:
+    """What `make` returns on the first rank of each kind of machine. A collective; raises what
+    `World.on_all` raises.
+
+    kind: of this rank's machine.
+    """
+    kinds = world.gather(kind)
+    is_first = kinds.index(kind) == world.rank
+    made = world.gather(world.on_all(lambda: [make()] if is_first else []))
+    return [one for some in made for one in some]
+
+
+def _kept_in(config: Config) -> Path:
+    """Where what took long to find out about data and machines is kept."""
+    return config.run_dir.parent / ".index"
+
+
+def make_loader(
+    index: Index,
+    config: Config,
+    world: World,
+    mean_image: np.ndarray | None = None,
+    decoding: Decoding | None = None,
+) -> Loader:
+    """Batches of at most train.max_local_batch_size images. mean_image: in place of data.mean.
+    decoding: None stands for agreed_decoding. A collective, as ranks of a node share data.cache.
+
+    Raises:
+        UserError: data.cache does not fit in memory, or what `agreed_decoding` raises.
+    """
+    data = config.data
+    if decoding is None:
+        decoding, _ = agreed_decoding(config, world)
+    if data.decode_threads is None:
+        cores = len(os.sched_getaffinity(0)) // world.local_size
+        data = replace(data, decode_threads=min(max(1, cores), MAX_DECODE_THREADS))
+    reader: Reader | DecodedCache | None = None
+    if data.cache != "none":
+        # Memory for all images is reserved page by page, and filled with their pixels.
+        with world.patiently(f"data.cache={data.cache}") as patient:
+            if data.cache == "decoded":
+                reader = _decoded_cache(index, data, patient)
+            else:
+                assert index.nbytes is not None
+                reader = Reader(index, data.read_threads, EncodedCache(index.nbytes, patient))
+    return Loader(
+        index,
+        data,
+        device=world.device,
+        dtype=DTYPES[config.train.precision],
+        max_batch_size=config.train.max_local_batch_size,
+        mean_image=mean_image,
+        reader=reader,
+        decoding=decoding,
+    )
+
+
+def _decodes_on_gpu(config: Config, device: torch.device) -> bool:
+    is_pixels = config.data.format in ("cifar10", "cifar100") or config.data.cache == "decoded"
+    return device.type == "cuda" and not is_pixels
+
+
+def _decoded_cache(index: Index, data: DataConfig, world: World) -> DecodedCache:
+    """All images, decoded once by the CPUs of each node, a share by each of its ranks."""
+    cache = DecodedCache(index, world)
+    mine = slice_of(np.arange(len(index)), world.local_rank, world.local_size)
+    samples = mine[(index.sizes[mine] > 0).all(axis=1)]
+    parts = [samples[i : i + DECODED_TOGETHER] for i in range(0, len(samples), DECODED_TOGETHER)]
+    loader = Loader(
+        index,
+        data,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        max_batch_size=DECODED_TOGETHER,
+    )
+
+    def fill() -> None:
+        for sample, pixels in loader.decoded(parts):
+            cache.put(sample, pixels)
+
+    world.on_all(fill)
+    return cache

@@ -1,0 +1,148 @@
+"""The promise that a run which goes on is the same run: what is compared, and what is said."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from resnet_dist.checkpoints import folders
+from resnet_dist.checkpoints.content import Checkpoint, Facts
+from resnet_dist.config import Config
+from resnet_dist.config_file import config_from_dict
+from resnet_dist.data.index.index import IN_BYTES
+from resnet_dist.data.load.dali import DALI_VERSION
+from resnet_dist.distributed import World
+from resnet_dist.plan import Plan
+from resnet_dist.run.folder import check_run_folder, differing_settings, refusal
+from resnet_dist.state import TrainState
+
+
+@dataclass(frozen=True)
+class Previous:
+    """What a run goes on from."""
+
+    path: Path | None  # the newest checkpoint; None: the run is new
+    checkpoint: Checkpoint | None  # read from there
+    changes: tuple[str, ...]  # what differs from when it was made, as the user wishes
+    warnings: tuple[str, ...]  # about checkpoints that are passed over, or hold infinities
+
+
+def look_back(config: Config, world: World) -> Previous:
+    """A collective: every rank reads the newest checkpoint. `compared` says what has changed."""
+    warnings = world.on_main(lambda: folders.look_over(config.run_dir))
+    path = world.on_main(lambda: folders.latest(config.run_dir))
+    checkpoint = None if path is None else world.on_all(lambda: Checkpoint.load(path))
+    return Previous(path, checkpoint, (), tuple(warnings))
+
+
+def compared(
+    previous: Previous, config: Config, facts: Facts, world: World, anyway: bool
+) -> Previous:
+    """With `changes`, of changes_since, which raises where they are not wished. A collective."""
+    saved = previous.checkpoint
+    changes = world.on_main(lambda: changes_since(config, saved, facts, anyway))
+    return replace(previous, changes=tuple(changes))
+
+
+def changes_since(
+    config: Config, saved: Checkpoint | None, facts: Facts, anyway: bool
+) -> list[str]:
+    """What differs now from what made the newest checkpoint, or RUN/config.yaml if there is none.
+
+    facts: of now. anyway: to go on all the same.
+
+    Raises:
+        UserError: something differs, and not `anyway`; or the weights do not fit the network.
+    """
+    if saved is None:
+        return check_run_folder(config, anyway)
+    before = config_from_dict(saved.config, f"{config.run_dir}/checkpoints")
+    differing = differing_settings(before, config)
+    differing += _differing_data(saved.fingerprints, facts.fingerprints, before, config)
+    classes_before, classes = len(saved.classes), len(facts.classes)
+    if classes_before != classes:
+        differing.append(f"classes {classes_before} -> {classes}")
+    if saved.decoder not in (None, facts.decoder):  # None: an older version wrote it
+        differing.append(f"decoder {saved.decoder} -> {facts.decoder}")
+    fits = before.model.name == config.model.name and classes_before == classes
+    if differing and not (anyway and fits):
+        raise refusal(config, saved.step, differing, can_be_told_to=fits)
+    return differing
+
+
+def _differing_data(
+    old: Mapping[str, str], new: Mapping[str, str], before: Config, config: Config
+) -> list[str]:
+    """old, new: of Index.fingerprints. What an older version did not note is not compared."""
+    differing = [what for what in new if what in old and old[what] != new[what]]
+    return [
+        f"data: other {what} ({before.data.root} {old[what][:12]} -> {config.data.root} "
+        f"{new[what][:12]})"
+        for what in differing
+        if what.removesuffix(IN_BYTES) == what or what.removesuffix(IN_BYTES) not in differing
+    ]
+
+
+def take_over(saved: Checkpoint, config: Config, state: TrainState) -> tuple[Checkpoint, list[str]]:
+    """`saved` as it fits `state`, of a config that has changed; lines of warning."""
+    warnings = []
+    momentum = saved.optimizer["state"]
+    if saved.config["optim"].get("lr_scales", {}) != config.optim.lr_scales:
+        # Momentum is saved by number, in the order of the groups, which these make.
+        momentum = {}
+        warnings = ["warning: optim.lr_scales has changed: momentum starts from zero"]
+    # Momentum's factor and weight decay are the config's: torch would take the saved ones.
+    groups = state.optimizer.state_dict()["param_groups"]
+    fitting = replace(
+        saved,
+        optimizer={"state": momentum, "param_groups": groups},
+        scaler=saved.scaler or state.scaler.state_dict(),  # was not fp16
+    )
+    return fitting, warnings
+
+
+def made_with(world: World) -> dict[str, str]:
+    """What the bits of a run depend on besides its config and its data. Of this rank."""
+    facts = {
+        "torch": str(torch.__version__),  # a subclass of str, which a checkpoint refuses
+        "dali": DALI_VERSION,
+        "world_size": str(world.size),
+    }
+    if world.device.type == "cuda":
+        facts["device"] = torch.cuda.get_device_name(world.device)
+        facts["cudnn"] = str(torch.backends.cudnn.version())
+    else:
+        facts["device"] = f"cpu with {torch.backends.cpu.get_cpu_capability()}"  # picks kernels
+        facts["threads"] = str(torch.get_num_threads())  # sums on a CPU are shared out over them
+    return facts
+
+
+def not_bit_for_bit(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """A line of warning if two `made_with` differ in what both say."""
+    both = [key for key in before if key in now]  # an older version said nothing
+    differing = [f"{key} {before[key]} -> {now[key]}" for key in both if before[key] != now[key]]
+    return [f"warning: not bit for bit from here on: {', '.join(differing)}"] if differing else []
+
+
+def another_bn_batch(before: int, plan: Plan) -> list[str]:
+    """A line of warning if BN now averages over another number of images, and how to keep it."""
+    if before == plan.bn_batch_size:
+        return []
+    line = (
+        f"warning: BN normalizes {plan.bn_batch_size} images together, {before} before: the world "
+        "or train.max_local_batch_size has changed"
+    )
+    local = plan.max_local_batch_size_for(before)
+    if local is not None:
+        line += f"; train.max_local_batch_size={local} keeps it, if that fits in memory"
+    return [line]
+
+
+def describe(path: Path, saved: Checkpoint, plan: Plan) -> str:
+    """The line that says from where a run goes on."""
+    text = f"resumes at step {saved.step} (epoch {plan.epoch_at(saved.step):.2f}) from {path}"
+    if saved.made_with:  # else an older version wrote it
+        ranks = saved.made_with["world_size"]
+        text += f", saved {saved.saved_at} by {ranks} rank{'s' if ranks != '1' else ''}"
+    return text

@@ -1,0 +1,236 @@
+"""MLflow's view of a run: a thread sends on what stands in journal.jsonl.
+
+RUN/mlflow.json holds how far it came. A slow or dead server so costs training nothing, and a
+resumed run goes on under its run id.
+"""
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import subprocess
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit, urlunsplit
+
+from resnet_dist.config import Config, leaves
+from resnet_dist.errors import not_installed
+from resnet_dist.files import replace_file
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+POLL_SECONDS = 1.0
+RETRY_SECONDS = 15.0
+DRAIN_SECONDS = 60.0  # at the end of a run, the most that is spent on MLflow
+METRICS_PER_CALL = 1000  # the server's limits
+PARAMS_PER_CALL = 100
+PARAM_CHARACTERS = 6000
+TAG_CHARACTERS = 5000
+
+
+def tracking_uri(run_root: Path) -> str:
+    """MLFLOW_TRACKING_URI, or a database at an absolute path inside the run root."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{run_root.absolute()}/mlflow.db"
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """RUN/mlflow.json: the MLflow run that mirrors a run folder, and how far it got."""
+
+    tracking_uri: str
+    experiment_id: str
+    run_id: str
+    journal_bytes: int = 0
+    name: str = ""  # of the run; "": an older version wrote it
+
+    @classmethod
+    def read(cls, run_dir: Path) -> "RunRecord | None":
+        path = run_dir / "mlflow.json"
+        return cls(**json.loads(path.read_text())) if path.is_file() else None
+
+    def write(self, run_dir: Path) -> None:
+        replace_file(run_dir / "mlflow.json", json.dumps(vars(self), indent=1))
+
+
+class Mirror(threading.Thread):
+    """Sends the journal on to MLflow. Training never waits for it and never fails because of it."""
+
+    def __init__(self, config: Config, tags: Mapping[str, str], warn: Callable[[str], None]):
+        super().__init__(name="mlflow-mirror", daemon=True)
+        self.config = config
+        self.run_dir = config.run_dir
+        self.tags = dict(tags)
+        self.warn = warn
+        self.ending = threading.Event()
+        self.status = "FINISHED"
+        self.artifacts: Mapping[str, Path] = {}
+        self._warned = False
+
+    def finish(self, status: str, artifacts: Mapping[str, Path]) -> None:
+        self.status, self.artifacts = status, artifacts
+        self.ending.set()
+        self.join(DRAIN_SECONDS)
+        if self.is_alive():
+            self.warn("MLflow: not all records were sent; journal.jsonl holds them")
+
+    def run(self) -> None:
+        client: MlflowClient | None = None
+        while True:
+            last_round = self.ending.is_set()  # read before sending: nothing comes after it
+            try:
+                if client is None:
+                    client = self._connect()
+                self._send_journal(client)
+                if last_round:
+                    self._close_run(client)
+                    return
+            except Exception as error:  # whatever the server or its client throws
+                if not self._warned:
+                    reason = " ".join(str(error).split())[:200]
+                    self.warn(f"MLflow: {reason}; training goes on, journal.jsonl holds the record")
+                    self._warned = True
+                if last_round:
+                    return
+                self.ending.wait(RETRY_SECONDS)
+                continue
+            self.ending.wait(POLL_SECONDS)
+
+    def _connect(self) -> "MlflowClient":
+        uri = tracking_uri(self.run_dir.parent)
+        with _database_lock(uri, self.run_dir.parent):
+            client = mlflow_client(uri)
+            record = RunRecord.read(self.run_dir)
+            # A folder that was copied to go on under another name has the other's record.
+            copied = record is not None and record.name not in ("", self.config.name)
+            if record is None or copied or record.tracking_uri != without_credentials(uri):
+                record = self._create_run(client, uri)
+                # At once: whatever fails from here on, the next try goes on with this run.
+                record.write(self.run_dir)
+        client.update_run(record.run_id, status="RUNNING")
+        for key, value in self.tags.items():
+            client.set_tag(record.run_id, key, value)
+        from mlflow.entities import Param
+
+        # MLflow's params cannot change: those of the first start stand.
+        known = client.get_run(record.run_id).data.params
+        params = [
+            Param(key, str(value)[:PARAM_CHARACTERS])
+            for key, value in leaves(self.config).items()
+            if key not in known
+        ]
+        for start in range(0, len(params), PARAMS_PER_CALL):
+            client.log_batch(record.run_id, params=params[start : start + PARAMS_PER_CALL])
+        self._upload(client, record.run_id, self.run_dir / "config.yaml", None)
+        return client
+
+    def _create_run(self, client: "MlflowClient", uri: str) -> RunRecord:
+        name = self.config.tracking.experiment
+        experiment = client.get_experiment_by_name(name)
+        if experiment is None:
+            local = uri.startswith("sqlite:")
+            root = (self.run_dir.parent / "mlartifacts").as_uri() if local else None
+            experiment_id = client.create_experiment(name, artifact_location=root)
+        else:
+            experiment_id = experiment.experiment_id
+        run = client.create_run(experiment_id, run_name=self.config.name)
+        return RunRecord(
+            without_credentials(uri), experiment_id, run.info.run_id, name=self.config.name
+        )
+
+    def _upload(self, client: "MlflowClient", run_id: str, path: Path, name: str | None) -> None:
+        """An artifact store that fails must not keep metrics and status from the server."""
+        try:
+            if path.is_dir():
+                client.log_artifacts(run_id, str(path), name)
+            else:
+                client.log_artifact(run_id, str(path), name)
+        except Exception as error:  # whatever the store or its client throws
+            self.warn(f"MLflow: {path} was not uploaded: {' '.join(str(error).split())[:200]}")
+
+    def _send_journal(self, client: "MlflowClient") -> None:
+        from mlflow.entities import Metric
+
+        record = RunRecord.read(self.run_dir)
+        assert record is not None  # written by _connect
+        journal = self.run_dir / "journal.jsonl"
+        with open(journal, "rb") as file:
+            # A journal that lost its end to a power cut is shorter than what was sent of it.
+            start = file.seek(min(record.journal_bytes, journal.stat().st_size))
+            text = file.read()
+        whole = text[: text.rfind(b"\n") + 1]
+        metrics = []
+        for line in whole.splitlines():
+            entry = json.loads(line)
+            for name, value in entry["metrics"].items():
+                metrics.append(Metric(name, value, entry["time_ms"], entry["step"]))
+        for first in range(0, len(metrics), METRICS_PER_CALL):
+            client.log_batch(record.run_id, metrics=metrics[first : first + METRICS_PER_CALL])
+        if whole:
+            replace(record, journal_bytes=start + len(whole)).write(self.run_dir)
+
+    def _close_run(self, client: "MlflowClient") -> None:
+        record = RunRecord.read(self.run_dir)
+        assert record is not None  # written by _connect
+        for name, path in self.artifacts.items():
+            self._upload(client, record.run_id, path, name)
+        client.set_terminated(record.run_id, self.status)
+
+
+@contextlib.contextmanager
+def _database_lock(uri: str, run_root: Path) -> Iterator[None]:
+    """One process at a time makes a new database or brings an old one up to date.
+
+    MLflow does so without a lock, and runs that start at the same moment leave it broken for good.
+    """
+    if not uri.startswith("sqlite:"):
+        yield
+        return
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # a file system without locks: as MLflow has it
+            lock = stack.enter_context(open(run_root / ".mlflow.lock", "a"))
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def without_credentials(uri: str) -> str:
+    """http://user:secret@host -> http://host: for files and screens."""
+    parts = urlsplit(uri)
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])) if "@" in uri else uri
+
+
+def mlflow_client(uri: str) -> "MlflowClient":
+    """A client that gives up on a dead server within seconds, not after MLflow's four minutes.
+
+    Raises:
+        UserError: MLflow is not installed.
+    """
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    # Imported here: it takes seconds, which rank 0 spends in its side thread and others never.
+    try:
+        from mlflow import MlflowClient
+    except ModuleNotFoundError as error:
+        raise not_installed(error) from None
+    return MlflowClient(tracking_uri=uri)
+
+
+def git_commit() -> str:
+    """The commit of the source tree, "-dirty" with changes on top; "unknown" outside a checkout."""
+    command = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    tree = Path(__file__).resolve().parent.parent
+    # Installed inside somebody else's checkout, it is not that checkout's commit.
+    env = os.environ | {"GIT_CEILING_DIRECTORIES": str(tree.parent)}
+    try:
+        done = subprocess.run(
+            command, cwd=tree, env=env, capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return done.stdout.strip() or "unknown"

@@ -1,0 +1,89 @@
+"""`evaluate`: the score of a checkpoint, by the protocol that the user names."""
+
+import sys
+from pathlib import Path
+
+from resnet_dist import distributed
+from resnet_dist.data.index.index import Index
+from resnet_dist.data.load.source import load_index, make_loader
+from resnet_dist.data.view.protocol import CENTER_CROP, Protocol
+from resnet_dist.data.view.requests import eval_requests
+from resnet_dist.determinism import fix_algorithms
+from resnet_dist.distributed import World
+from resnet_dist.errors import UserError
+from resnet_dist.evaluate import Score, evaluate
+from resnet_dist.models.vgg import MAP_PX, Vgg
+from resnet_dist.run.bad_samples import named
+from resnet_dist.verbs.recalibrate import recalibrate
+from resnet_dist.verbs.trained import Trained, load_trained
+
+MIN_DENSE_PX = 2**5 * MAP_PX  # five times halved, the map is as large as VGG's kernel
+
+
+def evaluate_checkpoint(
+    path: Path,
+    overrides: list[str],
+    protocol: Protocol = CENTER_CROP,
+    bn_images: int | None = None,
+    save_to: Path | None = None,
+) -> Score:
+    """The score of a checkpoint on the validation images of its config; every rank calls it.
+
+    bn_images: first take the BN statistics anew, from so many training images (recalibrate.py),
+    and write the checkpoint with them to save_to, a new folder.
+
+    Raises:
+        UserError: no such checkpoint, its classes are not those of the data, a protocol that the
+            data or the network cannot follow, or what `recalibrate` and writing raise.
+    """
+    world = distributed.start()
+    if save_to is not None and world.on_main(save_to.exists):
+        raise UserError(f"--save-to {save_to}: is there already; give a new folder")
+    trained = load_trained(path, overrides, world)
+    config, index = trained.config, val_index(trained, path, world)
+    if config.train.deterministic:  # no autotuning otherwise: the shapes of multi-scale vary
+        fix_algorithms(True)
+    check_protocol(protocol, trained, index)
+    if bn_images is not None:
+        recalibrate(trained, bn_images, world)
+    if save_to is not None:
+        world.on_main(lambda: trained.write(save_to))
+    mean = trained.mean_image
+    if mean is not None and protocol.scales_px:
+        mean = mean.mean(axis=(0, 1))  # the mean image fits the crop alone: its channels' means
+    loader = make_loader(index, config, world, mean, trained.decoding(world))
+    requests = eval_requests(config, index, protocol, world.rank, world.size)
+    batches = loader.batches(requests)
+    score = evaluate(trained.network, batches, world, config.train.precision, protocol)
+    for bad in world.gather(named(index, loader.bad, config.data.root)):
+        for name, why in bad.items():
+            if world.is_main:
+                print(f"bad sample: {name}: {why}; it counts as wrong", file=sys.stderr)
+    distributed.stop()
+    return score
+
+
+def val_index(trained: Trained, path: Path, world: World) -> Index:
+    """Its validation images. Raises UserError where they are of other classes. A collective."""
+    index = load_index(trained.config, "val", world)
+    if index.classes != trained.classes:
+        raise UserError(
+            f"data.root={trained.config.data.root}: has {len(index.classes)} classes that are not "
+            f"the {len(trained.classes)} of {path}; give its data with data.root=..."
+        )
+    return index
+
+
+def check_protocol(protocol: Protocol, trained: Trained, index: Index) -> None:
+    """Raises UserError where the data or the network cannot follow the protocol."""
+    if index.pixels is not None and protocol != CENTER_CROP:
+        raise UserError(
+            f"--protocol {protocol.name}: the images of data.format={trained.config.data.format} "
+            "are seen whole, at their own size; use center-crop"
+        )
+    smallest = min(protocol.scales_px, default=MIN_DENSE_PX)
+    if isinstance(trained.network, Vgg) and smallest < MIN_DENSE_PX:
+        name = trained.config.model.name
+        raise UserError(
+            f"--scales: {smallest} px: {name} needs at least {MIN_DENSE_PX}; give larger ones"
+        )

@@ -1,0 +1,72 @@
+"""A trained network, read from a checkpoint and ready on its device."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from resnet_dist.checkpoints import writer
+from resnet_dist.checkpoints.content import Checkpoint
+from resnet_dist.config import Config
+from resnet_dist.config_file import config_from_dict
+from resnet_dist.data.load.decoding import Decoding
+from resnet_dist.data.load.source import agreed_decoding
+from resnet_dist.distributed import World
+from resnet_dist.errors import UserError
+from resnet_dist.models.build import build_model
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What it takes to use a network (of train.ema_decay: the averaged one), and to write it."""
+
+    config: Config  # of its training, with the overrides on top
+    network: nn.Module  # in evaluation mode, on the world's device, channels_last, float32
+    classes: tuple[str, ...]
+    mean_image: np.ndarray | None  # float32 [H, W, 3] on the 0..1 scale; None: config.data.mean
+    saved: Checkpoint
+
+    def decoding(self, world: World) -> Decoding:
+        """The way in which its training images were decoded, where that is sound here. A
+        collective; raises what agreed_decoding raises."""
+        return agreed_decoding(self.config, world, self.saved.decoder)[0]
+
+    def write(self, folder: Path) -> None:
+        """The checkpoint with the network as it is now, in a new folder. For one rank only.
+
+        Raises:
+            UserError: the folder cannot be written.
+        """
+        try:
+            writer.write(folder, self.saved.with_weights(self.network.state_dict()))
+        except OSError as error:
+            raise UserError(f"{folder}: not written: {error.strerror or error}") from None
+
+
+def load_trained(path: Path, overrides: list[str], world: World) -> Trained:
+    """Reads a checkpoint (or a run folder, whose best one it takes). A collective.
+
+    Raises:
+        UserError: no such checkpoint, or overrides that do not go with it.
+    """
+    saved = world.on_all(lambda: Checkpoint.load(path))
+    config = config_from_dict(saved.config, str(path), overrides)
+    # It would be filled for a few batches.
+    config = replace(config, data=replace(config.data, cache="none"))
+    name = saved.config["model"]["name"]
+    if config.model.name != name:
+        raise config.invalid("model.name", f"{path} holds a {name}", name)
+    per_pixel_mean = saved.mean_image is not None
+    if config.data.per_pixel_mean != per_pixel_mean:
+        why = f"{path} was trained {'with' if per_pixel_mean else 'without'} a mean image"
+        raise config.invalid("data.per_pixel_mean", why, per_pixel_mean)
+    mean_image = None if saved.mean_image is None else saved.mean_image.numpy()
+    if mean_image is not None and len(mean_image) != config.data.eval_crop_px:
+        why = f"the mean image of {path} has another size"
+        raise config.invalid("data.eval_crop_px", why, len(mean_image))
+    network = build_model(name, len(saved.classes))
+    network.load_state_dict(saved.weights)
+    network.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return Trained(config, network.eval(), saved.classes, mean_image, saved)

@@ -1,0 +1,313 @@
+"""`verify`: decodes every image as training does, and says which will train, and how."""
+
+import os
+import re
+import shutil
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from resnet_dist.config import DataConfig
+from resnet_dist.data.formats import build_index
+from resnet_dist.data.index.image_facts import ends_early, particulars
+from resnet_dist.data.index.index import Index
+from resnet_dist.data.index.listing import CIFAR_FORMS
+from resnet_dist.data.index.quarantine import QUARANTINE, escape, read_quarantine, write_quarantine
+from resnet_dist.data.load.cache import Image
+from resnet_dist.data.load.dali import Loader
+from resnet_dist.data.load.reader import Reader
+from resnet_dist.data.view.augment import Request, unchanged
+from resnet_dist.run.progress import REFRESH_SECONDS, duration
+
+SPLITS = ("train", "val")
+BATCH_PER_THREAD = 8
+SEEN_PX = 8  # to which a whole image is resized: the least that is worth a thread's errand
+SYNSET = re.compile(r"(?:^|_)(n[0-9]{8})(?=_|$)")  # n01440764_10026, ..._n01440764
+BAD = {"train": "a stand-in takes its place", "val": "counts as wrong"}
+CANNOT_TRAIN = ("empty", "truncated", "corrupt", "unsupported", "unreadable", "class in one split")
+
+
+@dataclass(frozen=True)
+class Finding:
+    split: str
+    name: str  # relative to the data's root: train/cat/1.jpg
+    kind: str
+    what: str  # is wrong, and happens in training
+
+    def __str__(self) -> str:
+        return f"{escape(self.name)}: {self.kind}: {self.what}"
+
+
+@dataclass
+class Split:
+    """One of the two, when all its images were looked at."""
+
+    name: str
+    index: Index
+    top: str
+    digests: np.ndarray  # S32 [N]: SHA-256 of each image; empty for unreadable ones
+    bad: dict[int, str] = field(default_factory=dict)  # sample -> reason
+
+    def name_of(self, sample: int) -> str:
+        return self.index.paths[sample][len(self.top) :]
+
+    def class_of(self, sample: int) -> str:
+        return self.index.classes[self.index.labels[sample]]
+
+
+def verify(root: Path, data_format: str | None, threads: int, dry_run: bool) -> bool:
+    """Prints a line for each finding, then how many there are of each kind.
+
+    data_format: of DataConfig; None: recognized by what is in `root`. What cannot be read is
+    written to root/bad_samples.tsv, in place of what stood there, unless dry_run.
+
+    Returns whether all will train.
+
+    Raises:
+        UserError: no data, or a shard or CIFAR file that is damaged.
+    """
+    data_format = data_format or recognized_format(root)
+    # With data.holdout_images a folder needs no val/.
+    there = [name for name in SPLITS if data_format != "folder" or (root / name).is_dir()]
+    names = there if "train" in there else SPLITS
+    indexes = {name: build_index(data_format, root, name, None) for name in names}
+    count = sum(map(len, indexes.values()))
+    if indexes["train"].pixels is not None:
+        print(f"all {count:,} images of {data_format} will train: whole records, labels in range")
+        return True
+    quarantined = read_quarantine(root)
+    progress = _Progress(count)
+    splits, counts = [], Counter[tuple[str, str]]()
+    for name, index in indexes.items():
+        top = os.path.join(root.absolute(), "")
+        splits.append(Split(name, index, top, np.zeros(len(index), "S32")))
+        for finding in _check_images(splits[-1], threads, progress):
+            progress.say(str(finding))
+            counts[finding.kind, finding.split] += 1
+    across = list(_differing_classes(*splits)) if len(splits) == len(SPLITS) else []
+    for finding in (*sorted(_duplicates(splits), key=lambda one: one.name), *across):
+        progress.say(str(finding))
+        counts[finding.kind, finding.split] += 1
+    progress.finish()
+    if counts:
+        print(f"\n{_table(counts)}")
+    bad = {one.name_of(sample): why for one in splits for sample, why in one.bad.items()}
+    if said := _set_aside(root, bad, quarantined, dry_run):
+        print(f"\n{said}")
+    print(_verdict(count, len(bad), any(kind == CANNOT_TRAIN[-1] for kind, _ in counts)))
+    return not any(kind in CANNOT_TRAIN for kind, _ in counts)
+
+
+def recognized_format(root: Path) -> str:
+    """Of DataConfig; "folder" for all that is nothing else."""
+    if any(root.glob("*.tar")) or any(root.glob("train/*.tar")):
+        return "shards"
+    for name, forms in CIFAR_FORMS.items():
+        for form in forms:
+            if any((root / folder / form.train[0]).is_file() for folder in (form.folder, "")):
+                return name
+    return "folder"
+
+
+class _InspectingReader(Reader):
+    """Looks at the bytes on their way to the decoder, in the threads that read them."""
+
+    def __init__(self, split: Split, threads: int) -> None:
+        super().__init__(split.index, threads)
+        self._split = split
+        self.particulars: dict[int, dict[str, str]] = {}
+        self.end_early: set[int] = set()
+
+    def read(self, sample: int) -> Image:
+        image = super().read(sample)
+        data = image.data.tobytes()
+        self._split.digests[sample] = sha256(data).digest()
+        if found := particulars(data, self._split.index.paths[sample]):
+            self.particulars[sample] = found
+        if ends_early(data):
+            self.end_early.add(sample)
+        return image
+
+
+def _check_images(split: Split, threads: int, progress: "_Progress") -> Iterator[Finding]:
+    """Decodes them all, and fills split.digests and split.bad."""
+    index, numbers = split.index, np.arange(len(split.index))
+    reader = _InspectingReader(split, threads)
+    loader = Loader(
+        index,
+        DataConfig(decode_threads=threads, read_threads=threads, max_bad_samples=len(index)),
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        max_batch_size=BATCH_PER_THREAD * threads,
+        reader=reader,
+    )
+    parts = np.split(numbers, numbers[:: BATCH_PER_THREAD * threads][1:])
+    for part, _ in zip(parts, loader.batches(_whole(index, part) for part in parts), strict=True):
+        for sample in part.tolist():
+            name = split.name_of(sample)
+            found = reader.particulars.pop(sample, {})
+            if sample in loader.bad:
+                kind, why = _trouble(split, sample, loader.bad[sample], sample in reader.end_early)
+                split.bad[sample], split.digests[sample] = why, b""
+                found = {kind: f"{why}; {BAD[split.name]}"}
+            elif other := _other_synset(name, split.class_of(sample)):
+                found["other class"] = f"its name says {other}; trains as {split.class_of(sample)}"
+            yield from (Finding(split.name, name, kind, what) for kind, what in found.items())
+        progress.add(len(part))
+
+
+def _whole(index: Index, samples: np.ndarray) -> Request:
+    """All pixels: an image may be broken below the window that training happens to cut out."""
+    sizes = index.sizes[samples]
+    windows = unchanged(np.hstack([np.zeros_like(sizes), sizes]).astype(float), (SEEN_PX, SEEN_PX))
+    return Request(samples, replace(windows, cut_first=True))  # by training's way through DALI
+
+
+def _trouble(split: Split, sample: int, why: str, end_early: bool) -> tuple[str, str]:
+    """The kind, and the reason in words."""
+    if not why.startswith(("not a readable image", "an empty file")):
+        return "unreadable", why
+    nbytes = split.index.nbytes
+    if nbytes is not None and not nbytes[sample]:
+        return "empty", "an empty file"
+    if end_early or "truncated" in why.lower():
+        return "truncated", why if "truncated" in why.lower() else "its end is missing"
+    return ("unsupported" if "DALI does not decode" in why else "corrupt"), why
+
+
+def _other_synset(name: str, trained_as: str) -> str | None:
+    """ImageNet's files name their class: n01440764_10026.JPEG."""
+    synsets = SYNSET.findall(os.path.basename(name).partition(".")[0])
+    if not synsets or not SYNSET.fullmatch(trained_as) or trained_as in synsets:
+        return None
+    return synsets[-1]
+
+
+def _duplicates(splits: Sequence[Split]) -> Iterator[Finding]:
+    """Images with the same bytes in both splits, or under two classes of one."""
+    train = splits[0]
+    digests = np.concatenate([split.digests for split in splits])
+    order = np.argsort(digests, kind="stable")
+    order = order[digests[order] != b""]
+    bounds = np.flatnonzero(np.r_[True, digests[order[1:]] != digests[order[:-1]], True])
+    several = np.diff(bounds) > 1
+    for start, end in zip(bounds[:-1][several], bounds[1:][several], strict=True):
+        train_images = len(train.index)
+        places = [
+            (train, i) if i < train_images else (splits[1], i - train_images)
+            for i in order[start:end]
+        ]
+        first: dict[str, int] = {}  # in each split
+        for split, sample in places:
+            name, of_class = split.name_of(sample), split.class_of(sample)
+            other = first.setdefault(split.name, sample)
+            if split.class_of(other) != of_class:
+                same = f"the bytes of {escape(split.name_of(other))}; has both labels"
+                yield Finding(split.name, name, "two classes", same)
+            if split is not train and (seen := first.get("train")) is not None:
+                as_what = "" if train.class_of(seen) == of_class else " (of another class)"
+                same = f"the bytes of {escape(train.name_of(seen))}{as_what}; training has seen it"
+                yield Finding("val", name, "in both splits", same)
+
+
+def _differing_classes(train: Split, val: Split) -> Iterator[Finding]:
+    for one, other in ((train, val), (val, train)):
+        for name in sorted(set(one.index.classes) - set(other.index.classes)):
+            what = f"not in {other.name}/; training refuses to start"
+            yield Finding(one.name, f"{one.name}/{name}", "class in one split", what)
+
+
+def _table(counts: Counter[tuple[str, str]]) -> str:
+    kinds = list(dict.fromkeys(kind for kind, _ in counts))
+    kinds.sort(key=lambda kind: kind not in CANNOT_TRAIN)
+    rows = [["", *SPLITS, ""]]
+    for kind in kinds:
+        of_each = [f"{counts[kind, split]:,}" for split in SPLITS]
+        rows.append([kind, *of_each, "cannot" if kind in CANNOT_TRAIN else "trains"])
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    return "\n".join(
+        f"{kind:<{widths[0]}}  {a:>{widths[1]}}  {b:>{widths[2]}}  {trains}".rstrip()
+        for kind, a, b, trains in rows
+    )
+
+
+def _set_aside(root: Path, bad: dict[str, str], before: dict[str, str], dry_run: bool) -> str:
+    """Writes the quarantine; lines that say so, and what is in it no longer."""
+    path = root / QUARANTINE
+    mended = sorted(before.keys() - bad)
+    lines = [f"{escape(name)}: no longer in {path}: it decodes, or is gone" for name in mended]
+    if bad == before:
+        lines += [f"{path} names them already"] if bad else []
+    elif dry_run:
+        return f"{path} is left as it is (--dry-run)"
+    else:
+        try:
+            write_quarantine(root, bad)
+            lines += [f"{path} names them now"] if bad else []
+        except OSError as error:
+            return (
+                f"{path}: {error.strerror}: not written; run `resnet-dist verify` where it can be, "
+                "or let training find these images by itself"
+            )
+    return "\n".join(lines)
+
+
+def _verdict(count: int, bad: int, classes_differ: bool) -> str:
+    most = DataConfig().max_bad_samples
+    text = f"all {count:,} images will train"
+    if bad:
+        text = (
+            f"{count - bad:,} of {count:,} images will train; {bad:,} cannot: in training a "
+            "stand-in takes their place, in evaluation they count as wrong"
+        )
+    if bad > most:
+        text += f"; they are more than data.max_bad_samples={most}: mend them, or raise it"
+    if classes_differ:
+        text += "; but train/ and val/ must have the same classes first"
+    return text
+
+
+class _Progress:
+    """One living line on a terminal; none elsewhere. On stderr: stdout is for the findings."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._done = 0
+        self._lives = sys.stderr.isatty()
+        self._started = self._refreshed = time.monotonic()
+
+    def say(self, text: str) -> None:
+        self._clear()
+        print(text, flush=True)
+
+    def add(self, images: int) -> None:
+        self._done += images
+        now = time.monotonic()
+        if self._lives and now - self._refreshed > REFRESH_SECONDS:
+            self._refreshed = now
+            rate = self._done / (now - self._started)
+            left = (self._count - self._done) / rate
+            line = f"{self._done:,}/{self._count:,} images  {rate:,.0f} img/s  ETA {duration(left)}"
+            width = shutil.get_terminal_size().columns - 1
+            print(f"\r\x1b[K{line[:width]}", end="", file=sys.stderr, flush=True)
+
+    def finish(self) -> None:
+        self._clear()
+        seconds = time.monotonic() - self._started
+        rate = self._done / seconds
+        print(
+            f"{self._done:,} images in {duration(seconds)}, {rate:,.0f} img/s",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def _clear(self) -> None:
+        if self._lives:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
