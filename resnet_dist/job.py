@@ -23,6 +23,7 @@ from resnet_dist.data.view.protocol import CENTER_CROP
 from resnet_dist.data.view.requests import eval_requests, train_requests
 from resnet_dist.determinism import is_deterministic
 from resnet_dist.distributed import World, reduce_gradients_in_rank_order
+from resnet_dist.draws import seed_weights
 from resnet_dist.ema import AveragedNetwork
 from resnet_dist.errors import UserError
 from resnet_dist.models.build import build_model
@@ -167,7 +168,7 @@ def check_deterministic_form(config: Config, device: torch.device) -> None:
 
 def build_network(config: Config, world: World, num_classes: int) -> nn.Module:
     """The network of the config, on the device, parts frozen and BN synchronized as asked."""
-    torch.manual_seed(config.seed)  # the same weights on every rank
+    seed_weights(config.seed)  # the same on every rank
     model = _build_frozen(config, num_classes)
     if world.size > 1 and config.model.sync_batchnorm == "world":
         model = convert_sync_batchnorm(model, world.group)

@@ -11,8 +11,8 @@ from resnet_dist.data.view.augment import (
     PCA_SPREAD,
     eval_windows,
     train_windows,
-    uniforms,
 )
+from resnet_dist.draws import uniforms
 
 SCALE = DataConfig(train_crop="scale")
 RANDOM_RESIZED = DataConfig(train_crop="random_resized")
@@ -24,7 +24,7 @@ def random_sizes(count: int) -> np.ndarray:
 
 
 def test_uniforms_are_uniform_and_independent() -> None:
-    u = uniforms(seed=1, epoch=2, samples=np.arange(20_000), draws=4)
+    u = uniforms("window", 1, 2, np.arange(20_000), draws=4)
     assert (u >= 0).all()
     assert (u < 1).all()
     histogram = np.histogram(u, bins=20, range=(0, 1))[0] / u.size
@@ -37,19 +37,19 @@ def test_uniforms_are_uniform_and_independent() -> None:
 
 def test_every_part_of_the_key_counts() -> None:
     samples = np.arange(1000)
-    base = uniforms(1, 2, samples, 3)
+    base = uniforms("window", 1, 2, samples, 3)
     for other in (
-        uniforms(2, 2, samples, 3),
-        uniforms(1, 3, samples, 3),
-        uniforms(2, 1, samples, 3),
+        uniforms("window", 2, 2, samples, 3),
+        uniforms("window", 1, 3, samples, 3),
+        uniforms("window", 2, 1, samples, 3),
     ):
         assert not (other == base).any()
-    assert np.array_equal(uniforms(1, 2, samples, 8)[:, :3], base)  # more draws change none
+    assert np.array_equal(uniforms("window", 1, 2, samples, 8)[:, :3], base)
 
 
 def test_golden_draws() -> None:
     """A change here is a change of every run that is to be resumed."""
-    drawn = uniforms(seed=7, epoch=3, samples=np.array([0, 1_281_166]), draws=2)
+    drawn = uniforms("window", 7, 3, np.array([0, 1_281_166]), draws=2)
     assert drawn.tolist() == [
         [0.07775385112142719, 0.15470112768570066],
         [0.1967202999022365, 0.8807310623868335],

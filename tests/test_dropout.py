@@ -13,12 +13,10 @@ from torch import Tensor, nn
 
 from resnet_dist import distributed
 from resnet_dist.config import Config
-from resnet_dist.data.load.batch import Batch
-from resnet_dist.data.view import augment
-from resnet_dist.data.view.order import slice_of
-from resnet_dist.job import build
+from resnet_dist.job import build, train_batches
 from resnet_dist.models.build import build_model
 from resnet_dist.models.dropout import KeyedDropout, set_dropout_keys
+from resnet_dist.run.lookahead import take
 from resnet_dist.run.meter import Meter
 from resnet_dist.train import train_step
 
@@ -38,18 +36,6 @@ def test_masks_are_random_and_scaled() -> None:
     assert np.abs(np.corrcoef(kept)[np.triu_indices(300, 1)]).max() < 0.08  # rows are independent
     model = build_model("resnet20", 3)
     assert not any(isinstance(m, KeyedDropout | nn.Dropout) for m in model.modules())
-
-
-def test_the_bits_are_those_of_the_crops_generator() -> None:
-    """data/augment.py's keyed SplitMix64 on uint64, here on int64; the largest seed wraps."""
-    seed, step, positions, layer = 2**63 - 1, 7, np.arange(5, dtype=np.uint64), 2
-    key = np.zeros(5, np.uint64)
-    for word in (np.uint64(seed), np.uint64(step), positions, np.uint64(layer)):
-        key = augment._mix(key ^ word)
-    counters = np.arange(1, 4097, dtype=np.uint64) * augment._GOLDEN_GAMMA
-    drawn = (augment._mix(key[:, None] + counters) >> np.uint64(11)) * 2.0**-53
-    ours = masks(seed, step, range(5), layer, p=0.3)
-    assert np.array_equal(ours.numpy() > 0, drawn >= 0.3)
 
 
 def test_every_part_of_the_key_counts() -> None:
@@ -81,25 +67,21 @@ def masks_in_training(rank: int, world_size: int, config: Config, step: int) -> 
     network = Dropping()
     job = replace(job, model=network, dropouts=(network.dropout,))
     job.state.model, job.state.step = network, step
-    slices = job.plan.accumulation * world_size
-    sizes = [
-        len(slice_of(np.arange(8), number * world_size + rank, slices))
-        for number in range(job.plan.accumulation)
-    ]
-    batches = (Batch(torch.rand(n, 3, 4, 4), torch.zeros(n, dtype=torch.int64)) for n in sizes)
-    train_step(job, batches, Meter(job.world))
+    passes, failure = take(train_batches(job), job.plan.accumulation)
+    assert failure is None
+    train_step(job, passes, Meter(job.world))
     return network.seen
 
 
 @pytest.mark.parametrize("local", [8, 2])
 def test_ranks_draw_what_one_rank_draws(tiny_config: Callable[..., Config], local: int) -> None:
     """A global batch of 8, in one pass or in several: over all ranks and passes the same masks."""
-    alone = torch.cat(masks_in_training(0, 1, tiny_config("train.max_local_batch_size=8"), 5))
+    alone = torch.cat(masks_in_training(0, 1, tiny_config("train.max_local_batch_size=8"), 4))
     config = tiny_config(f"train.max_local_batch_size={local}")
-    ranks = run_ranks(masks_in_training, 3, config, 5, init_process_group=False)
+    ranks = run_ranks(masks_in_training, 3, config, 4, init_process_group=False)
     together = [ranks[rank][number] for number in range(len(ranks[0])) for rank in range(3)]
     assert torch.equal(torch.cat(together), alone)
-    assert not torch.equal(torch.cat(masks_in_training(0, 1, config, 6)), alone)
+    assert not torch.equal(torch.cat(masks_in_training(0, 1, config, 5)), alone)
 
 
 @pytest.mark.gpu

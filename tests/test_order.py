@@ -130,7 +130,7 @@ def requests_of_a_run(
         rows = []
         for _ in range(plan.accumulation):
             for stream in streams:
-                samples, windows, _ = next(stream)
+                samples, windows, *_ = next(stream)
                 assert 1 <= len(samples) <= largest
                 rows += [
                     (int(sample), *roi.tolist(), bool(flip))

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from resnet_dist.verbs.evaluate import evaluate_checkpoint
 from resuming import ONE_EPOCH
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
@@ -20,6 +19,7 @@ from resnet_dist.determinism import fix_algorithms
 from resnet_dist.precision import autocast
 from resnet_dist.run.interrupt import Interrupt
 from resnet_dist.train import train
+from resnet_dist.verbs.evaluate import evaluate_checkpoint
 from resnet_dist.verbs.predict import predict
 from resnet_dist.verbs.recalibrate import recalibrate
 from resnet_dist.verbs.responses import analyze_responses

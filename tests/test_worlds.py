@@ -241,7 +241,9 @@ def gradients(rank: int, world_size: int, config: Config) -> dict[int, dict[str,
         if count not in passes:
             batches = train_batches(job)
             taken, _ = take(batches, count)
-            passes[count] = [Batch(b.images.clone(), b.labels.clone()) for b in taken]
+            passes[count] = [
+                replace(b, images=b.images.clone(), labels=b.labels.clone()) for b in taken
+            ]
             batches.close()
         train_step(job, passes[count], Meter(job.world))
         together = images_together(world_size, way)

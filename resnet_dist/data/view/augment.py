@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from resnet_dist.config import DataConfig
+from resnet_dist.draws import uniforms
 
 RANDOM_RESIZED_ATTEMPTS = 10  # Szegedy et al. 2015, as torchvision's RandomResizedCrop does it
 
@@ -71,7 +72,7 @@ def train_windows(
     """Windows of training images. samples: int64 [B]; sizes: [B, 2] height, width."""
     sizes = np.maximum(sizes, 1)  # unreadable ones have none, and are not shown
     draws = 3 + 2 * RANDOM_RESIZED_ATTEMPTS
-    random = uniforms(seed, epoch, samples, draws=draws + 6)
+    random = uniforms("window", seed, epoch, samples, draws=draws + 6)
     flip, place, rest = random[:, 0], random[:, 1:3], random[:, 3:draws]
     if data.train_crop == "scale":
         roi = _scale(sizes, data.scale_px, data.crop_px, rest[:, 0], place)
@@ -206,28 +207,3 @@ def _in_original(
     """A crop of the resized image as a window of the original: [B, 4]."""
     scale = sizes / resized
     return np.concatenate([corner * scale, (corner + crop_px) * scale], axis=1)
-
-
-def uniforms(seed: int, epoch: int, samples: np.ndarray, draws: int) -> np.ndarray:
-    """float64 [B, draws] in [0, 1): numbers that belong to (seed, epoch, sample, draw).
-
-    A keyed SplitMix64 (Steele et al. 2014): the key is mixed word by word, draws count up by the
-    golden gamma. NumPy's own counter-based generators would need one object per sample.
-    """
-    key = np.zeros(len(samples), np.uint64)
-    for word in (np.uint64(seed), np.uint64(epoch), samples.astype(np.uint64)):
-        key = _mix(key ^ word)
-    counters = np.arange(1, draws + 1, dtype=np.uint64) * _GOLDEN_GAMMA
-    bits = _mix(key[:, None] + counters)
-    return (bits >> np.uint64(11)) * 2.0**-53
-
-
-_GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)
-
-
-def _mix(z: np.ndarray) -> np.ndarray:
-    """SplitMix64's finalizer, a bijection of 64-bit words (arithmetic modulo 2**64)."""
-    z = z + _GOLDEN_GAMMA
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))

@@ -8,6 +8,8 @@ from functools import lru_cache
 
 import numpy as np
 
+from resnet_dist.draws import generator
+
 BLOCK_IMAGES = 16  # neighbours in a shard that are read together: 1.8 MB of ImageNet
 WINDOW_IMAGES = 32_768  # the blocks of about so many images are mixed with each other
 
@@ -15,7 +17,7 @@ WINDOW_IMAGES = 32_768  # the blocks of about so many images are mixed with each
 @lru_cache(maxsize=2)  # 10 MB each for ImageNet; two, because DALI reads ahead over an epoch's end
 def epoch_order(seed: int, epoch: int, images: int) -> np.ndarray:
     """int64 [images]: a permutation of all sample numbers, seeded by (seed, epoch)."""
-    order = _random(seed, epoch).permutation(images)
+    order = generator("order", seed, epoch).permutation(images)
     order.flags.writeable = False  # it is shared by all callers of this cache
     return order
 
@@ -30,7 +32,7 @@ def block_order(seed: int, epoch: int, images: int, global_batch_size: int) -> n
     batch comes from as many parts of the data set as it has images; and a block is read whole by
     the one rank that has its place in the batch, whatever the number of ranks.
     """
-    random = _random(seed, epoch)
+    random = generator("order", seed, epoch)
     blocks = random.permutation(-(-images // BLOCK_IMAGES))
     sequence = (blocks[:, None] * BLOCK_IMAGES + np.arange(BLOCK_IMAGES)).reshape(-1)
     sequence = sequence[sequence < images]  # the last block may be a part of one
@@ -43,10 +45,6 @@ def block_order(seed: int, epoch: int, images: int, global_batch_size: int) -> n
     sequence[: places.size] = np.take_along_axis(places, mixed, axis=1).T.reshape(-1)
     sequence.flags.writeable = False
     return sequence
-
-
-def _random(seed: int, epoch: int) -> np.random.Generator:
-    return np.random.Generator(np.random.Philox(key=[seed, epoch]))
 
 
 def step_samples(
@@ -76,5 +74,5 @@ def holdout(images: int, held: int) -> tuple[np.ndarray, np.ndarray]:
 
     The same for every seed, so that runs of different seeds compare.
     """
-    order = np.random.Generator(np.random.Philox(key=0)).permutation(images)
+    order = generator("holdout", 0, 0).permutation(images)
     return np.sort(order[held:]), np.sort(order[:held])

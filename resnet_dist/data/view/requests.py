@@ -7,9 +7,10 @@ import numpy as np
 
 from resnet_dist.config import Config
 from resnet_dist.data.index.index import Index
-from resnet_dist.data.view.augment import Request, Windows, train_windows, uniforms
+from resnet_dist.data.view.augment import Request, Windows, train_windows
 from resnet_dist.data.view.order import step_samples
 from resnet_dist.data.view.protocol import Protocol
+from resnet_dist.draws import uniforms
 from resnet_dist.plan import Plan
 
 
@@ -41,7 +42,9 @@ def _stand_in(
     """Another training image in the place of `sample`, seen as in its own place: a function of
     (seed, epoch, sample), so that neither ranks nor restarts change what is shown."""
     key = np.array([len(index) * (1 + attempt) + sample])  # beyond the numbers of the samples
-    other = (uniforms(config.seed, epoch, key, draws=1)[0] * len(index)).astype(np.int64)
+    other = (uniforms("stand-in", config.seed, epoch, key, draws=1)[0] * len(index)).astype(
+        np.int64
+    )
     return int(other[0]), train_windows(config.data, config.seed, epoch, other, index.sizes[other])
 
 
