@@ -15,6 +15,7 @@ from pathlib import Path
 
 from resnet_dist import __version__
 from resnet_dist.config_file import load_config, recipe_name
+from resnet_dist.data.formats import FORMATS
 from resnet_dist.errors import UserError, not_installed
 from resnet_dist.process import set_up_process
 from resnet_dist.run.interrupt import Interrupt
@@ -341,7 +342,7 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("data", type=Path, metavar="DATA", help="what data.root is set to")
     verify.add_argument(
         "--format",
-        choices=("folder", "shards", "cifar10", "cifar100"),
+        choices=tuple(FORMATS),
         help="default: recognized by what is there",
     )
     verify.add_argument("--threads", type=_positive, metavar="N", help="default: one per core")

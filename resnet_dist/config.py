@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import yaml
 
+from resnet_dist.data.formats import FORMATS
 from resnet_dist.errors import UserError, invalid_value
 from resnet_dist.models.depths import DEPTHS, PARTS
 
@@ -29,7 +30,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    format: Literal["folder", "shards", "cifar10", "cifar100"] = "folder"
+    format: str = "folder"  # a row of data/formats.py
     root: str = "data/imagenet"
     # scale: shorter side uniform in scale_px, then a crop_px crop (He et al. 2015, section 3.4).
     # random_resized: area and aspect drawn, resized to crop_px (Szegedy et al. 2015).
@@ -293,14 +294,18 @@ def impossible(config: Config) -> Iterator[tuple[str, str, object]]:
     if data.eval_crop_px > data.eval_resize_px:
         why = f"is larger than data.eval_resize_px={data.eval_resize_px}"
         yield "data.eval_crop_px", why, data.eval_resize_px
-    is_cifar = data.format in ("cifar10", "cifar100")
-    if is_cifar != (data.train_crop == "pad"):
+    known = FORMATS.get(data.format)
+    if known is None:
+        nearest = difflib.get_close_matches(data.format, FORMATS, 1, 0.0) or ["folder"]
+        yield "data.format", f"must be one of {', '.join(FORMATS)}", nearest[0]
+        return
+    if known.is_pixels != (data.train_crop == "pad"):
         why = f"does not go with data.format={data.format}"
-        yield "data.train_crop", why, "pad" if is_cifar else "scale"
+        yield "data.train_crop", why, "pad" if known.is_pixels else "scale"
     if data.per_pixel_mean and data.eval_crop_px != data.crop_px:
         why = f"must be data.crop_px={data.crop_px}, the size of the mean image of per_pixel_mean"
         yield "data.eval_crop_px", why, data.crop_px
-    if is_cifar:
+    if known.is_pixels:
         if data.pca_color_std:
             yield "data.pca_color_std", f"is for photos, not for data.format={data.format}", 0.0
         if data.cache != "none":
@@ -329,14 +334,14 @@ def impossible(config: Config) -> Iterator[tuple[str, str, object]]:
     net = DEPTHS.get(model.name)
     if net is None:
         return
-    known = PARTS[net.form]
-    for part in set(optim.lr_scales) - set(known):
-        near = difflib.get_close_matches(part, known, 1, 0.0)[0]
-        why = f"{model.name} has no part {part}, only {', '.join(known)}"
+    parts = PARTS[net.form]
+    for part in set(optim.lr_scales) - set(parts):
+        near = difflib.get_close_matches(part, parts, 1, 0.0)[0]
+        why = f"{model.name} has no part {part}, only {', '.join(parts)}"
         yield "optim.lr_scales", why, {near: optim.lr_scales[part]}
-    if all(optim.lr_scales.get(part) == 0 for part in known):
+    if all(optim.lr_scales.get(part) == 0 for part in parts):
         why = "freezes all parts: nothing is left to train"
-        yield "optim.lr_scales", why, dict.fromkeys(known[:-1], 0.0)
+        yield "optim.lr_scales", why, dict.fromkeys(parts[:-1], 0.0)
     if net.shortcut == "none" and model.zero_init_last_gamma:
         why = f"is for residual blocks, and {model.name} has none"
         yield "model.zero_init_last_gamma", why, False

@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from resnet_dist.data.formats import build_index
+from resnet_dist.data.formats import build_index, count_images
 from resnet_dist.data.index.cifar import CLASSES
-from resnet_dist.data.index.listing import count_images
 from resnet_dist.errors import UserError
 
 TRAIN_IMAGES, VAL_IMAGES = 5, 3

@@ -11,12 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from resnet_dist.data.formats import build_index, set_aside, without
-from resnet_dist.data.index import folder
+from resnet_dist.data.formats import build_index, count_images
+from resnet_dist.data.index import files
 from resnet_dist.data.index.headers import displayed_size
-from resnet_dist.data.index.index import Index
+from resnet_dist.data.index.index import Index, set_aside, without
 from resnet_dist.data.index.index_file import load_index_file, read_extra, save_index
-from resnet_dist.data.index.listing import count_images
 from resnet_dist.data.index.quarantine import read_quarantine, write_quarantine
 from resnet_dist.errors import UserError
 
@@ -118,10 +117,10 @@ def test_a_settled_folder_is_not_walked_again(
     root, cache = tmp_path / "data", tmp_path / "cache"
     small_folder(root)
     age(root)
-    monkeypatch.setattr(folder, "CHECKED_FILES", 2)  # as if there were many files
+    monkeypatch.setattr(files, "CHECKED_FILES", 2)  # as if there were many files
     first = build_index("folder", root, "train", cache)
-    monkeypatch.setattr(folder, "list_folder", None)
-    monkeypatch.setattr(folder, "displayed_size", None)
+    monkeypatch.setattr("resnet_dist.data.index.folder.list_folder", None)
+    monkeypatch.setattr(files, "displayed_size", None)
     second = build_index("folder", root, "train", cache)
     assert (second.fingerprint, list(second.paths)) == (first.fingerprint, list(first.paths))
     monkeypatch.undo()
@@ -135,7 +134,7 @@ def test_a_mended_image_is_seen_among_many(tmp_path: Path, monkeypatch: pytest.M
     whole = mended.read_bytes()
     mended.write_bytes(whole[:10])
     age(tmp_path)
-    monkeypatch.setattr(folder, "CHECKED_FILES", 1)
+    monkeypatch.setattr(files, "CHECKED_FILES", 1)
     cache = tmp_path / "cache"
     assert list(build_index("folder", tmp_path, "train", cache).bad) == [1]
     mended.write_bytes(whole)
@@ -247,7 +246,7 @@ def test_a_damaged_index_file_is_one_line(tmp_path: Path) -> None:
 SHARED_KB = """
 import sys
 from pathlib import Path
-from resnet_dist.data.index_file import load_index_file
+from resnet_dist.data.index.index_file import load_index_file
 
 def kilobytes(name):
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()

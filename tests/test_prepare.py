@@ -335,7 +335,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(folder: Path, tmp_path: Path) ->
             raise AssertionError(f"worker {worker} was still there")
     run.communicate()
 
-    (dest / "train" / ".000005.tar.partial").write_bytes(b"torn")
+    (dest / "train" / ".partial-000005.tar-0123abcd").write_bytes(b"torn")
     again = start(folder, dest, *options)
     stdout, stderr = again.communicate(timeout=60)
     assert again.returncode == 0, stderr

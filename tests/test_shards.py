@@ -11,11 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from resnet_dist.data.formats import build_index
-from resnet_dist.data.index import shards
+from resnet_dist.data.formats import build_index, count_images
+from resnet_dist.data.index import shard_files, shards
 from resnet_dist.data.index.index import Index
 from resnet_dist.data.index.index_file import load_index_file, save_index
-from resnet_dist.data.index.listing import count_images
 from resnet_dist.errors import UserError
 
 
@@ -321,7 +320,7 @@ def test_a_hostile_or_broken_shard_is_refused(tmp_path: Path, case: str) -> None
 
 def test_what_prepare_has_not_finished_is_not_taken_for_all(tmp_path: Path) -> None:
     write_tar(tmp_path / "train" / "0.tar", hub_sample("n01", 3, 0, jpeg(3, 4)))
-    (tmp_path / shards.PREPARED).write_text("{}")
+    (tmp_path / shard_files.PREPARED).write_text("{}")
     with pytest.raises(UserError, match=r"train/index\.arrow: no such file: .* not finished"):
         build_index("shards", tmp_path, "train", None)
 

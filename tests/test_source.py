@@ -172,3 +172,21 @@ def test_the_quarantine_of_rank_0_counts(
     assert labels == plain.labels.tolist()
     assert bad == {number: "truncated"}
     assert np.flatnonzero(np.array(sizes).max(axis=1) == 0).tolist() == [number]
+
+
+def test_lists_of_two_nodes(tiny_yaml: Path, nodes: list[Path]) -> None:
+    """What stands in them counts, and the bytes of the images; not folders, which they have not."""
+    for node in nodes:
+        for name in ("same", "label", "bytes"):
+            (node / name).mkdir(parents=True)
+            (node / name / "1.jpg").write_bytes(jpeg(8, 9))
+            (node / name / "train.csv").write_text("1.jpg,x\n1.jpg,x\n")
+            (node / name / "val.csv").write_text("1.jpg,x\n")
+    (nodes[1] / "label" / "train.csv").write_text("1.jpg,y\n1.jpg,y\n")
+    (nodes[1] / "bytes" / "1.jpg").write_bytes(jpeg(8, 9) + b"\0")
+    cases = [([node / name for node in nodes], "list") for name in ("same", "label", "bytes")]
+    same, label, nbytes = on_two_nodes(tiny_yaml, cases)
+    assert same[0] == same[1]
+    assert same[0][1] == ["1.jpg", "1.jpg"]
+    assert "not the data of rank 0 in train: 1 lists, such as train.csv; copy them" in label[0]
+    assert f"train: {nodes[1]}/bytes/1.jpg has " in nbytes[0]

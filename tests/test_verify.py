@@ -19,7 +19,7 @@ from PIL import Image
 from resnet_dist import cli, distributed
 from resnet_dist.config import Config, DataConfig
 from resnet_dist.data.formats import build_index
-from resnet_dist.data.index.listing import CIFAR_PIXEL_BYTES
+from resnet_dist.data.index.cifar_files import CIFAR_PIXEL_BYTES
 from resnet_dist.data.index.quarantine import QUARANTINE, read_quarantine
 from resnet_dist.data.load.dali import Loader
 from resnet_dist.data.load.decoding import Decoding
@@ -291,7 +291,7 @@ def test_odd_names_and_an_unwritable_folder(
     def read_only(*_: Any, **__: Any) -> None:
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr("tempfile.NamedTemporaryFile", read_only)
+    monkeypatch.setattr(os, "replace", read_only)
     _, out, code = verify(tmp_path)
     assert f"{tmp_path / QUARANTINE}: Read-only file system: not written; run" in out
     assert code == 1

@@ -1,27 +1,40 @@
-"""From data on disk to their index, whatever their format."""
+"""The one table of data formats: a new one is a row here, and a file in index/.
 
+Only the standard library is imported here, so that a plan can be made on a login node.
+"""
+
+import hashlib
 import os
-from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from resnet_dist.data.index.cifar import cifar_index
-from resnet_dist.data.index.folder import folder_index, kept_name
-from resnet_dist.data.index.index import Index
-from resnet_dist.data.index.shards import own_index_file, shard_index
+from resnet_dist.data.index.cifar_files import Cifar
+from resnet_dist.data.index.folder import Folder
+from resnet_dist.data.index.format import Format
+from resnet_dist.data.index.list_file import ListFile
+from resnet_dist.data.index.shard_files import ShardFiles
+
+if TYPE_CHECKING:
+    from resnet_dist.data.index.index import Index
+
+# By data.format. In the order in which data are recognized; messages and help have it, too.
+FORMATS: dict[str, Format] = {
+    known.name: known
+    for known in (ShardFiles(), Cifar("cifar10"), Cifar("cifar100"), ListFile(), Folder())
+}
 
 
-def index_file(data_format: str, root: Path, split: str, cache_dir: Path | None) -> Path | None:
-    """Where the index of a split is on disk, if it can be: with our own shards, or in cache_dir."""
-    own = own_index_file(root, split)
-    if data_format == "shards" and own.is_file():
-        return own
-    if data_format in ("folder", "shards") and cache_dir is not None:
-        return cache_dir / kept_name(data_format, root, split)
-    return None
+def recognized(root: Path) -> str:
+    """The format that the data in `root` look like; "folder" for all that is nothing else."""
+    return next(name for name, known in FORMATS.items() if known.is_in(root))
 
 
-def build_index(data_format: str, root: Path, split: str, cache_dir: Path | None) -> Index:
+def count_images(data_format: str, root: Path, split: str) -> int:
+    """Images in a split, without opening one of them. Raises what Format.count raises."""
+    return FORMATS[data_format].count(root, split)
+
+
+def build_index(data_format: str, root: Path, split: str, cache_dir: Path | None) -> "Index":
     """Reads what is in `root` for `split` ("train" or "val").
 
     An image that cannot be read does not fail: it is in the index's `bad`. `cache_dir` keeps what
@@ -31,25 +44,17 @@ def build_index(data_format: str, root: Path, split: str, cache_dir: Path | None
         UserError: missing or damaged folders, shards or files.
     """
     kept = index_file(data_format, root, split, cache_dir)
-    if data_format == "folder":
-        return folder_index(root, split, kept)
-    if data_format == "shards":
-        return shard_index(root, split, kept)
-    return cifar_index(data_format, root, split)
+    return FORMATS[data_format].index(root, split, kept)
 
 
-def set_aside(index: Index, root: Path, quarantine: Mapping[str, str]) -> dict[int, str]:
-    """The samples that `quarantine` (name relative to root -> reason) names, and why."""
-    if not quarantine:
-        return {}
-    wanted = {os.path.join(root.absolute(), name): why for name, why in quarantine.items()}
-    return {i: wanted[path] for i, path in enumerate(index.paths) if path in wanted}
-
-
-def without(index: Index, bad: Mapping[int, str]) -> Index:
-    """The index with these samples in `bad`, too. The fingerprint stays, and so a run goes on."""
-    if not bad:
-        return index
-    sizes = index.sizes.copy()
-    sizes[list(bad)] = 0
-    return replace(index, sizes=sizes, bad={**index.bad, **bad})
+def index_file(data_format: str, root: Path, split: str, cache_dir: Path | None) -> Path | None:
+    """Where the index of a split is on disk, if it can be: with the data, or in cache_dir."""
+    known = FORMATS[data_format]
+    own = known.own_index(root, split)
+    if own is not None and own.is_file():
+        return own
+    if known.is_pixels or cache_dir is None:
+        return None
+    # Many data sets share the folder.
+    key = hashlib.sha256(os.fsencode(root.absolute())).hexdigest()[:16]
+    return cache_dir / f"{data_format}-{split}-{key}.arrow"

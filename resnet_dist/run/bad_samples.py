@@ -3,11 +3,11 @@
 RUN/bad_samples.tsv keeps them, in the form of DATA/bad_samples.tsv (see data/quarantine.py).
 """
 
-import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 from resnet_dist.config import Config
-from resnet_dist.data.index.index import Index
+from resnet_dist.data.index.index import Index, name_of
 from resnet_dist.data.index.quarantine import QUARANTINE, read_quarantine, write_quarantine
 from resnet_dist.distributed import World
 from resnet_dist.errors import UserError
@@ -68,5 +68,5 @@ class BadSamples:
 
 
 def named(index: Index, bad: Mapping[int, str], root: str) -> dict[str, str]:
-    """The same by name, relative to the data's root."""
-    return {os.path.relpath(index.paths[sample], root): why for sample, why in bad.items()}
+    """The same by name, see index.name_of. root: the data's."""
+    return {name_of(index.paths[sample], Path(root)): why for sample, why in bad.items()}

@@ -6,7 +6,7 @@ No torch here: it works on a login node.
 from pathlib import Path
 
 from resnet_dist.config import Config, to_yaml
-from resnet_dist.data.index.listing import count_images
+from resnet_dist.data.formats import count_images
 from resnet_dist.errors import UserError
 from resnet_dist.plan import Plan
 from resnet_dist.run.folder import check_run_folder

@@ -15,10 +15,9 @@ import numpy as np
 import torch
 
 from resnet_dist.config import DataConfig
-from resnet_dist.data.formats import build_index
+from resnet_dist.data.formats import FORMATS, build_index, recognized
 from resnet_dist.data.index.image_facts import ends_early, particulars
-from resnet_dist.data.index.index import Index
-from resnet_dist.data.index.listing import CIFAR_FORMS
+from resnet_dist.data.index.index import Index, name_of
 from resnet_dist.data.index.quarantine import QUARANTINE, escape, read_quarantine, write_quarantine
 from resnet_dist.data.load.cache import Image
 from resnet_dist.data.load.dali import Loader
@@ -51,12 +50,12 @@ class Split:
 
     name: str
     index: Index
-    top: str
+    root: Path
     digests: np.ndarray  # S32 [N]: SHA-256 of each image; empty for unreadable ones
     bad: dict[int, str] = field(default_factory=dict)  # sample -> reason
 
     def name_of(self, sample: int) -> str:
-        return self.index.paths[sample][len(self.top) :]
+        return name_of(self.index.paths[sample], self.root)
 
     def class_of(self, sample: int) -> str:
         return self.index.classes[self.index.labels[sample]]
@@ -73,9 +72,8 @@ def verify(root: Path, data_format: str | None, threads: int, dry_run: bool) -> 
     Raises:
         UserError: no data, or a shard or CIFAR file that is damaged.
     """
-    data_format = data_format or recognized_format(root)
-    # With data.holdout_images a folder needs no val/.
-    there = [name for name in SPLITS if data_format != "folder" or (root / name).is_dir()]
+    data_format = data_format or recognized(root)
+    there = [name for name in SPLITS if FORMATS[data_format].has_split(root, name)]
     names = there if "train" in there else SPLITS
     indexes = {name: build_index(data_format, root, name, None) for name in names}
     count = sum(map(len, indexes.values()))
@@ -86,8 +84,7 @@ def verify(root: Path, data_format: str | None, threads: int, dry_run: bool) -> 
     progress = _Progress(count)
     splits, counts = [], Counter[tuple[str, str]]()
     for name, index in indexes.items():
-        top = os.path.join(root.absolute(), "")
-        splits.append(Split(name, index, top, np.zeros(len(index), "S32")))
+        splits.append(Split(name, index, root, np.zeros(len(index), "S32")))
         for finding in _check_images(splits[-1], threads, progress):
             progress.say(str(finding))
             counts[finding.kind, finding.split] += 1
@@ -103,17 +100,6 @@ def verify(root: Path, data_format: str | None, threads: int, dry_run: bool) -> 
         print(f"\n{said}")
     print(_verdict(count, len(bad), any(kind == CANNOT_TRAIN[-1] for kind, _ in counts)))
     return not any(kind in CANNOT_TRAIN for kind, _ in counts)
-
-
-def recognized_format(root: Path) -> str:
-    """Of DataConfig; "folder" for all that is nothing else."""
-    if any(root.glob("*.tar")) or any(root.glob("train/*.tar")):
-        return "shards"
-    for name, forms in CIFAR_FORMS.items():
-        for form in forms:
-            if any((root / folder / form.train[0]).is_file() for folder in (form.folder, "")):
-                return name
-    return "folder"
 
 
 class _InspectingReader(Reader):

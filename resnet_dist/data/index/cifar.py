@@ -8,9 +8,14 @@ from pathlib import Path
 
 import numpy as np
 
+from resnet_dist.data.index.cifar_files import (
+    CIFAR_LABELS,
+    CIFAR_PIXEL_BYTES,
+    CifarForm,
+    cifar_files,
+)
 from resnet_dist.data.index.cifar_pickle import PlainArray, read_pickle
 from resnet_dist.data.index.index import Index
-from resnet_dist.data.index.listing import CIFAR_LABELS, CIFAR_PIXEL_BYTES, CifarForm, cifar_files
 from resnet_dist.errors import UserError
 
 CLASSES = {

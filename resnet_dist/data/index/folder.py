@@ -1,150 +1,65 @@
-"""The index of a folder of images. Reading 1.28 M headers takes minutes, so that it is kept."""
+"""data.format=folder: root/SPLIT/CLASS/**, as torchvision's ImageFolder reads it."""
 
-import hashlib
 import os
-import stat
-import time
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from itertools import chain
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
-from resnet_dist.data.index.headers import UnreadableImage, displayed_size
-from resnet_dist.data.index.index import HEADER_THREADS, Index, fingerprint_of
-from resnet_dist.data.index.index_file import load_index_file, read_extra, save_index
-from resnet_dist.data.index.listing import Listing, list_folder
+from resnet_dist.data.index.format import ImageFiles
+from resnet_dist.data.index.listing import IMAGE_SUFFIXES, Listing, images_below
 from resnet_dist.errors import UserError
 
-CHECKED_FILES = 10_000
-CHUNK = 256  # files that a thread takes at a time
-# A folder that changed as short a time before it was read may have changed again after, within one
-# tick of the file system's clock: its time of change proves nothing. The coarsest clock in use is
-# FAT's, of 2 s.
-CLOCK_TICK_NS = 2_000_000_000
+
+class Folder(ImageFiles):
+    name = "folder"
+    outlined = "class folders"
+
+    def is_in(self, root: Path) -> bool:
+        return True  # whatever is nothing else
+
+    def has_split(self, root: Path, split: str) -> bool:
+        return (root / split).is_dir()
+
+    def list(self, root: Path, split: str) -> Listing:
+        return list_folder(root, split)
+
+    def outline(self, root: Path, split: str) -> dict[str, str]:
+        return dict.fromkeys(class_folders(root / split), "")
 
 
-def folder_index(root: Path, split: str, kept: Path | None) -> Index:
-    """The index of root/split/<class>/**, from the index file `kept` while that holds true.
-
-    An image that cannot be read is in the index's `bad`. The file holds true while every folder has
-    its time of change, and up to 10,000 evenly spaced files (all of a small set) and those in `bad`
-    have their size and time. Where it cannot be written, the index is made each time.
+def list_folder(root: Path, split: str) -> Listing:
+    """Lists `root/split/<class>/**`; a class's number is its place in sorted order.
 
     Raises:
-        UserError: what `list_folder` raises.
+        UserError: no such folder, no classes, a class without images, or one that cannot be read.
     """
+    if not root.is_dir():
+        raise UserError(f"data.root={root}: no such folder; it must hold train/ and val/")
     top = root / split
-    if kept is not None and (index := _still_true(kept, root, split)) is not None:
-        return index
-    started = time.time_ns()
-    listing = list_folder(root, split)
-    checked = evenly_spaced(len(listing.paths))
-    facts = _facts(top, (listing.paths[i] for i in checked))
-    headers = list(_threaded(_header, [os.path.join(top, path) for path in listing.paths]))
-    bad = {i: why for i, (_, _, _, why) in enumerate(headers) if why}
-    labels = np.array(listing.labels, np.int64)
-    sizes = np.array([header[:2] for header in headers], np.int32)
-    index = Index(
-        classes=listing.classes,
-        labels=labels,
-        sizes=sizes,
-        paths=tuple(os.path.join(top.absolute(), path) for path in listing.paths),
-        pixels=None,
-        fingerprint=fingerprint_of(listing.classes, listing.paths, labels, sizes),
-        nbytes=np.array([header[2] for header in headers], np.int64),
-        bad=bad,
-    )
-    if kept is None:
-        return index
-    facts |= _facts(top, (listing.paths[i] for i in bad))
-    return _keep(index, kept, root, _extra(listing, facts, started))
-
-
-def kept_name(data_format: str, root: Path, split: str) -> str:
-    """The name of the index file of these data, in a folder that many data sets share."""
-    key = hashlib.sha256(os.fsencode(root.absolute())).hexdigest()[:16]
-    return f"{data_format}-{split}-{key}.arrow"
-
-
-def evenly_spaced(count: int) -> list[int]:
-    """Up to 10,000 of `count` samples."""
-    return np.unique(np.linspace(0, count - 1, min(count, CHECKED_FILES), dtype=np.int64)).tolist()
-
-
-def _still_true(kept: Path, root: Path, split: str) -> Index | None:
-    extra, top, started = read_extra(kept), root / split, time.time_ns()
-    if extra is None:
-        return None
-    folders = facts_of([os.path.join(top, name) for name in extra["folders"]])
-    if [facts and facts[1] for facts in folders] != list(extra["folders"].values()):
-        return None
-    if _facts(top, extra["files"]) != extra["files"]:
-        return None
+    if not top.is_dir():
+        raise UserError(
+            f"data.root={root}: no folder {split}/ in it; expected {split}/<class>/<image files>"
+        )
     try:
-        index = load_index_file(kept, root)
-    except UserError:
-        return None
-    if extra["settled"]:
-        return index
-    listing = list_folder(root, split)  # once more: names now tell what times do not
-    names = [os.path.join(top.absolute(), path) for path in listing.paths]
-    if listing.classes != index.classes or names != list(index.paths):
-        return None
-    return _keep(index, kept, root, _extra(listing, extra["files"], started))
-
-
-def _extra(listing: Listing, facts: dict[str, Any], started: int) -> dict[str, Any]:
-    settled = max(listing.folders.values()) < started - CLOCK_TICK_NS
-    return {"folders": listing.folders, "files": facts, "settled": settled}
-
-
-def _keep(index: Index, kept: Path, root: Path, extra: Any) -> Index:
-    """Writes the index and gives it as mapped. A folder that cannot be written costs only time."""
-    try:
-        save_index(index, kept, root, extra)
-    except OSError:
-        return index
-    return load_index_file(kept, root)
-
-
-def facts_of(paths: Sequence[str]) -> list[list[int] | None]:
-    """[st_size, st_mtime_ns] of files: what changes when one is replaced. None: it is not there."""
-    return list(_threaded(_size_and_time, paths))
-
-
-def _facts(top: Path, names: Iterable[str]) -> dict[str, Any]:
-    names = list(names)
-    return dict(zip(names, facts_of([os.path.join(top, name) for name in names]), strict=True))
-
-
-def _threaded(function: Any, paths: Sequence[str]) -> Iterable[Any]:
-    """function(path) of each path, in their order."""
-    chunks = [paths[i : i + CHUNK] for i in range(0, len(paths), CHUNK)]
-    with ThreadPoolExecutor(HEADER_THREADS) as pool:
-        return chain.from_iterable(pool.map(lambda chunk: [*map(function, chunk)], chunks))
-
-
-def _header(path: str) -> tuple[int, int, int, str]:
-    """Height, width, bytes, and why the image cannot be read."""
-    nbytes = 0
-    try:
-        facts = os.stat(path)
-        nbytes = facts.st_size
-        if not stat.S_ISREG(facts.st_mode):  # a pipe would be waited for
-            return 0, 0, 0, "not a plain file"
-        return *displayed_size(path), nbytes, ""
+        folders: dict[str, int | None] = {"": os.stat(top).st_mtime_ns}
+        classes = class_folders(top)
     except OSError as error:
-        return 0, 0, nbytes, error.strerror or type(error).__name__
-    except UnreadableImage as error:
-        return 0, 0, nbytes, str(error)
+        raise UserError(f"{top}: {error.strerror}; make the folder readable") from None
+    if not classes:
+        raise UserError(
+            f"data.root={root}: {split}/ holds no class folders; expected one per class"
+        )
+    paths: list[str] = []
+    labels: list[int] = []
+    for label, name in enumerate(classes):
+        found = sorted(images_below(top / name, name, folders))
+        if not found:
+            raise UserError(
+                f"{top / name}: a class without images ({', '.join(IMAGE_SUFFIXES)}); "
+                "add some or remove the folder"
+            )
+        paths.extend(found)
+        labels.extend([label] * len(found))
+    return Listing(top, classes, tuple(paths), tuple(labels), folders)
 
 
-def _size_and_time(path: str) -> list[int] | None:
-    try:
-        facts = os.stat(path)
-    except OSError:
-        return None
-    return [facts.st_size, facts.st_mtime_ns]
+def class_folders(top: Path) -> tuple[str, ...]:
+    return tuple(sorted(e.name for e in os.scandir(top) if e.is_dir() and e.name[0] != "."))

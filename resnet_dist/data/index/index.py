@@ -8,6 +8,7 @@ import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -96,3 +97,31 @@ def fingerprint_of(
     digest.update(np.ascontiguousarray(labels, np.int64).data)
     digest.update(np.ascontiguousarray(sizes, np.int32).data)
     return digest.hexdigest()
+
+
+def name_of(path: str, root: Path) -> str:
+    """As messages, quarantines and index files name an image or shard (absolute `path`): relative
+    to the data's root, or absolute where it lies elsewhere."""
+    return path.removeprefix(os.path.join(root.absolute(), ""))
+
+
+def path_of(name: str, root: Path) -> str:
+    """The inverse of `name_of`."""
+    return os.path.join(root.absolute(), name)
+
+
+def set_aside(index: Index, root: Path, quarantine: Mapping[str, str]) -> dict[int, str]:
+    """The samples that `quarantine` (name relative to root -> reason) names, and why."""
+    if not quarantine:
+        return {}
+    wanted = {path_of(name, root): why for name, why in quarantine.items()}
+    return {i: wanted[path] for i, path in enumerate(index.paths) if path in wanted}
+
+
+def without(index: Index, bad: Mapping[int, str]) -> Index:
+    """The index with these samples in `bad`, too. The fingerprint stays, and so a run goes on."""
+    if not bad:
+        return index
+    sizes = index.sizes.copy()
+    sizes[list(bad)] = 0
+    return replace(index, sizes=sizes, bad={**index.bad, **bad})

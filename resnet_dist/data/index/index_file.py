@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from resnet_dist.data.index.index import Index, Shards
+from resnet_dist.data.index.index import Index, Shards, name_of
 from resnet_dist.errors import UserError
 from resnet_dist.files import replace_file, replacing
 
@@ -24,7 +24,7 @@ TYPES = {
     "label": pa.int64(),
     "size": pa.list_(pa.int32(), 2),  # height, width: together, as Index.sizes has them
     "nbytes": pa.int64(),
-    "name": pa.large_binary(),  # relative to the data's root, in the file system's bytes
+    "name": pa.large_binary(),  # see index.name_of, in the file system's bytes
     "shard": pa.int32(),
     "offset": pa.int64(),
 }
@@ -57,19 +57,18 @@ def save_index(index: Index, path: Path, top: Path, extra: Any = None) -> None:
     """Writes an index of files or shards to `path`, and `path` with .json for humans beside it.
 
     path: a name that ends in .arrow. A kill leaves the old file or the new one, never a part.
-    top: the data's root; names are stored relative to it, so that the data may be moved.
+    top: the data's root; names below it are stored relative to it, so that the data may be moved.
     extra: JSON that `read_extra` gives back. Shards must be in their place: their bytes are noted.
 
     Raises:
         OSError: it cannot be written.
     """
-    start = len(os.path.join(top.absolute(), ""))
     columns: dict[str, Any] = {
         "label": index.labels,
         "size": pa.FixedSizeListArray.from_arrays(
             pa.array(index.sizes.astype(np.int32).reshape(-1)), 2
         ),
-        "name": [os.fsencode(name[start:]) for name in index.paths],
+        "name": [os.fsencode(name_of(path, top)) for path in index.paths],
     }
     if index.nbytes is not None:
         columns["nbytes"] = index.nbytes
@@ -83,7 +82,7 @@ def save_index(index: Index, path: Path, top: Path, extra: Any = None) -> None:
     shards: list[list[Any]] = []
     if index.shards is not None:
         columns |= {"shard": index.shards.shard, "offset": index.shards.offset}
-        shards = [[file[start:], os.path.getsize(file)] for file in index.shards.files]
+        shards = [[name_of(file, top), os.path.getsize(file)] for file in index.shards.files]
         note["shards"] = [{"file": name, "bytes": size} for name, size in shards]
     metadata = {
         **note,

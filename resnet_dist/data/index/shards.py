@@ -20,17 +20,17 @@ from typing import Any
 
 import numpy as np
 
+from resnet_dist.data.index.class_list import class_list
 from resnet_dist.data.index.headers import UnreadableImage, displayed_size
-from resnet_dist.data.index.index import Index, Shards, fingerprint_of
+from resnet_dist.data.index.index import Index, Shards, fingerprint_of, name_of
 from resnet_dist.data.index.index_file import check_shards, load_index_file, read_extra, save_index
 from resnet_dist.data.index.listing import IMAGE_SUFFIXES
+from resnet_dist.data.index.shard_files import own_index_file, shard_files
 from resnet_dist.data.index.tar_members import RefusedTar, TarHeaders, plain_files
 from resnet_dist.data.index.worker_pool import worker_pool
 from resnet_dist.errors import UserError
 
-SPLIT_WORDS = {"train": {"train"}, "val": {"val", "validation"}}
 SAMPLE = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)")  # the key, the kind
-PREPARED = "prepare.json"  # what `resnet-dist prepare` leaves before its first shard
 LABEL_KEYS = ("label", "cls")  # in .json
 MAX_CLASSES = 1_000_000
 MAX_LABEL_BYTES = 1 << 20  # of a .cls or .json
@@ -50,11 +50,6 @@ class _Scan:
     folders: dict[int, set[str]] = field(default_factory=dict)  # by label, of the .json's filename
 
 
-def own_index_file(root: Path, split: str) -> Path:
-    """Where `resnet-dist prepare` writes the index of a split."""
-    return root / split / "index.arrow"
-
-
 def shard_index(root: Path, split: str, kept: Path | None) -> Index:
     """The index of root/SPLIT/*.tar, or else of the tars in `root` with the split in their name.
 
@@ -72,8 +67,8 @@ def shard_index(root: Path, split: str, kept: Path | None) -> Index:
         if index.shards is None:
             raise UserError(f"{kept}: an index of no shards; make it again")
         return index
-    files = _shard_files(root, split)
-    names = _class_list(root / "classes.txt")
+    files = shard_files(root, split)
+    names = class_list(root / "classes.txt")
     facts = []
     for file in files:
         try:
@@ -95,38 +90,6 @@ def shard_index(root: Path, split: str, kept: Path | None) -> Index:
     except OSError:  # a folder that cannot be written costs only time
         return index
     return load_index_file(kept, root)
-
-
-def _shard_files(root: Path, split: str) -> list[Path]:
-    if not root.is_dir():
-        raise UserError(f"data.root={root}: no such folder; it must hold shards (.tar)")
-    if (root / PREPARED).is_file():
-        raise UserError(
-            f"{own_index_file(root, split)}: no such file: `resnet-dist prepare` has not finished; "
-            "run it again"
-        )
-    files = sorted((root / split).glob("*.tar"))
-    if not files:
-        words = SPLIT_WORDS[split]
-        files = sorted(
-            f for f in root.glob("*.tar") if words & set(re.split("[^a-z]+", f.stem.lower()))
-        )
-    if not files:
-        raise UserError(
-            f"data.root={root}: no shards of {split}; expected {split}/*.tar, or *.tar with "
-            f"{' or '.join(sorted(SPLIT_WORDS[split]))} in their name"
-        )
-    return [file.absolute() for file in files]
-
-
-def _class_list(file: Path) -> list[str] | None:
-    if not file.is_file():
-        return None
-    names = file.read_text(errors="surrogateescape").split("\n")
-    names = names[:-1] if names[-1] == "" else names
-    if len(set(names)) != len(names) or not all(names):
-        raise UserError(f"{file}: an empty line, or a class twice; expected a class on each line")
-    return names
 
 
 def _scan_all(files: list[Path]) -> Iterator[_Scan]:
@@ -169,14 +132,13 @@ def _merged(files: list[Path], scans: list[_Scan], root: Path, names: list[str] 
         for file, scan in zip(files, scans, strict=True)
         for name in scan.names
     )
-    start = len(os.path.join(root.absolute(), ""))
     return Index(
         classes=classes,
         labels=labels,
         sizes=sizes,
         paths=paths,
         pixels=None,
-        fingerprint=fingerprint_of(classes, (path[start:] for path in paths), labels, sizes),
+        fingerprint=fingerprint_of(classes, (name_of(path, root) for path in paths), labels, sizes),
         nbytes=np.array([nbytes for scan in scans for nbytes in scan.nbytes], np.int64),
         shards=Shards(
             files=tuple(map(str, files)),

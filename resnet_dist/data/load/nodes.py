@@ -1,15 +1,14 @@
 """The same index on every rank, and the same data on every node."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from resnet_dist.data.formats import build_index, index_file
-from resnet_dist.data.index.folder import evenly_spaced, facts_of
+from resnet_dist.data.formats import FORMATS, build_index, index_file
+from resnet_dist.data.index.files import evenly_spaced, facts_of
+from resnet_dist.data.index.format import Format
 from resnet_dist.data.index.index import Index
 from resnet_dist.data.index.index_file import load_index_file
-from resnet_dist.data.index.listing import class_folders
-from resnet_dist.data.index.shards import own_index_file
 from resnet_dist.distributed import World
 from resnet_dist.errors import UserError
 
@@ -26,13 +25,16 @@ def agreed_index(data_format: str, root: Path, split: str, cache_dir: Path, worl
     """
     made: list[Index] = []
 
-    def make() -> tuple[str, Path | None, list[int]]:
+    def make() -> tuple[str, Path | None, list[int], dict[str, str]]:
         made.append(build_index(data_format, root, split, cache_dir))
         shards = made[0].shards
         kept = index_file(data_format, root, split, cache_dir)
-        return made[0].fingerprint, kept, _bytes_of(shards.files) if shards else []
+        shard_bytes = _bytes_of(shards.files) if shards else []
+        outline = known.outline(root, split) if world.size > 1 else {}
+        return made[0].fingerprint, kept, shard_bytes, outline
 
-    fingerprint, kept, shard_bytes = world.on_main(make)
+    known = FORMATS[data_format]
+    fingerprint, kept, shard_bytes, outline = world.on_main(make)
     if world.size == 1:
         return made[0]
     index = made[0] if made else None
@@ -45,12 +47,13 @@ def agreed_index(data_format: str, root: Path, split: str, cache_dir: Path, worl
 
     def look() -> Index:
         try:
-            mine = index if index is not None else _of_this_node(data_format, root, split)
+            mine = index if index is not None else _of_this_node(known, root, split)
         except UserError as error:
             raise UserError(f"{os.uname().nodename}: {error}") from None
         other = None if mine.fingerprint == fingerprint else "its index has another fingerprint"
         if other is None and world.local_rank == 0 and not world.is_main:
-            other = _difference(mine, root / split, shard_bytes)
+            other = _other_outline(known, root, split, outline)
+            other = other or _other_bytes(mine, shard_bytes)
         if other is not None:
             raise UserError(
                 f"{os.uname().nodename}: data.root={root}: not the data of rank 0 in {split}: "
@@ -70,28 +73,31 @@ def _mapped(kept: Path, root: Path, fingerprint: str) -> Index | None:
     return index if index.fingerprint == fingerprint else None
 
 
-def _of_this_node(data_format: str, root: Path, split: str) -> Index:
-    if data_format == "shards":
-        return load_index_file(own_index_file(root, split), root)
-    return build_index(data_format, root, split, None)
+def _of_this_node(known: Format, root: Path, split: str) -> Index:
+    own = known.own_index(root, split)
+    return known.index(root, split, None) if own is None else load_index_file(own, root)
 
 
-def _difference(index: Index, top: Path, shard_bytes: Sequence[int]) -> str | None:
-    """What of this node's files is not as in the index; None if nothing is. CIFAR has no files.
+def _other_outline(
+    known: Format, root: Path, split: str, expected: Mapping[str, str]
+) -> str | None:
+    """What in this node's outline is not as on rank 0; None if nothing is."""
+    try:
+        found = known.outline(root, split)
+    except OSError as error:
+        return f"{error.filename}: {error.strerror}"
+    differing = {name for name, _ in found.items() ^ expected.items()}
+    return f"{len(differing)} {known.outlined}, such as {min(differing)}" if differing else None
 
-    Compared are the bytes of each shard; or the class folders, and the bytes of up to 10,000 evenly
-    spaced files.
+
+def _other_bytes(index: Index, shard_bytes: Sequence[int]) -> str | None:
+    """Which of this node's files is not as in the index; None if none is. CIFAR has no files.
+
+    Compared are the bytes of each shard; or of up to 10,000 evenly spaced files.
     """
     if index.shards is not None:
         files, expected = index.shards.files, list(shard_bytes)
     elif index.nbytes is not None:
-        try:
-            found = class_folders(top)
-        except OSError as error:
-            return f"{top}: {error.strerror}"
-        differing = set(found) ^ set(index.classes)
-        if differing:
-            return f"{len(differing)} class folders, such as {min(differing)}"
         samples = evenly_spaced(len(index))
         files, expected = tuple(index.paths[i] for i in samples), index.nbytes[samples].tolist()
     else:

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from resnet_dist.config import Config, DataConfig
-from resnet_dist.data.formats import set_aside, without
-from resnet_dist.data.index.index import Index
+from resnet_dist.data.formats import FORMATS
+from resnet_dist.data.index.index import Index, set_aside, without
 from resnet_dist.data.index.quarantine import read_quarantine
 from resnet_dist.data.load.cache import DecodedCache, EncodedCache
 from resnet_dist.data.load.dali import Loader
@@ -150,7 +150,7 @@ def make_loader(
 
 
 def _decodes_on_gpu(config: Config, device: torch.device) -> bool:
-    is_pixels = config.data.format in ("cifar10", "cifar100") or config.data.cache == "decoded"
+    is_pixels = FORMATS[config.data.format].is_pixels or config.data.cache == "decoded"
     return device.type == "cuda" and not is_pixels
 
 

@@ -7,15 +7,15 @@ import hashlib
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from resnet_dist.data.formats import build_index, set_aside
-from resnet_dist.data.index.index import Index
-from resnet_dist.data.index.listing import CIFAR_FORMS, list_folder
+from resnet_dist.data.formats import FORMATS, build_index, recognized
+from resnet_dist.data.index.format import Format, ImageFiles
+from resnet_dist.data.index.index import Index, name_of, set_aside
 from resnet_dist.data.index.quarantine import read_quarantine
 from resnet_dist.data.prepare import hub_parquet, ilsvrc
 from resnet_dist.data.prepare.images import Files, Images, Pixels, TarMembers, unreadable
@@ -58,19 +58,18 @@ def open_source(root: Path, map_: Callable[..., Iterable[Any]]) -> Source:
     Raises:
         UserError: nothing that is known is in `root`, or it is incomplete or damaged.
     """
-    parquet, cifar = hub_parquet.parquet_folder(root), _cifar_format(root)
+    parquet = hub_parquet.parquet_folder(root)
     if not root.is_dir():
         raise UserError(f"{root}: no such folder")
+    known = FORMATS[recognized(root)]
     if (root / ilsvrc.TRAIN_TAR).exists():
         source = _ilsvrc(root, map_)
     elif parquet is not None:
         source = _parquet(parquet)
-    elif cifar is not None:
-        source = _indexed(cifar, root)
-    elif any(root.glob("*.tar")) or any(root.glob("train/*.tar")):
-        source = _indexed("shards", root)
-    elif (root / "train").is_dir():
-        source = _folder(root)
+    elif not isinstance(known, ImageFiles):
+        source = _indexed(known, root)
+    elif known.has_split(root, "train"):
+        source = _listed(known, root)
     else:
         raise UserError(
             f"{root}: nothing to prepare in it; expected train/CLASS/IMAGES and val/, shards, "
@@ -95,29 +94,29 @@ def _check_sizes(root: Path, split: Split) -> None:
         )
 
 
-def _cifar_format(root: Path) -> str | None:
-    for data_format, forms in CIFAR_FORMS.items():
-        for form in forms:
-            files = [root / name for name in form.train]
-            if (root / form.folder).is_dir() or all(file.is_file() for file in files):
-                return data_format
-    return None
-
-
-def _folder(root: Path) -> Source:
-    listings = {split: list_folder(root, split) for split in SPLITS}
+def _listed(known: ImageFiles, root: Path) -> Source:
+    """Of image files, whose headers are read later, when they are written."""
+    listings = {split: known.list(root, split) for split in SPLITS}
     classes = _same_classes(root, {name: one.classes for name, one in listings.items()})
-    known = read_quarantine(root)
+    quarantined = read_quarantine(root)
     splits = {}
     for name, listing in listings.items():
-        top = os.path.join((root / name).absolute(), "")
-        paths = [top + path for path in listing.paths]
+        top = listing.top.absolute()
+        paths = [os.path.join(top, path) for path in listing.paths]
         with ThreadPoolExecutor(STAT_THREADS) as pool:
             nbytes = np.fromiter(pool.map(_file_bytes, paths), np.int64, len(paths))
         labels = np.array(listing.labels, np.int64)
-        bad = _known_bad(known, (f"{name}/{path}" for path in listing.paths))
-        splits[name] = Split(labels, listing.paths, Files(paths, nbytes), bad)
-    return Source(classes, splits)
+        bad = _known_bad(quarantined, (name_of(path, root) for path in paths))
+        names = [
+            _in_class(path, classes[label])
+            for path, label in zip(listing.paths, listing.labels, strict=True)
+        ]
+        splits[name] = Split(labels, names, Files(paths, nbytes), bad)
+    return _in_sorted_classes(classes, splits)
+
+
+def _in_class(path: str, name: str) -> str:
+    return path if path.startswith(f"{name}/") else f"{name}/{os.path.basename(path)}"
 
 
 def _file_bytes(path: str) -> int:
@@ -165,12 +164,10 @@ def _parquet(folder: Path) -> Source:
     return Source(tuple(class_of[label] for label in hub_labels), splits)
 
 
-def _indexed(data_format: str, root: Path) -> Source:
-    indexes = {name: build_index(data_format, root, name, None) for name in SPLITS}
+def _indexed(known: Format, root: Path) -> Source:
+    indexes = {name: build_index(known.name, root, name, None) for name in SPLITS}
     given = _same_classes(root, {name: index.classes for name, index in indexes.items()})
-    order = sorted(range(len(given)), key=lambda label: given[label])
-    number = np.argsort(order)  # the new label of each old one
-    known = read_quarantine(root)
+    quarantined = read_quarantine(root)
     splits = {}
     for name, index in indexes.items():
         files = index.paths if len(index.paths) else [f"{i:05}.png" for i in range(len(index))]
@@ -178,9 +175,19 @@ def _indexed(data_format: str, root: Path) -> Source:
             f"{given[label]}/{os.path.basename(file)}"
             for label, file in zip(index.labels.tolist(), files, strict=True)
         ]
-        bad = {**index.bad, **set_aside(index, root, known)}
-        splits[name] = Split(number[index.labels], names, _images(index), bad)
-    return Source(tuple(given[label] for label in order), splits)
+        bad = {**index.bad, **set_aside(index, root, quarantined)}
+        splits[name] = Split(index.labels, names, _images(index), bad)
+    return _in_sorted_classes(given, splits)
+
+
+def _in_sorted_classes(given: Sequence[str], splits: Mapping[str, Split]) -> Source:
+    """With the classes sorted by name, and the labels that they then have."""
+    order = sorted(range(len(given)), key=lambda label: given[label])
+    number = np.argsort(order)  # the new label of each old one
+    renumbered = {
+        name: replace(split, labels=number[split.labels]) for name, split in splits.items()
+    }
+    return Source(tuple(given[label] for label in order), renumbered)
 
 
 def _images(index: Index) -> Images:

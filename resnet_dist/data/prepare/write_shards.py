@@ -23,10 +23,10 @@ from pathlib import Path
 import numpy as np
 import PIL
 
-from resnet_dist.data.index.index import Index, Shards, fingerprint_of
+from resnet_dist.data.index.index import Index, Shards, fingerprint_of, name_of
 from resnet_dist.data.index.index_file import save_index
 from resnet_dist.data.index.quarantine import QUARANTINE, read_quarantine, write_quarantine
-from resnet_dist.data.index.shards import PREPARED
+from resnet_dist.data.index.shard_files import PREPARED
 from resnet_dist.data.index.worker_pool import worker_pool
 from resnet_dist.data.prepare.progress import ShardProgress
 from resnet_dist.data.prepare.reencode import Limit
@@ -176,9 +176,8 @@ def _make_all(
 def _finish(dest: Path, source: Source, facts: Mapping[Path, ShardFacts]) -> str:
     """Writes the quarantine and the indexes."""
     indexes = {name: _index(dest, name, source, facts) for name in source.splits}
-    top = len(os.path.join(dest.absolute(), ""))
     bad = {
-        index.paths[sample][top:]: why
+        name_of(index.paths[sample], dest): why
         for index in indexes.values()
         for sample, why in index.bad.items()
     }
@@ -201,14 +200,14 @@ def _index(dest: Path, split: str, source: Source, facts: Mapping[Path, ShardFac
     starts = np.cumsum([0] + [len(one.members) for one in found])
     sizes = np.concatenate([one.sizes for one in found])
     paths = [f"{path}/{member}" for path in files for member in facts[path].members]
-    top, labels = len(os.path.join(dest.absolute(), "")), source.splits[split].labels
+    labels, names = source.splits[split].labels, (name_of(path, dest) for path in paths)
     return Index(
         classes=source.classes,
         labels=labels,
         sizes=sizes,
         paths=paths,
         pixels=None,
-        fingerprint=fingerprint_of(source.classes, (path[top:] for path in paths), labels, sizes),
+        fingerprint=fingerprint_of(source.classes, names, labels, sizes),
         nbytes=np.concatenate([one.nbytes for one in found]),
         shards=Shards(
             files=tuple(map(str, files)),

@@ -1,0 +1,156 @@
+"""The index of images that are files. Reading 1.28 M headers takes minutes, so that it is kept."""
+
+import os
+import stat
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from resnet_dist.data.index.headers import UnreadableImage, displayed_size
+from resnet_dist.data.index.index import HEADER_THREADS, Index, fingerprint_of, name_of, path_of
+from resnet_dist.data.index.index_file import load_index_file, read_extra, save_index
+from resnet_dist.data.index.listing import Listing
+from resnet_dist.errors import UserError
+
+CHECKED_FILES = 10_000
+CHUNK = 256  # files that a thread takes at a time
+# A folder that changed as short a time before it was read may have changed again after, within one
+# tick of the file system's clock: its time of change proves nothing. The coarsest clock in use is
+# FAT's, of 2 s.
+CLOCK_TICK_NS = 2_000_000_000
+
+
+def index_of_files(list_files: Callable[[], Listing], root: Path, kept: Path | None) -> Index:
+    """The index of the files that `list_files` gives, from the index file `kept` while that holds
+    true. root: the data's.
+
+    An image that cannot be read is in the index's `bad`. The file holds true while what was read
+    for the listing has its time of change, and up to 10,000 evenly spaced files (all of a small
+    set) and those in `bad` have their size and time. Where it cannot be written, the index is made
+    each time.
+
+    Raises:
+        UserError: what `list_files` raises.
+    """
+    if kept is not None and (index := _still_true(kept, root, list_files)) is not None:
+        return index
+    started = time.time_ns()
+    listing = list_files()
+    checked = evenly_spaced(len(listing.paths))
+    facts = _facts(listing.top, (listing.paths[i] for i in checked))
+    headers = list(_threaded(_header, [os.path.join(listing.top, path) for path in listing.paths]))
+    bad = {i: why for i, (_, _, _, why) in enumerate(headers) if why}
+    labels = np.array(listing.labels, np.int64)
+    sizes = np.array([header[:2] for header in headers], np.int32)
+    index = Index(
+        classes=listing.classes,
+        labels=labels,
+        sizes=sizes,
+        paths=_absolute(listing),
+        pixels=None,
+        fingerprint=fingerprint_of(listing.classes, listing.paths, labels, sizes),
+        nbytes=np.array([header[2] for header in headers], np.int64),
+        bad=bad,
+    )
+    if kept is None:
+        return index
+    facts |= _facts(listing.top, (listing.paths[i] for i in bad))
+    return _keep(index, kept, root, _extra(listing, root, facts, started))
+
+
+def evenly_spaced(count: int) -> list[int]:
+    """Up to 10,000 of `count` samples."""
+    return np.unique(np.linspace(0, count - 1, min(count, CHECKED_FILES), dtype=np.int64)).tolist()
+
+
+def _still_true(kept: Path, root: Path, list_files: Callable[[], Listing]) -> Index | None:
+    extra, started = read_extra(kept), time.time_ns()
+    if extra is None or "top" not in extra:  # an older version wrote it
+        return None
+    top = path_of(extra["top"], root)
+    read = facts_of([os.path.join(top, name) for name in extra["read"]])
+    if [facts and facts[1] for facts in read] != list(extra["read"].values()):
+        return None
+    if _facts(top, extra["files"]) != extra["files"]:
+        return None
+    try:
+        index = load_index_file(kept, root)
+    except UserError:
+        return None
+    if extra["settled"]:
+        return index
+    listing = list_files()  # once more: names now tell what times do not
+    if listing.classes != index.classes or _absolute(listing) != tuple(index.paths):
+        return None
+    if not np.array_equal(listing.labels, index.labels):
+        return None
+    return _keep(index, kept, root, _extra(listing, root, extra["files"], started))
+
+
+def _absolute(listing: Listing) -> tuple[str, ...]:
+    top = listing.top.absolute()
+    return tuple(os.path.join(top, path) for path in listing.paths)
+
+
+def _extra(listing: Listing, root: Path, facts: dict[str, Any], started: int) -> dict[str, Any]:
+    latest = max((time_ns for time_ns in listing.read.values() if time_ns is not None), default=0)
+    return {
+        "top": name_of(str(listing.top.absolute()), root),
+        "read": listing.read,
+        "files": facts,
+        "settled": latest < started - CLOCK_TICK_NS,
+    }
+
+
+def _keep(index: Index, kept: Path, root: Path, extra: Any) -> Index:
+    """Writes the index and gives it as mapped. A folder that cannot be written costs only time."""
+    try:
+        save_index(index, kept, root, extra)
+    except OSError:
+        return index
+    return load_index_file(kept, root)
+
+
+def facts_of(paths: Sequence[str]) -> list[list[int] | None]:
+    """[st_size, st_mtime_ns] of files: what changes when one is replaced. None: it is not there."""
+    return list(_threaded(_size_and_time, paths))
+
+
+def _facts(top: str | Path, names: Iterable[str]) -> dict[str, Any]:
+    names = list(names)
+    return dict(zip(names, facts_of([os.path.join(top, name) for name in names]), strict=True))
+
+
+def _threaded(function: Any, paths: Sequence[str]) -> Iterable[Any]:
+    """function(path) of each path, in their order."""
+    chunks = [paths[i : i + CHUNK] for i in range(0, len(paths), CHUNK)]
+    with ThreadPoolExecutor(HEADER_THREADS) as pool:
+        return chain.from_iterable(pool.map(lambda chunk: [*map(function, chunk)], chunks))
+
+
+def _header(path: str) -> tuple[int, int, int, str]:
+    """Height, width, bytes, and why the image cannot be read."""
+    nbytes = 0
+    try:
+        facts = os.stat(path)
+        nbytes = facts.st_size
+        if not stat.S_ISREG(facts.st_mode):  # a pipe would be waited for
+            return 0, 0, 0, "not a plain file"
+        return *displayed_size(path), nbytes, ""
+    except OSError as error:
+        return 0, 0, nbytes, error.strerror or type(error).__name__
+    except UnreadableImage as error:
+        return 0, 0, nbytes, str(error)
+
+
+def _size_and_time(path: str) -> list[int] | None:
+    try:
+        facts = os.stat(path)
+    except OSError:
+        return None
+    return [facts.st_size, facts.st_mtime_ns]
