@@ -36,8 +36,8 @@ ARROWS = {
     "state": "checkpoints config ema optim plan",
     "tracking": "config errors files",
     "data.view": "config data.index draws errors plan",
-    "data.load": "__init__ config data.formats data.index data.view distributed errors files precision"
-    " process",
+    "data.load": "__init__ config data.formats data.index data.view distributed errors files"
+    " precision process",
     "evaluate": "data.load data.view distributed models precision tracking",
     "run": "checkpoints config config_file data.index data.load distributed errors evaluate files"
     " models plan state tracking",

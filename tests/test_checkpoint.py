@@ -26,6 +26,7 @@ from resnet_dist.run.interrupt import Interrupt
 from resnet_dist.state import TrainState
 from resnet_dist.train import train
 
+FORMAT_3 = Path(__file__).parent / "data" / "format3"  # written by commit e63cd7d
 FORMAT_2 = Path(__file__).parent / "data" / "format2"  # written by commit 040c52f
 ALL = Retention(newest=99)
 Spoil = Callable[[Path], None]
@@ -437,6 +438,38 @@ def test_another_format_is_refused_by_name(tiny_config: Callable[..., Config], n
     assert folders.look_over(config.run_dir) == []
     with pytest.raises(UserError, match=f"format {number}; this version reads 2 to 3: use the ver"):
         Checkpoint.load(path)
+
+
+def test_format_3_is_read_and_written_to_the_bit(tmp_path: Path) -> None:
+    """A folder written by the code from before fields had a schema."""
+    checkpoint = Checkpoint.load(FORMAT_3)
+    assert (checkpoint.step, checkpoint.evaluated_step) == (7, 6)
+    assert (checkpoint.best_acc1, checkpoint.best_step) == (50.0, 6)
+    assert checkpoint.lr_memory == LrMemory((3, 5), 1, None, (4, 2))
+    assert (checkpoint.classes, checkpoint.decoder) == (("a", "b", "c"), "cpu")
+    assert checkpoint.mean_loss == 0.75 / 6
+    assert torch.equal(checkpoint.weights["weight"], torch.ones(2, 3))  # the averaged ones
+    writer.write(tmp_path / "again", checkpoint)
+    ours, theirs = (
+        torch.load(path / "state.pt", weights_only=True) for path in (tmp_path / "again", FORMAT_3)
+    )
+    assert ours.keys() == theirs.keys()
+    assert different(ours, theirs) == []
+    assert note(tmp_path / "again") == note(FORMAT_3)
+
+
+def different(ours: Any, theirs: Any, place: str = "") -> list[str]:
+    """Where two contents are not the same bits, types and order."""
+    if isinstance(theirs, dict):
+        assert list(ours) == list(theirs) or not place
+        return [d for key in theirs for d in different(ours[key], theirs[key], f"{place}.{key}")]
+    if isinstance(theirs, list):
+        pairs = zip(ours, theirs, strict=True)
+        return [d for n, pair in enumerate(pairs) for d in different(*pair, f"{place}.{n}")]
+    if isinstance(theirs, torch.Tensor):
+        same = ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+        return [] if same else [place]
+    return [] if type(ours) is type(theirs) and ours == theirs else [place]
 
 
 def test_format_2_is_read(tmp_path: Path) -> None:
