@@ -30,6 +30,7 @@ from resnet_dist.run.interrupt import Interrupt
 from resnet_dist.run.lookahead import Ahead
 from resnet_dist.run.meter import Meter
 from resnet_dist.run.outcome import Outcome, OutcomeFile
+from resnet_dist.run.plan_text import describe_plan
 from resnet_dist.run.progress import Console, Progress, table
 from resnet_dist.run.startup import Startup, process_began
 from resnet_dist.run.summary import artifacts, summary, where_to_look
@@ -63,7 +64,7 @@ def train(
         world.on_main(lambda: open_run_folder(config, job.state.step, job.previous.changes))
         written.goes_on_from(job.state.step)
         console.say(f"{config.name}: {config.model.name} on {world.size} x {world.device.type}\n")
-        console.say(job.plan.describe(job.decoding) + "\n")
+        console.say(describe_plan(job.plan, job.decoding) + "\n")
         if resumed:
             console.say(resumed + "\n")
         notes = parts.tags(job, recipe) if world.is_main else {}

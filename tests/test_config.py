@@ -12,6 +12,7 @@ from resnet_dist.config import Config, leaves, to_dict, to_yaml
 from resnet_dist.config_file import config_from_dict, load_config
 from resnet_dist.errors import UserError
 from resnet_dist.plan import Plan
+from resnet_dist.run.plan_text import describe_plan
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 SHIPPED = sorted(
@@ -30,7 +31,7 @@ def test_every_shipped_config_loads_and_plans_for_any_world(name: str) -> None:
     config = load_config(CONFIGS / name)
     for world_size in (1, 2, 3, 8, 64):
         plan = Plan.of(config, world_size, train_images=1_281_167, val_images=50_000)
-        assert plan.describe()
+        assert describe_plan(plan)
         assert plan.local_batch_size <= config.train.max_local_batch_size
         assert plan.global_batch_size == config.train.global_batch_size
     assert config_from_dict(to_dict(config), "again") == config

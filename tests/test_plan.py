@@ -11,6 +11,7 @@ from resnet_dist import cli
 from resnet_dist.config import Config, ModelConfig, OptimConfig, TrainConfig
 from resnet_dist.errors import UserError
 from resnet_dist.plan import LrMemory, Plan
+from resnet_dist.run.plan_text import describe_plan
 
 
 def plan(
@@ -40,7 +41,7 @@ def test_the_partial_batch_is_dropped_and_said() -> None:
     p = plan(images=1000, global_batch_size=64)
     assert (p.steps_per_epoch, p.dropped_images_per_epoch) == (15, 40)
     assert p.total_steps == 150
-    assert "40 images dropped" in p.describe()
+    assert "40 images dropped" in describe_plan(p)
 
 
 def test_peak_lr_is_linear_in_the_global_batch() -> None:
@@ -103,11 +104,11 @@ def test_checkpoints_that_stay_are_saved() -> None:
     p = plan(global_batch_size=100, epochs=4, save_every_epochs=1.5, keep_every_epochs=1.0)
     assert p.keep_every_steps == 10
     assert [s for s in range(1, 41) if p.saves_after(s)] == [10, 15, 20, 30, 40]
-    assert "kept             the last 2, the best, and every 10 steps for good" in p.describe()
+    assert "kept             the last 2, the best, and every 10 steps for good" in describe_plan(p)
     assert plan(images=1000, keep_every_epochs=0.01, global_batch_size=100).keep_every_steps == 1
     p = plan(global_batch_size=100, keep_checkpoints=5)
     assert p.keep_every_steps is None
-    assert "kept             the last 5, the best\n" in p.describe() + "\n"
+    assert "kept             the last 5, the best\n" in describe_plan(p) + "\n"
 
 
 @pytest.mark.parametrize(
@@ -138,7 +139,7 @@ def test_what_bn_normalizes_together(
     config = Config(model=ModelConfig(sync_batchnorm=shared_by), train=train)
     p = Plan.of(config, world_size, 1000, 100, per_node)
     assert p.bn_batch_size == expected
-    assert f"BN batch         {said} (model.sync_batchnorm={shared_by})" in p.describe()
+    assert f"BN batch         {said} (model.sync_batchnorm={shared_by})" in describe_plan(p)
     # Counted, place by place: the ranks that share statistics, in each pass.
     ranks = {"world": world_size, "node": per_node or world_size, "none": 1}[shared_by]
     together = [
@@ -154,7 +155,7 @@ def test_a_network_without_bn_says_so() -> None:
     config = Config(model=ModelConfig(name="vgg19"))
     p = Plan.of(config, 4, 1000, 100)
     assert p.bn_batch_size == 0
-    assert "BN batch         none: the network has no BN" in p.describe()
+    assert "BN batch         none: the network has no BN" in describe_plan(p)
     with_bn = Config(model=ModelConfig(name="vgg19_bn"))
     assert Plan.of(with_bn, 4, 1000, 100).bn_batch_size == 256
 
@@ -192,7 +193,7 @@ def test_iterations_are_steps() -> None:
     )
     assert [s for s in range(1, 65) if p.evals_after(s)] == [30, 60, 64]
     assert [s for s in range(1, 65) if p.saves_after(s)] == [20, 40, 60, 64]
-    assert "32 (3.2), 48 (4.8)" in p.describe()
+    assert "32 (3.2), 48 (4.8)" in describe_plan(p)
 
 
 def test_the_lr_is_low_until_the_training_error_is() -> None:
@@ -207,7 +208,7 @@ def test_the_lr_is_low_until_the_training_error_is() -> None:
             break
     assert memory == LrMemory(warmup_end=36)  # ... with eleven of 30 among nine of 10
     assert p.lr_at(36, memory) == p.peak_lr
-    assert "until the training error is below 80 % over 20 steps" in p.describe()
+    assert "until the training error is below 80 % over 20 steps" in describe_plan(p)
     assert not plan(global_batch_size=100).watches_train_error(LrMemory())
 
 

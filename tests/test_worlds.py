@@ -37,6 +37,7 @@ from resnet_dist.job import build, train_batches
 from resnet_dist.plan import Plan
 from resnet_dist.run.lookahead import take
 from resnet_dist.run.meter import Meter
+from resnet_dist.run.plan_text import describe_plan
 from resnet_dist.train import train_step
 
 STEPS = 50
@@ -286,7 +287,7 @@ def test_the_plan_says_what_bn_sees(config_of: Callable[..., Config]) -> None:
             plan = Plan.of(config_of(*SLICES, *settings), world_size, TRAIN_IMAGES, 8, per_node)
             if not evaluates:
                 assert plan.bn_batch_size == images_together(world_size, way)
-                assert f"BN batch         {plan.bn_batch_size} images = " in plan.describe()
+                assert f"BN batch         {plan.bn_batch_size} images = " in describe_plan(plan)
 
 
 def test_a_node_is_a_rank_to_bn(

@@ -10,6 +10,7 @@ from resnet_dist.data.formats import count_images
 from resnet_dist.errors import UserError
 from resnet_dist.plan import Plan
 from resnet_dist.run.folder import check_run_folder
+from resnet_dist.run.plan_text import describe_plan
 
 
 def dry_run(
@@ -29,7 +30,7 @@ def dry_run(
             raise UserError(f"{error} (--train-images N plans without the data)") from None
     train_images -= config.held_out_of(train_images)
     plan = Plan.of(config, world_size, train_images, val_images, local_world_size)
-    text = to_yaml(config) + "\n" + plan.describe()
+    text = to_yaml(config) + "\n" + describe_plan(plan)
     differing = check_run_folder(config, anyway=True)  # the plan is worth reading all the same
     if differing:
         text += "\n\nto be trained under another name=, or with --resume-anyway: not as "
