@@ -34,6 +34,7 @@ from torch.profiler import ProfilerActivity, profile
 from resnet_dist import distributed
 from resnet_dist.data.load.batch import Batch
 from resnet_dist.data.load.dali_graphs import raw_graph
+from resnet_dist.process import set_up_process
 
 ROUNDS = 3  # in each, both ways in turn
 HOST_STEPS = 5
@@ -62,6 +63,7 @@ WAYS: dict[str, Callable[[Any, torch.device], torch.Tensor]] = {
 
 
 def main() -> None:
+    set_up_process()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--steps", type=int, default=30, help="of each way, in each round")

@@ -22,6 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from resnet_dist import distributed
 from resnet_dist.models.sync_batchnorm import convert_sync_batchnorm
+from resnet_dist.process import set_up_process
 
 HOST_STEPS = 3
 TOP_KERNELS = 12
@@ -53,6 +54,7 @@ RUNGS = {
 
 
 def main() -> None:
+    set_up_process()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("rung", choices=RUNGS)
     parser.add_argument("--batch-size", type=int, default=256)

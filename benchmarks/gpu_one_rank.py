@@ -19,12 +19,14 @@ from noise_job import NoiseJob, force_synchronized_batchnorm
 
 from resnet_dist import distributed
 from resnet_dist.distributed import World
+from resnet_dist.process import set_up_process
 
 STEPS = 3
 LARGEST_DIFFERENCE = 1e-2  # of the loss, relative; other kernels add in another order
 
 
 def main() -> None:
+    set_up_process()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--small", action="store_true", help="ResNet-18 at 64 px")
     parser.add_argument("--output", type=Path, metavar="FILE.json")

@@ -76,7 +76,7 @@ def test_evaluate_names_what_it_counts_as_wrong(
 
 def train_on_rank(rank: int, world_size: int, config: Config) -> str:
     with Interrupt() as interrupt:
-        return train(config, "test", interrupt).value
+        return train(config, "test", interrupt).name
 
 
 class StopAt(Interrupt):
@@ -199,8 +199,8 @@ def lose_data_and_train(rank: int, world_size: int, config: Config) -> str:
 
     build = module.build
 
-    def build_then_lose(config: Config, world: Any, resume_anyway: bool) -> Any:
-        job = build(config, world, resume_anyway)
+    def build_then_lose(*arguments: Any) -> Any:
+        job = build(*arguments)
         if rank == 1:
             index = job.train_index
             gone = replace(index, paths=tuple(path + ".gone" for path in index.paths))

@@ -73,8 +73,7 @@ def test_what_cannot_be_listed_is_not_empty(config: Config, make: Callable[[Path
         train(config, "test", Interrupt())
     assert not (config.run_dir / "journal.jsonl").exists()
     said: list[str] = []
-    saver = Saver(config.run_dir, ALL)
-    saver.warn = said.append
+    saver = Saver(config.run_dir, ALL, said.append)
     saver.save(content_of(small_state(1), config))
     with pytest.raises(UserError, match=r"step 1: not written.*cannot be listed"):
         saver.finish()
@@ -137,13 +136,13 @@ def test_a_copy_in_the_place_of_a_link_does_not_stop_a_save(config: Config) -> N
         (path.parent / name).unlink()
         shutil.copytree(path, path.parent / name)
     said: list[str] = []
-    saver = Saver(config.run_dir, Retention(1))
-    saver.warn = said.append
+    saver = Saver(config.run_dir, Retention(1), said.append)
     state = small_state(2)
     state.best_step = 2
     saver.save(content_of(state, config))
     saver.finish()
-    assert ["a folder, not a link" in line for line in said] == [True] * 2
+    assert ["a folder, not a link" in line for line in said] == [True, True, False]
+    assert said[2] == "saved step 2"
     for name in ("latest", "best"):
         assert (path.parent / name).readlink() == Path("step-00000002")
     left = [name for name in names_in(path.parent) if not name.startswith("copied-")]
@@ -180,15 +179,15 @@ def test_without_links_there_are_checkpoints_all_the_same(
 
     monkeypatch.setattr(os, call, refused)
     said: list[str] = []
-    saver = Saver(config.run_dir, Retention(1))
-    saver.warn = said.append
+    saver = Saver(config.run_dir, Retention(1), said.append)
     for step in (1, 2, 3):
         state = small_state(step)
         state.best_step = min(step, 2)
         saver.save(content_of(state, config))
     saver.finish()
     folder = config.run_dir / "checkpoints"
-    (line,) = said
+    line, *saved = said
+    assert saved == ["saved step 1", "saved step 3"]
     assert line == f"warning: {folder}: latest and best are not set: Operation not permitted"
     assert look_over(config) == [line]
     assert names_in(folder) == ["step-00000002", "step-00000003"]

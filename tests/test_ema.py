@@ -179,7 +179,7 @@ def test_the_averaged_weights_are_exported(
 def test_new_bn_statistics_are_written_with_the_averaged_weights(averaged: Config) -> None:
     before, folder = saved(averaged, "best"), averaged.run_dir / "recalibrated"
     score = evaluate_checkpoint(averaged.run_dir, [], bn_images=30, save_to=folder)
-    after = Checkpoint.load(folder)
+    after = Checkpoint.load(folder).to_dict()
     assert evaluate_checkpoint(folder, []) == score
     assert torch.equal(after["ema"]["conv1.weight"], before["ema"]["conv1.weight"])
     assert not torch.equal(after["ema"]["bn1.running_mean"], before["ema"]["bn1.running_mean"])

@@ -115,8 +115,7 @@ def save_step(run_dir: Path, config: Config, step: int) -> None:
     """The best one so far, with room for one: all that a save can do happens."""
     state = small_state(step)
     state.best_step, state.best_acc1 = step, float(step)
-    saver = Saver(run_dir, Retention(1))
-    saver.warn = lambda line: None
+    saver = Saver(run_dir, Retention(1), say=lambda line: None)
     saver.save(content_of(state, config))
     saver.finish()
 

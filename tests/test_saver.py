@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from multirank import run_ranks
 from test_checkpoint import content_of, make_state, small_state
 
 from resnet_dist.bench import checkpoint as bench
-from resnet_dist.checkpoints import folders
+from resnet_dist.checkpoints import folders, writer
 from resnet_dist.checkpoints.content import Checkpoint, leaves
 from resnet_dist.checkpoints.folders import Retention
 from resnet_dist.checkpoints.writer import Saver
@@ -132,8 +133,8 @@ def test_buffers_are_used_again(tiny_config: Callable[..., Config], saver: Saver
 
 
 def test_a_full_disk_loses_nothing(tiny_config: Callable[..., Config], disk: Path) -> None:
-    saver, said = Saver(disk, Retention(2)), []
-    saver.warn = said.append
+    said: list[str] = []
+    saver = Saver(disk, Retention(2), said.append)
     state = small_state(1)
     saver.save(content_of(state, tiny_config()))
     saver.finish()
@@ -152,19 +153,40 @@ def test_a_full_disk_loses_nothing(tiny_config: Callable[..., Config], disk: Pat
         with pytest.raises(UserError, match=r"No space left.*the newest is .*step-00000001"):
             saver.finish()
         ballast.unlink()
-    assert len(said) == 3  # once each
+    assert [line.split()[0] for line in said] == ["saved", *["warning:"] * 3]  # once each
     state.step = 3
     saver.save(content_of(state, tiny_config()))  # the next save tries again
     saver.finish()
     assert Checkpoint.load(disk / "checkpoints/latest").step == 3
-    assert len(said) == 3
+    assert said[4:] == ["saved step 3"]
+
+
+def test_what_is_durable_is_said_and_does_not_drown_the_log(
+    tiny_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock that stands still: the first, one a minute, and the last."""
+    now, said = 1000.0, list[str]()
+    monkeypatch.setattr(writer, "time", SimpleNamespace(monotonic=lambda: now))
+    saver = Saver(tiny_config().run_dir, Retention(2), said.append)
+    for step in range(1, 8):
+        now += 25
+        saver.save(content_of(small_state(step), tiny_config()))
+        saver.wait()
+        newest = folders.latest(saver.run_dir)
+        assert newest is not None
+        assert newest.name == f"step-{step:08}"
+    assert said == ["saved step 1", "saved step 4", "saved step 7"]
+    now += 25
+    saver.save(content_of(small_state(8), tiny_config()))
+    saver.finish()
+    assert said[3:] == ["saved step 8"]
 
 
 def test_more_than_plain_data_is_not_saved(
-    tiny_config: Callable[..., Config], saver: Saver
+    tiny_config: Callable[..., Config],
 ) -> None:
     said: list[str] = []
-    saver.warn = said.append
+    saver = Saver(tiny_config().run_dir, Retention(2), said.append)
     saver.save(replace(content_of(small_state(1), tiny_config()), scaler={"x": {1, 2}}))
     with pytest.raises(UserError, match="only tensors and plain data"):
         saver.finish()

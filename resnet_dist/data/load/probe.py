@@ -33,6 +33,7 @@ from resnet_dist.data.load.dali import DALI_VERSION
 from resnet_dist.data.load.decoding import WAYS, Decoding, Report, Trial
 from resnet_dist.data.load.probe_way import READY
 from resnet_dist.files import replace_file
+from resnet_dist.process import set_up_process
 
 PROBE_VERSION = "3"  # another one is another question: what is kept is asked anew
 LIMIT_SECONDS = 60.0  # for all ways
@@ -238,6 +239,7 @@ def describe(name: str, trial: Trial) -> str:
 
 
 def main() -> None:
+    set_up_process()
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda", 0))
     parser.add_argument("--output", type=Path, help="also as JSON")

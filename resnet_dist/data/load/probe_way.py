@@ -31,6 +31,7 @@ from resnet_dist.data.load.dali import Batch, Loader
 from resnet_dist.data.load.decoding import WAYS, Decoding, Trial
 from resnet_dist.data.load.reader import Reader
 from resnet_dist.data.view.augment import Request, train_windows
+from resnet_dist.process import set_up_process
 
 READY = "ready"
 HEIGHT_PX, WIDTH_PX = 375, 500  # ImageNet's mean size
@@ -225,6 +226,7 @@ def compare(ours: list[Tensor], cpu: list[Tensor], std: Sequence[float]) -> Tria
 
 
 def main() -> None:
+    set_up_process()
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("way", type=int)
     parser.add_argument("--device", type=torch.device, required=True)
