@@ -48,8 +48,8 @@ def test_one_refusal_lists_all_that_differs(
     assert parts is not None, line
     assert parts[1] == str(trained().run_dir)
     old = Checkpoint.load(newest(trained())).fingerprints["training images"]
-    new = build(replace(now, name="x", train=trained().train), distributed.start()).facts
-    new = new["fingerprints"]["training images"]
+    facts = build(replace(now, name="x", train=trained().train), distributed.start()).facts
+    new = facts.fingerprints["training images"]
     assert parts[2].split("; ") == [
         "optim.base_lr 0.4 -> 0.2",
         "train.global_batch_size 8 -> 1000",
@@ -80,7 +80,12 @@ def test_the_line_says_from_where_and_by_whom(trained: Callable[..., Config]) ->
         r"saved 20\d\d-\d\d-\d\d \d\d:\d\d \S+ by 1 rank",
         said,
     )
-    saved = {"step": 5, "made_with": {"world_size": "4"}, "saved_at": "on Monday"}
+    saved = replace(
+        Checkpoint.load(newest(trained())),
+        step=5,
+        made_with={"world_size": "4"},
+        saved_at="on Monday",
+    )
     assert describe(Path("x"), saved, job.plan) == (
         "resumes at step 5 (epoch 1.67) from x, saved on Monday by 4 ranks"
     )
