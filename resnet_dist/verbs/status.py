@@ -38,24 +38,25 @@ def status(
 
 
 def _run_dir(name: str, overrides: Sequence[str], run_root: Path) -> Path:
-    if name.endswith((".yaml", ".yml")):
+    if name.endswith((".yaml", ".yml")) or Path(name).is_file():
         return load_config(name, overrides).run_dir
     if overrides:
         raise UserError(f"command line: {overrides[0]}: overrides go with a config file")
     for folder in (Path(name), run_root / name):
         if folder.is_dir():
-            return folder
+            return Path(os.path.abspath(folder))  # "." has no name, by which the lock is found
     raise UserError(f"{name}: no run folder, nor a name in {run_root}; give --run-root")
 
 
 def _is_held(run_dir: Path) -> bool:
     """Whether a process trains there; False where nobody can tell."""
     try:
-        descriptor = os.open(lock_of(run_dir), os.O_RDWR)
+        descriptor = os.open(lock_of(run_dir), os.O_RDONLY)
     except OSError:
         return False
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Shared: two who ask at once must not take each other for the trainer.
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
     except OSError:
