@@ -25,9 +25,11 @@ def status(
     """
     run_dir = _run_dir(name, overrides, run_root)
     ending = Ending.read(run_dir)
-    if ending is None or (start is not None and ending.start != start):
-        which = "" if start is None else f" of start {start}"
-        raise UserError(f"{run_dir}: no {OUTCOME}{which}: nothing has been trained there")
+    if start is not None and (ending is None or ending.start != start):
+        # No bad input of whoever asks: it died, or was refused, before the run folder was its own.
+        return f"{run_dir}: start {start} never had the run", Outcome.FAILED.exit_code
+    if ending is None:
+        raise UserError(f"{run_dir}: no {OUTCOME}: nothing has been trained there")
     at = "" if ending.step is None else f" at step {ending.step}"
     said = ending.outcome.value.replace("_", " ")
     if ending.outcome is Outcome.RUNNING and not _is_held(run_dir):
