@@ -7,6 +7,8 @@
 
 A job that is preempted or reaches its time limit saves a checkpoint, queues itself again and goes
 on from that step. Only PyYAML and submitit are needed here; the job itself needs the rest.
+With --wait or --local the exit code tells how the run ended: 0 finished, 75 stopped on request (the
+same command goes on), 2 bad input, 1 all else.
 """
 
 import argparse
@@ -17,6 +19,7 @@ import socket
 import subprocess
 import sys
 import time
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -33,6 +36,7 @@ try:
     from resnet_dist.config_file import load_config, recipe_name
     from resnet_dist.run.folder import check_run_folder
     from resnet_dist.run.interrupt import Interrupt
+    from resnet_dist.run.outcome import START_TOKEN, Ending, Outcome
     from resnet_dist.verbs.dry_run import dry_run
 except ModuleNotFoundError as error:
     print(f"resnet-dist: {not_installed(error)}", file=sys.stderr)
@@ -49,6 +53,7 @@ class Training:
 
     config: Config
     recipe: str
+    start: str  # the token by which `finish` knows what this job wrote
     resume_anyway: bool = False
 
     def __call__(self) -> str:
@@ -57,11 +62,11 @@ class Training:
         # Each rank sees all GPUs of its node and takes number LOCAL_RANK.
         job.export(set_cuda_visible_devices=False, overwrite=True)
         os.environ["MASTER_ADDR"] = address_of(job.master_addr)
+        os.environ[START_TOKEN] = self.start
         # submitit's handler of USR2 saves nothing and requeues at once, in the middle of a step.
         # Interrupt only remembers, and all ranks stop at the same step. It listens to the end: a
         # signal that comes twice must not find submitit's handler again.
         with Interrupt() as interrupt:
-            from resnet_dist.run.outcome import Outcome
             from resnet_dist.train import train
 
             try:
@@ -138,7 +143,8 @@ def run(arguments: argparse.Namespace) -> None:
             print("\n" + slurm_executor(arguments, config).script())
         return
     check_run_folder(config, arguments.resume_anyway)
-    training = Training(config, recipe_name(arguments.config), arguments.resume_anyway)
+    start = f"submit-{uuid.uuid4().hex[:12]}"
+    training = Training(config, recipe_name(arguments.config), start, arguments.resume_anyway)
     make_private(arguments.log_dir)
     if arguments.local:
         run_here(arguments, training)
@@ -146,7 +152,7 @@ def run(arguments: argparse.Namespace) -> None:
     job = slurm_executor(arguments, config).submit(training)
     print(f"job {job.job_id}, its log: {job.paths.stdout}")
     if arguments.wait:
-        finish(job)
+        finish(job, training)
 
 
 def slurm_executor(arguments: argparse.Namespace, config: Config) -> SlurmExecutor:
@@ -208,7 +214,7 @@ def run_here(arguments: argparse.Namespace, training: Training) -> None:
             show(log)
             time.sleep(0.2)
         show(log)
-    finish(job)
+    finish(job, training)
 
 
 def wait_for(path: Path) -> Path:
@@ -221,12 +227,21 @@ def show(log: IO[str]) -> None:
     print(log.read(), end="", flush=True)
 
 
-def finish(job: Any) -> None:
-    """Waits, and exits with 1 if a rank has failed."""
-    if job.exception() is not None:
+def finish(job: Any, training: Training) -> None:
+    """Waits, and exits as the run itself says that it ended: submitit knows done and failed."""
+    job.wait()
+    ending = Ending.read(training.config.run_dir)
+    ours = ending is not None and ending.start == training.start
+    outcome = ending.outcome if ending is not None and ours else Outcome.FAILED
+    if outcome is Outcome.FINISHED:
+        print(f"job {job.job_id} is done")
+    elif outcome is Outcome.STOPPED:
+        print(f"job {job.job_id} was stopped; submit it again, it goes on")
+    else:
+        what = "has bad input" if outcome is Outcome.BAD_INPUT else "failed"
         folder = job.paths.stdout.parent
-        print(f"resnet-dist: job {job.job_id} failed, its logs: {folder}", file=sys.stderr)
-        sys.exit(1)
+        print(f"resnet-dist: job {job.job_id} {what}, its logs: {folder}", file=sys.stderr)
+    sys.exit(outcome.exit_code)
 
 
 # --------------------------------------------------------------------------------------------------

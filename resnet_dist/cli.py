@@ -296,6 +296,9 @@ def _parser() -> argparse.ArgumentParser:
         help="0: finished, 75: stopped, the same command goes on, 2: bad input, 1: all else",
     )
     status.add_argument("--start", metavar="TOKEN", help="that of $RESNET_DIST_START alone counts")
+    # Launchers hand on all that they have given `train`; of these, nothing names the run.
+    status.add_argument("--init-from", help=argparse.SUPPRESS)
+    status.add_argument("--resume-anyway", action="store_true", help=argparse.SUPPRESS)
 
     evaluate = verbs.add_parser("evaluate", help="exact acc1, acc5 and loss of a checkpoint")
     evaluate.set_defaults(verb=_evaluate)

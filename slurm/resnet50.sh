@@ -74,9 +74,9 @@ ranks_per_node=${NPROC_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
 # --------------------------------------------------------------------------------------------------
 # Preflight: a mistake in the config costs one line and exit code 2, not a traceback per node
 
-plan=$("$PYTHON" -m resnet_dist train "$config" "$@" --dry-run \
-  --world-size "$((SLURM_JOB_NUM_NODES * ranks_per_node))")
-printf '%s\n\n' "${plan%%$'\n\n'*}" # the merged config; rank 0 prints the plan
+"$PYTHON" -m resnet_dist train "$config" "$@" --dry-run \
+  --world-size "$((SLURM_JOB_NUM_NODES * ranks_per_node))"
+echo
 
 # --------------------------------------------------------------------------------------------------
 # One torchrun per node
@@ -92,6 +92,8 @@ export MASTER_ADDR=${addresses[0]}
 # two jobs may share a host, and a rank of a lost start may linger on it.
 export MASTER_PORT=$((20000 + (SLURM_JOB_ID + 101 * ${SLURM_RESTART_COUNT:-0}) % 12000))
 export RDZV_ID=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
+# srun passes it on, and rank 0 signs outcome.json with it: an earlier start's ending is not ours.
+export RESNET_DIST_START=$RDZV_ID
 export RANKS_PER_NODE=$ranks_per_node MAX_RESTARTS=${MAX_RESTARTS:-3} PYTHON
 cpus=${SLURM_CPUS_PER_TASK:-1}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cpus > ranks_per_node ? cpus / ranks_per_node : 1))}
@@ -115,18 +117,6 @@ on_each_node='
     --max-restarts="$MAX_RESTARTS" \
     -m resnet_dist train "$@"'
 
-finished() { # Is the newest checkpoint that of the plan's last step?
-  "$PYTHON" - "$plan" <<'PYTHON'
-import re, sys, yaml
-from pathlib import Path
-
-config = yaml.safe_load(sys.argv[1].partition("\n\n")[0])
-total = int(re.search(r"^total steps +([\d,]+)", sys.argv[1], re.M)[1].replace(",", ""))
-run = Path(config["tracking"]["run_root"], config["name"])
-sys.exit((run / "checkpoints" / "latest").resolve().name != f"step-{total:08d}")
-PYTHON
-}
-
 requeue() {
   echo "told to stop: job $SLURM_JOB_ID goes back to the queue, $(date)"
   scontrol requeue "$SLURM_JOB_ID"
@@ -147,11 +137,21 @@ status=0
 wait "$srun" || status=$?
 [[ -z $reminder ]] || kill "$reminder" 2>/dev/null || true
 
-if [[ $status != 0 ]]; then
-  echo "job $SLURM_JOB_ID failed with exit code $status, $(date)" >&2
-  exit "$status"
-fi
-if "$stop_requested" && ! finished; then
-  requeue
-fi
-echo "job $SLURM_JOB_ID is done, $(date)"
+# What the run itself says of this start. srun's code tells less: a rank that has stopped on request
+# exits with 0, as one that has finished does, and torchrun makes 1 of every other code.
+ending=0
+"$PYTHON" -m resnet_dist status "$config" "$@" --start "$RESNET_DIST_START" --exit-code || ending=$?
+case $ending in
+  0) echo "job $SLURM_JOB_ID is done, $(date)" ;;
+  75)
+    "$stop_requested" && requeue
+    echo "job $SLURM_JOB_ID was stopped by a scancel or a preemption, $(date)"
+    exit 75
+    ;;
+  2) exit 2 ;; # rank 0 has said in one line what to mend
+  *)
+    [[ $status != 0 ]] || status=1
+    echo "job $SLURM_JOB_ID failed with exit code $status, $(date)" >&2
+    exit "$status"
+    ;;
+esac

@@ -5,6 +5,7 @@ tests/slurm holds what needs a scheduler.
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,8 @@ from pathlib import Path
 import pytest
 from needs import needs
 from PIL import Image
+
+from resnet_dist.run.outcome import START_TOKEN, Outcome, OutcomeFile
 
 REPO = Path(__file__).resolve().parent.parent
 SCRIPTS = [REPO / "slurm" / "resnet50.sh", REPO / "launch" / "torchrun.sh"]
@@ -132,6 +135,48 @@ def test_batch_script_refuses_a_bad_config_before_it_starts_anything(tmp_path):
     assert not (tmp_path / "started").exists()
 
 
+USR1 = "kill -USR1 $PPID; sleep 0.5"  # the early warning, as srun's parent gets it
+
+
+@pytest.mark.parametrize(
+    ("ending", "srun", "code", "last_line"),
+    [
+        (Outcome.FINISHED, "", 0, "job 7 is done"),
+        (Outcome.STOPPED, "exit 1", 75, "job 7 was stopped by a scancel or a preemption"),
+        (Outcome.STOPPED, USR1, 0, "requeue 7"),
+        (Outcome.FINISHED, USR1, 0, "job 7 is done"),
+        (Outcome.BAD_INPUT, "exit 1", 2, "/runs/tiny: bad input"),
+        (Outcome.FAILED, "exit 3", 3, "job 7 failed with exit code 3"),
+        (Outcome.RUNNING, "", 1, "job 7 failed with exit code 1"),  # killed
+        (None, USR1, 1, "job 7 failed with exit code 1"),  # another start's ending
+    ],
+)
+def test_batch_script_ends_as_the_run_did(
+    tmp_path, tiny_yaml, monkeypatch, ending, srun, code, last_line
+):
+    monkeypatch.setenv(START_TOKEN, "7.2" if ending else "7.1")
+    with OutcomeFile(tmp_path / "runs" / "tiny", writes=True, say=print) as written:
+        written.end(ending or Outcome.STOPPED, 3)
+    for name, body in {
+        "scontrol": f"[ $1 = show ] && echo Command={SCRIPTS[0]} NodeAddr=127.0.0.1 || echo $@",
+        "srun": srun,
+        "scancel": "",
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n0", "SLURM_JOB_NUM_NODES": "1"}
+    slurm |= {"SLURM_RESTART_COUNT": "2", "SLURM_SUBMIT_DIR": str(REPO), "CONFIG": str(tiny_yaml)}
+    slurm |= {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": sys.executable}
+    log = tmp_path / "log"  # a file, as Slurm has it: the reminder's last sleep may outlive the job
+    with open(log, "w") as file:
+        command = [SCRIPTS[0], "train.epochs=1", "--resume-anyway"]
+        done = subprocess.run(
+            command, env=os.environ | slurm, stdout=file, stderr=file, timeout=60, check=False
+        )
+    assert done.returncode == code, log.read_text()
+    assert last_line in log.read_text().splitlines()[-1]
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_shell_scripts_are_well_formed(script):
     assert os.access(script, os.X_OK)
@@ -166,4 +211,31 @@ def test_submit_local_trains_on_two_ranks(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "resnet20 on 2 x cpu" in done.stdout
     assert "finished at step 3" in done.stdout
+    assert done.stdout.endswith(" is done\n")
     assert (tmp_path / "runs" / "tiny" / "checkpoints" / "latest" / "state.pt").is_file()
+
+
+@needs("submitit")
+@pytest.mark.parametrize(
+    ("overrides", "code", "last_line"),
+    [
+        (["train.epochs=100000"], 75, "was stopped; submit it again, it goes on"),
+        (["model.init_from=torchvision:nowhere.pth"], 2, "has bad input, its logs: "),
+    ],
+)
+def test_submit_local_ends_as_the_run_did(tmp_path, tiny_yaml, overrides, code, last_line):
+    command = [sys.executable, REPO / "launch" / "submit.py", tiny_yaml, *overrides, "--local"]
+    said = []
+    with subprocess.Popen(
+        [str(part) for part in [*command, "--gpus-per-node", 0]],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        for line in process.stdout:
+            if "step 1/" in line:
+                process.send_signal(signal.SIGTERM)
+            said.append(line)
+    assert process.returncode == code, "".join(said)
+    assert last_line in said[-1]

@@ -240,7 +240,7 @@ def test_a_copied_run_goes_on_under_another_name(
 HOLDER = """
 import os, sys, time
 from resnet_dist.config_file import load_config
-from resnet_dist.run_folder import sole_process
+from resnet_dist.run.folder import sole_process
 with sole_process(load_config(sys.argv[1])):
     print("holds it", flush=True)
     if len(sys.argv) > 2 and os.fork() == 0:  # has the lock's file open, too

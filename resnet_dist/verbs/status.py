@@ -25,9 +25,11 @@ def status(
     """
     run_dir = _run_dir(name, overrides, run_root)
     ending = Ending.read(run_dir)
-    if ending is None or (start is not None and ending.start != start):
-        which = "" if start is None else f" of start {start}"
-        raise UserError(f"{run_dir}: no {OUTCOME}{which}: nothing has been trained there")
+    if start is not None and (ending is None or ending.start != start):
+        # No bad input of whoever asks: it died, or was refused, before the run folder was its own.
+        return f"{run_dir}: start {start} never had the run", Outcome.FAILED.exit_code
+    if ending is None:
+        raise UserError(f"{run_dir}: no {OUTCOME}: nothing has been trained there")
     at = "" if ending.step is None else f" at step {ending.step}"
     said = ending.outcome.value.replace("_", " ")
     if ending.outcome is Outcome.RUNNING and not _is_held(run_dir):
@@ -38,24 +40,25 @@ def status(
 
 
 def _run_dir(name: str, overrides: Sequence[str], run_root: Path) -> Path:
-    if name.endswith((".yaml", ".yml")):
+    if name.endswith((".yaml", ".yml")) or Path(name).is_file():
         return load_config(name, overrides).run_dir
     if overrides:
         raise UserError(f"command line: {overrides[0]}: overrides go with a config file")
     for folder in (Path(name), run_root / name):
         if folder.is_dir():
-            return folder
+            return Path(os.path.abspath(folder))  # "." has no name, by which the lock is found
     raise UserError(f"{name}: no run folder, nor a name in {run_root}; give --run-root")
 
 
 def _is_held(run_dir: Path) -> bool:
     """Whether a process trains there; False where nobody can tell."""
     try:
-        descriptor = os.open(lock_of(run_dir), os.O_RDWR)
+        descriptor = os.open(lock_of(run_dir), os.O_RDONLY)
     except OSError:
         return False
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Shared: two who ask at once must not take each other for the trainer.
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
     except OSError:
