@@ -34,6 +34,7 @@ try:
 
     from resnet_dist.config import Config
     from resnet_dist.config_file import load_config, recipe_name
+    from resnet_dist.process import set_up_process
     from resnet_dist.run.folder import check_run_folder
     from resnet_dist.run.interrupt import Interrupt
     from resnet_dist.run.outcome import START_TOKEN, Ending, Outcome
@@ -67,6 +68,7 @@ class Training:
         # Interrupt only remembers, and all ranks stop at the same step. It listens to the end: a
         # signal that comes twice must not find submitit's handler again.
         with Interrupt() as interrupt:
+            set_up_process()
             from resnet_dist.train import train
 
             try:

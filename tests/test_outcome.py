@@ -160,7 +160,7 @@ def test_a_killed_run_is_told_from_one_that_goes_on(
     running.kill()
     ended(running)
     assert status(run_dir, "--start", "mine") == 1
-    assert f"{run_dir}: killed, after it had gone on from step 0" in capsys.readouterr().out
+    assert f"{run_dir}: killed, having started at step 0" in capsys.readouterr().out
 
 
 def test_what_another_start_wrote_does_not_count(trained: Trained, capsys: Captured) -> None:

@@ -33,8 +33,8 @@ def status(
     at = "" if ending.step is None else f" at step {ending.step}"
     said = ending.outcome.value.replace("_", " ")
     if ending.outcome is Outcome.RUNNING and not _is_held(run_dir):
-        said = "killed, after it had gone on"
-        at = "" if ending.step is None else f" from step {ending.step}"
+        said = "killed"
+        at = "" if ending.step is None else f", having started at step {ending.step}"
     line = f"{run_dir}: {said}{at}, {ending.time} (start {ending.start})"
     return line, ending.outcome.exit_code
 

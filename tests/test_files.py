@@ -1,0 +1,86 @@
+"""Files, folders and links are there whole or not at all, and their names reach the disk."""
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from resnet_dist.files import flush_file, new_folder, replace_file, replace_link, replacing
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+    """What is flushed and renamed, in order, by the names that count."""
+    done: list[str] = []
+    fsync, replace, rename = os.fsync, os.replace, os.rename
+
+    def watched_fsync(descriptor: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        done.append(f"flush {'folder' if path == tmp_path else 'content'}")
+        fsync(descriptor)
+
+    def watched(function: Callable[..., None]) -> Callable[..., None]:
+        def call(source: Any, target: Any) -> None:
+            function(source, target)
+            done.append(f"name {Path(target).name}")
+
+        return call
+
+    monkeypatch.setattr(os, "fsync", watched_fsync)
+    monkeypatch.setattr(os, "replace", watched(replace))
+    monkeypatch.setattr(os, "rename", watched(rename))
+    return done
+
+
+def test_the_content_comes_before_the_name_and_the_name_is_flushed(
+    tmp_path: Path, calls: list[str]
+) -> None:
+    replace_file(tmp_path / "a", "text")
+    assert calls == ["flush content", "name a", "flush folder"]
+    calls.clear()
+    with new_folder(tmp_path / "b") as folder:
+        (folder / "inner").write_text("x")
+        flush_file(folder / "inner")
+    assert calls == ["flush content", "flush content", "name b", "flush folder"]
+    calls.clear()
+    replace_link(tmp_path / "c", "b")
+    assert calls == ["name c", "flush folder"]
+    assert (tmp_path / "c" / "inner").read_text() == "x"
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_what_fails_leaves_the_old_one_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    replace_file(tmp_path / "a", "old")
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, call, full)
+    with pytest.raises(OSError, match="No space"):
+        replace_file(tmp_path / "a", b"new")
+    with pytest.raises(OSError, match="No space"):
+        replace_link(tmp_path / "a", "elsewhere") if call == "replace" else full()
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert (tmp_path / "a").read_text() == "old"
+
+
+def test_an_error_in_the_block_is_not_hidden(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), replacing(tmp_path / "new" / "a") as file:
+        file.write(b"x" * (1 // 0))
+    with pytest.raises(ZeroDivisionError), new_folder(tmp_path / "new" / "b") as folder:
+        (folder / "inner").write_text("x" * (1 // 0))
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_the_umask_says_who_may_read(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        replace_file(tmp_path / "a", "x")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o640
