@@ -61,7 +61,8 @@ class DataConfig:
     read_threads: int = 8
     prefetch_batches: int = 2
     # What is decoded: the crop window and its margin, or the whole image. auto: windows on a CPU;
-    # on a GPU the fastest way that a probe, once per GPU and versions, finds sound: data/probe.py.
+    # on a GPU the fastest way that a probe (data/load/probe.py), once per GPU and versions, finds
+    # sound.
     decode: Literal["auto", "window", "image"] = "auto"
     # Share of the images for the GPU's own JPEG decoder (A100 and later), not its CUDA cores; 0 is
     # without it, null what the probe finds best.

@@ -1,6 +1,6 @@
 """DALI as its users write it: its own file reader, its own shuffle, its own random crops.
 
-A peer to measure against, never a part of the package's own path: that is data/dali.py.
+A peer to measure against, never a part of the package's own path: that is data/load/dali.py.
 """
 
 from collections.abc import Iterator

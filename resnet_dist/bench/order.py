@@ -74,7 +74,7 @@ def class_entropy(labels: np.ndarray, batch: int) -> float:
 
 
 def reads_of(order: np.ndarray, batch: int, ranks: int, in_blocks: bool) -> dict[str, float]:
-    """The reads that data/reader.py makes: a block when a rank comes to its first image, or each
+    """The reads that the Reader makes: a block when a rank comes to its first image, or each
     image alone. A seek is a read that does not start where the rank's last one ended. What was read
     stays in memory until it is used. burst: of all ranks, in consecutive steps."""
     steps = len(order) // batch

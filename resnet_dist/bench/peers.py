@@ -1,7 +1,8 @@
 """The loaders that are measured side by side: each a stream of batches, from the same photos.
 
-Ours and the peers called "same windows" take their requests from data/stream.py: the same samples
-in the same order, seen through the same windows. They differ in who reads, decodes and resizes.
+Ours and the peers called "same windows" take their requests from data/view/requests.py: the same
+samples in the same order, seen through the same windows. They differ in who reads, decodes and
+resizes.
 """
 
 import ctypes

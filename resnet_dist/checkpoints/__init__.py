@@ -1,0 +1,1 @@
+"""What a checkpoint holds, where checkpoints stand, and how one is written."""

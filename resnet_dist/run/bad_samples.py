@@ -1,6 +1,6 @@
 """Images that a run could not read: each told once, counted, and within data.max_bad_samples.
 
-RUN/bad_samples.tsv keeps them, in the form of DATA/bad_samples.tsv (see data/quarantine.py).
+RUN/bad_samples.tsv keeps them, in the form of DATA/bad_samples.tsv (see data/index/quarantine.py).
 """
 
 from collections.abc import Callable, Mapping

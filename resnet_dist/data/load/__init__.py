@@ -1,0 +1,1 @@
+"""Execution: from bytes to batches on the device."""

@@ -5,7 +5,7 @@ and after any number of kills.
     DEST/classes.txt             a line per class; a label is a place in it, from 0 on
     DEST/bad_samples.tsv         images that cannot be read; they keep their places all the same
     DEST/train/000000.tar ...    see shard_file.py
-    DEST/train/index.arrow       and index.json: see data/index_file.py; the last to be written
+    DEST/train/index.arrow       and index.json: see index_file.py; the last to be written
     DEST/val/                    likewise
 """
 
