@@ -153,6 +153,17 @@ def test_the_kept_index_is_used_until_something_changes(root: Path, tmp_path: Pa
     assert build_index("list", root, "train", cache).labels.tolist() == [2, 1]
 
 
+def test_labels_that_change_within_a_tick_of_the_clock_are_seen(root: Path) -> None:
+    """A list as young as the index proves nothing by its time."""
+    lists, cache = root / "train.csv", root / "cache"
+    lists.write_text("a/1.jpg,x\nb/2.jpg,y\n")
+    build_index("list", root, "train", cache)
+    time_ns = lists.stat().st_mtime_ns
+    lists.write_text("a/1.jpg,y\nb/2.jpg,x\n")
+    os.utime(lists, ns=(time_ns, time_ns))
+    assert build_index("list", root, "train", cache).labels.tolist() == [1, 0]
+
+
 def test_images_outside_the_root_keep_their_names(tmp_path: Path) -> None:
     """In an index file, in messages and in a quarantine."""
     root, elsewhere = tmp_path / "root", tmp_path / "elsewhere"
