@@ -14,13 +14,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from resnet_dist import distributed
-from resnet_dist import job as parts
 from resnet_dist.config import Config
 from resnet_dist.data.load.batch import Batch
 from resnet_dist.determinism import fix_algorithms
 from resnet_dist.errors import UserError
 from resnet_dist.evaluate import Score, evaluate
-from resnet_dist.job import Job, agree_after_step, agree_on_running_stats, build, restore
+from resnet_dist.job import (
+    Job,
+    agree_after_step,
+    agree_on_running_stats,
+    build,
+    restore,
+    save,
+    tags,
+    train_batches,
+    val_batches,
+)
 from resnet_dist.models.dropout import set_dropout_keys
 from resnet_dist.optim import set_lr
 from resnet_dist.precision import autocast
@@ -67,7 +76,7 @@ def train(
         console.say(describe_plan(job.plan, job.decoding) + "\n")
         if resumed:
             console.say(resumed + "\n")
-        notes = parts.tags(job, recipe) if world.is_main else {}
+        notes = tags(job, recipe) if world.is_main else {}
         tracker = Tracker(config, notes, records=world.is_main, warn=console.say)
         try:
             loop = Loop.of(job, interrupt, tracker, console, startup)
@@ -108,7 +117,7 @@ class Loop:
         return cls(
             job=job,
             interrupt=interrupt,
-            ahead=Ahead(lambda: parts.train_batches(job), job.plan.accumulation, meter, interrupt),
+            ahead=Ahead(lambda: train_batches(job), job.plan.accumulation, meter, interrupt),
             meter=meter,
             bad=BadSamples(job.config, job.world, console.say),
             tracker=tracker,
@@ -127,7 +136,7 @@ def run(loop: Loop) -> Outcome:
         # The last start was stopped before this evaluation, or could not read too many of its
         # images.
         validate(loop)
-        save(loop)
+        save(job, loop.meter)
     loop.startup.mark("rest")
     if state.step < plan.total_steps:
         loop.ahead.look()
@@ -135,7 +144,7 @@ def run(loop: Loop) -> Outcome:
     while state.step < plan.total_steps:
         passes = loop.ahead.take(looks_on=not plan.evals_after(state.step + 1))
         if passes is None:
-            save(loop)
+            save(job, loop.meter)
             job.world.raise_any(loop.ahead.failure)
             return Outcome.STOPPED
         step(loop, passes)
@@ -145,14 +154,14 @@ def run(loop: Loop) -> Outcome:
             if plan.evals_after(state.step):
                 # An evaluation may take longer than who stops us waits: it is made up for later.
                 if job.world.any(loop.interrupt.requested):
-                    save(loop)
+                    save(job, loop.meter)
                     return Outcome.STOPPED
                 # Training's and evaluation's buffers do not exist together.
                 passes.clear()
                 loop.ahead.close()
                 validate(loop)
             if plan.saves_after(state.step) or state.best_step == state.step or loop.bad.too_many:
-                save(loop)
+                save(job, loop.meter)
             loop.bad.check_budget()
     return Outcome.FINISHED
 
@@ -214,7 +223,7 @@ def train_step(job: Job, passes: Iterable[Batch], meter: Meter) -> Tensor:
 
 
 # --------------------------------------------------------------------------------------------------
-# Log, evaluate, save
+# Log and evaluate; `save` is the job's
 
 
 def log(loop: Loop) -> None:
@@ -242,9 +251,9 @@ def validate(loop: Loop) -> None:
     agree_on_running_stats(job)
     network = state.model if state.ema is None else state.ema.network
     try:
-        score = evaluate(network, parts.val_batches(job), world, job.config.train.precision)
+        score = evaluate(network, val_batches(job), world, job.config.train.precision)
     except UserError:  # the same on all ranks
-        save(loop)
+        save(job, loop.meter)
         raise
     loop.bad.share(job.val_index, job.val_loader.bad)
     state.remember_evaluation(score.acc1, job.plan)
@@ -252,8 +261,3 @@ def validate(loop: Loop) -> None:
     loop.tracker.log(state.step, score.metrics())
     loop.tracker.log(state.step, {metrics.BAD_SAMPLES: loop.bad.count})
     loop.progress.console.say(f"epoch {job.plan.epoch_at(state.step):.2f}  val {score}")
-
-
-def save(loop: Loop) -> None:
-    """Saves the state as it is now. A collective; rank 0 copies it, and writes it behind."""
-    parts.save(loop.job, loop.meter)
