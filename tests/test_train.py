@@ -362,4 +362,7 @@ def test_the_command_line_of_the_readme(
     wrong = torchrun("train", str(tiny_yaml), "name=wrong", "train.global_batch_size=1")
     assert wrong.returncode != 0
     assert wrong.stderr.count("resnet-dist: command line: train.global_batch_size=1: cannot") == 1
-    assert not (tmp_path / "runs/wrong").exists()
+    assert [path.name for path in (tmp_path / "runs/wrong").iterdir()] == ["outcome.json"]
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["status", "wrong", "--run-root", str(tmp_path / "runs"), "--exit-code"])
+    assert stopped.value.code == 2
