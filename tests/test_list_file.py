@@ -195,6 +195,14 @@ def test_verify_sets_aside_what_is_elsewhere(
     assert list(read_quarantine(root)) == [str(broken)]
 
 
+@pytest.mark.parametrize("name", ["train.csv", "all.csv"])
+def test_verify_needs_no_val(root: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """With data.holdout_images val is a part of train."""
+    (root / name).write_text("path,label,split\na/1.jpg,x,train\nb/2.jpg,x,train\n")
+    cli.main(["verify", str(root)])
+    assert "all 2 images will train" in capsys.readouterr().out
+
+
 def trained_on(config: Config) -> dict[str, torch.Tensor]:
     train(config, "test", Interrupt())
     return Checkpoint.load(config.run_dir / "checkpoints/latest").model

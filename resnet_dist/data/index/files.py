@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from resnet_dist.data.index.headers import UnreadableImage, displayed_size
-from resnet_dist.data.index.index import HEADER_THREADS, Index, fingerprint_of, name_of, path_of
+from resnet_dist.data.index.index import HEADER_THREADS, Index, fingerprint_of
 from resnet_dist.data.index.index_file import load_index_file, read_extra, save_index
 from resnet_dist.data.index.listing import Listing
 from resnet_dist.errors import UserError
@@ -25,9 +25,11 @@ CHUNK = 256  # files that a thread takes at a time
 CLOCK_TICK_NS = 2_000_000_000
 
 
-def index_of_files(list_files: Callable[[], Listing], root: Path, kept: Path | None) -> Index:
+def index_of_files(
+    list_files: Callable[[], Listing], top: Path, root: Path, kept: Path | None
+) -> Index:
     """The index of the files that `list_files` gives, from the index file `kept` while that holds
-    true. root: the data's.
+    true. top: where relative paths of the listing start. root: the data's.
 
     An image that cannot be read is in the index's `bad`. The file holds true while what was read
     for the listing has its time of change, and up to 10,000 evenly spaced files (all of a small
@@ -37,13 +39,13 @@ def index_of_files(list_files: Callable[[], Listing], root: Path, kept: Path | N
     Raises:
         UserError: what `list_files` raises.
     """
-    if kept is not None and (index := _still_true(kept, root, list_files)) is not None:
+    if kept is not None and (index := _still_true(kept, list_files, top, root)) is not None:
         return index
     started = time.time_ns()
     listing = list_files()
     checked = evenly_spaced(len(listing.paths))
-    facts = _facts(listing.top, (listing.paths[i] for i in checked))
-    headers = list(_threaded(_header, [os.path.join(listing.top, path) for path in listing.paths]))
+    facts = _facts(top, (listing.paths[i] for i in checked))
+    headers = list(_threaded(_header, [os.path.join(top, path) for path in listing.paths]))
     bad = {i: why for i, (_, _, _, why) in enumerate(headers) if why}
     labels = np.array(listing.labels, np.int64)
     sizes = np.array([header[:2] for header in headers], np.int32)
@@ -51,7 +53,7 @@ def index_of_files(list_files: Callable[[], Listing], root: Path, kept: Path | N
         classes=listing.classes,
         labels=labels,
         sizes=sizes,
-        paths=_absolute(listing),
+        paths=_absolute(listing, top),
         pixels=None,
         fingerprint=fingerprint_of(listing.classes, listing.paths, labels, sizes),
         nbytes=np.array([header[2] for header in headers], np.int64),
@@ -59,8 +61,8 @@ def index_of_files(list_files: Callable[[], Listing], root: Path, kept: Path | N
     )
     if kept is None:
         return index
-    facts |= _facts(listing.top, (listing.paths[i] for i in bad))
-    return _keep(index, kept, root, _extra(listing, root, facts, started))
+    facts |= _facts(top, (listing.paths[i] for i in bad))
+    return _keep(index, kept, root, _extra(listing, facts, started))
 
 
 def evenly_spaced(count: int) -> list[int]:
@@ -68,13 +70,14 @@ def evenly_spaced(count: int) -> list[int]:
     return np.unique(np.linspace(0, count - 1, min(count, CHECKED_FILES), dtype=np.int64)).tolist()
 
 
-def _still_true(kept: Path, root: Path, list_files: Callable[[], Listing]) -> Index | None:
+def _still_true(
+    kept: Path, list_files: Callable[[], Listing], top: Path, root: Path
+) -> Index | None:
     extra, started = read_extra(kept), time.time_ns()
-    if extra is None or "top" not in extra:  # an older version wrote it
+    if extra is None:
         return None
-    top = path_of(extra["top"], root)
-    read = facts_of([os.path.join(top, name) for name in extra["read"]])
-    if [facts and facts[1] for facts in read] != list(extra["read"].values()):
+    read = facts_of([os.path.join(top, name) for name in extra["folders"]])
+    if [facts and facts[1] for facts in read] != list(extra["folders"].values()):
         return None
     if _facts(top, extra["files"]) != extra["files"]:
         return None
@@ -85,26 +88,22 @@ def _still_true(kept: Path, root: Path, list_files: Callable[[], Listing]) -> In
     if extra["settled"]:
         return index
     listing = list_files()  # once more: names now tell what times do not
-    if listing.classes != index.classes or _absolute(listing) != tuple(index.paths):
+    if listing.classes != index.classes or _absolute(listing, top) != tuple(index.paths):
         return None
     if not np.array_equal(listing.labels, index.labels):
         return None
-    return _keep(index, kept, root, _extra(listing, root, extra["files"], started))
+    return _keep(index, kept, root, _extra(listing, extra["files"], started))
 
 
-def _absolute(listing: Listing) -> tuple[str, ...]:
-    top = listing.top.absolute()
-    return tuple(os.path.join(top, path) for path in listing.paths)
+def _absolute(listing: Listing, top: Path) -> tuple[str, ...]:
+    return tuple(os.path.join(top.absolute(), path) for path in listing.paths)
 
 
-def _extra(listing: Listing, root: Path, facts: dict[str, Any], started: int) -> dict[str, Any]:
+def _extra(listing: Listing, facts: dict[str, Any], started: int) -> dict[str, Any]:
     latest = max((time_ns for time_ns in listing.read.values() if time_ns is not None), default=0)
-    return {
-        "top": name_of(str(listing.top.absolute()), root),
-        "read": listing.read,
-        "files": facts,
-        "settled": latest < started - CLOCK_TICK_NS,
-    }
+    # "folders" is also lists: index files from before there were any hold true.
+    settled = latest < started - CLOCK_TICK_NS
+    return {"folders": listing.read, "files": facts, "settled": settled}
 
 
 def _keep(index: Index, kept: Path, root: Path, extra: Any) -> Index:

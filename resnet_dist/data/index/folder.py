@@ -18,6 +18,9 @@ class Folder(ImageFiles):
     def has_split(self, root: Path, split: str) -> bool:
         return (root / split).is_dir()
 
+    def top(self, root: Path, split: str) -> Path:
+        return root / split
+
     def list(self, root: Path, split: str) -> Listing:
         return list_folder(root, split)
 
@@ -58,7 +61,7 @@ def list_folder(root: Path, split: str) -> Listing:
             )
         paths.extend(found)
         labels.extend([label] * len(found))
-    return Listing(top, classes, tuple(paths), tuple(labels), folders)
+    return Listing(classes, tuple(paths), tuple(labels), folders)
 
 
 def class_folders(top: Path) -> tuple[str, ...]:

@@ -75,10 +75,14 @@ class ImageFiles(Format):
                 one.
         """
 
+    def top(self, root: Path, split: str) -> Path:
+        """The folder that relative paths of the listing start from."""
+        return root
+
     def count(self, root: Path, split: str) -> int:
         return len(self.list(root, split).paths)
 
     def index(self, root: Path, split: str, kept: Path | None) -> "Index":
         from resnet_dist.data.index.files import index_of_files
 
-        return index_of_files(lambda: self.list(root, split), root, kept)
+        return index_of_files(lambda: self.list(root, split), self.top(root, split), root, kept)

@@ -42,6 +42,10 @@ class Row:
     label: str
 
 
+class NoRows(UserError):
+    """A split has no list, or its list has no row of it."""
+
+
 class ListFile(ImageFiles):
     name = "list"
     outlined = "lists"
@@ -55,17 +59,20 @@ class ListFile(ImageFiles):
             return False
 
     def has_split(self, root: Path, split: str) -> bool:
-        own = any((root / f"{split}{suffix}").is_file() for suffix in DELIMITERS)
-        return own or not any((root / f"train{suffix}").is_file() for suffix in DELIMITERS)
+        try:
+            next(_rows(_list_of(root, split), split))
+        except UserError as error:
+            return not isinstance(error, NoRows)  # of others it is to be told
+        return True
 
     def list(self, root: Path, split: str) -> Listing:
         lists = {split: _list_of(root, split)}
+        read = {CLASSES: _time_of(root / CLASSES)}
         names = class_list(root / CLASSES)
+        has_class_list = names is not None
         if names is None:  # training's labels are the classes of both
             lists["train"] = _list_of(root, "train")
-        read = {file.name: file.stat().st_mtime_ns for file in lists.values()}
-        classes_file = root / CLASSES
-        known = classes_file.stat().st_mtime_ns if names is not None else None
+        read |= {file.name: _time_of(file) for file in lists.values()}
         rows = {name: list(_rows(file, name)) for name, file in lists.items()}
         if names is None:
             names = sorted({row.label for row in rows["train"]}, key=_by_number)
@@ -79,11 +86,10 @@ class ListFile(ImageFiles):
                     f"line {first.where.rpartition(':')[2]}; remove one of them"
                 )
         return Listing(
-            top=root,
             classes=tuple(names),
             paths=tuple(row.path for row in rows[split]),
-            labels=tuple(_label(row, number, known is not None) for row in rows[split]),
-            read={**read, CLASSES: known},
+            labels=tuple(_label(row, number, has_class_list) for row in rows[split]),
+            read=read,
         )
 
     def outline(self, root: Path, split: str) -> dict[str, str]:
@@ -93,6 +99,13 @@ class ListFile(ImageFiles):
             for file in files
             if file.is_file()
         }
+
+
+def _time_of(file: Path) -> int | None:
+    try:
+        return file.stat().st_mtime_ns
+    except OSError:
+        return None
 
 
 def _list_of(root: Path, split: str) -> Path:
@@ -110,7 +123,7 @@ def _list_of(root: Path, split: str) -> Path:
         if path.suffix in DELIMITERS and path.name != QUARANTINE
     ]
     if len(others) != 1 or others[0].stem in SPLIT_NAMES:
-        raise UserError(
+        raise NoRows(
             f"data.root={root}: no {split}.csv or {split}.tsv in it, nor one list alone whose rows "
             "name their split"
         )
@@ -157,7 +170,7 @@ def _rows(file: Path, split: str) -> Iterator[Row]:
     except OSError as error:
         raise UserError(f"{file}: {error.strerror}; make it readable") from None
     if not count:
-        raise UserError(f"{file}: no rows of {split} in it")
+        raise NoRows(f"{file}: no rows of {split} in it")
 
 
 def _columns(cells: list[str], where: str, is_of_split: bool) -> tuple[dict[str, int], bool]:

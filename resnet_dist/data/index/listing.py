@@ -16,12 +16,11 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".p
 class Listing:
     """Image files of one split, in an order that every machine agrees on."""
 
-    top: Path
     classes: tuple[str, ...]
-    paths: tuple[str, ...]  # relative to top, or absolute
+    paths: tuple[str, ...]  # relative to ImageFiles.top, or absolute
     labels: tuple[int, ...]
     # What was read to know all this, folders or lists: path relative to top -> st_mtime_ns from
-    # before it was read, None if it was not there. While they are so, the names are the same.
+    # before it was read, None if it was not there. While they are so, the listing is the same.
     read: dict[str, int | None]
 
 

@@ -101,7 +101,7 @@ def _listed(known: ImageFiles, root: Path) -> Source:
     quarantined = read_quarantine(root)
     splits = {}
     for name, listing in listings.items():
-        top = listing.top.absolute()
+        top = known.top(root, name).absolute()
         paths = [os.path.join(top, path) for path in listing.paths]
         with ThreadPoolExecutor(STAT_THREADS) as pool:
             nbytes = np.fromiter(pool.map(_file_bytes, paths), np.int64, len(paths))
