@@ -37,17 +37,19 @@ def generator(purpose: str, seed: int, number: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))
 
 
-def uniforms(purpose: str, seed: int, number: int, items: np.ndarray, draws: int) -> np.ndarray:
+def uniforms(
+    purpose: str, seed: int, number: int, items: np.ndarray | range, draws: int
+) -> np.ndarray:
     """float64 [B, draws] in [0, 1): `draws` numbers of each item; more draws change none.
 
-    number: such as an epoch or a step. items: int64 [B], such as samples or places in the batch.
+    number: such as an epoch or a step. items: int64 [B], such as samples, or places in the batch.
 
     A keyed SplitMix64 (Steele et al. 2014): the key is mixed word by word, draws count up by the
     golden gamma. NumPy's own counter-based generators would need one object per item.
     """
     key = np.zeros(len(items), np.uint64)
     words: list[Any] = [np.uint64(word) for word in (*_word(purpose), seed, number)]
-    for word in (*words, items.astype(np.uint64)):
+    for word in (*words, np.asarray(items).astype(np.uint64)):
         key = _mix(key ^ word)
     counters = np.arange(1, draws + 1, dtype=np.uint64) * np.uint64(GOLDEN_GAMMA)
     bits = _mix(key[:, None] + counters)
