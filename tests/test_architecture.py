@@ -118,6 +118,21 @@ def test_the_table_has_no_circle() -> None:
         above.add(unit)
 
 
+def test_no_file_imports_itself_by_a_detour() -> None:
+    """Not inside functions either."""
+    known = modules()
+    found = {module: set(imported_by(path, known)) & known.keys() for module, path in known.items()}
+    for module in known:
+        seen: set[str] = set()
+        todo = [*found[module]]
+        while todo:
+            other = todo.pop()
+            if other not in seen:
+                seen.add(other)
+                todo += found[other]
+        assert module not in seen
+
+
 def test_launchers_adapt_to_the_library() -> None:
     """They build on what any caller may, not on the command line."""
     known = modules()

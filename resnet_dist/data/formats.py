@@ -8,11 +8,11 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from resnet_dist.data.index.cifar_files import Cifar
+from resnet_dist.data.index.cifar_format import Cifar
 from resnet_dist.data.index.folder import Folder
 from resnet_dist.data.index.format import Format
 from resnet_dist.data.index.list_file import ListFile
-from resnet_dist.data.index.shard_files import ShardFiles
+from resnet_dist.data.index.shard_format import ShardFiles
 
 if TYPE_CHECKING:
     from resnet_dist.data.index.index import Index

@@ -29,7 +29,7 @@ def status(
         # No bad input of whoever asks: it died, or was refused, before the run folder was its own.
         return f"{run_dir}: start {start} never had the run", Outcome.FAILED.exit_code
     if ending is None:
-        raise UserError(f"{run_dir}: no {OUTCOME}: nothing has been trained there")
+        raise UserError(f"{run_dir}: no {OUTCOME}: not started yet, or by an older version alone")
     at = "" if ending.step is None else f" at step {ending.step}"
     said = ending.outcome.value.replace("_", " ")
     if ending.outcome is Outcome.RUNNING and not _is_held(run_dir):

@@ -1,18 +1,12 @@
-"""data.format=cifar10 and cifar100: CIFAR as its authors packed it, binary or Python's batches.
+"""CIFAR's files as its authors packed them, binary or Python's batches.
 
 https://www.cs.toronto.edu/~kriz/cifar.html describes both forms.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from resnet_dist.data.index.cifar_pickle import read_pickle
-from resnet_dist.data.index.format import Format
 from resnet_dist.errors import UserError
-
-if TYPE_CHECKING:
-    from resnet_dist.data.index.index import Index
 
 
 @dataclass(frozen=True)
@@ -71,31 +65,3 @@ def cifar_files(data_format: str, root: Path, split: str) -> tuple[list[Path], C
         if file.suffix == ".bin" and (size % record_bytes or not size):
             raise UserError(f"{file}: not made of {record_bytes}-byte records; copy it again")
     return files, form
-
-
-class Cifar(Format):
-    is_pixels = True
-
-    def __init__(self, name: str) -> None:
-        """name: "cifar10" or "cifar100"."""
-        self.name = name
-
-    def is_in(self, root: Path) -> bool:
-        return any(
-            (root / form.folder).is_dir() or (root / form.train[0]).is_file()
-            for form in CIFAR_FORMS[self.name]
-        )
-
-    def count(self, root: Path, split: str) -> int:
-        names = CIFAR_LABELS[self.name]
-        return sum(
-            file.stat().st_size // (len(names) + CIFAR_PIXEL_BYTES)
-            if file.suffix == ".bin"
-            else len(read_pickle(file).get(names[-1], ()))
-            for file in cifar_files(self.name, root, split)[0]
-        )
-
-    def index(self, root: Path, split: str, kept: Path | None) -> "Index":
-        from resnet_dist.data.index.cifar import cifar_index
-
-        return cifar_index(self.name, root, split)

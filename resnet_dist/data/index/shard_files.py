@@ -1,46 +1,12 @@
-"""data.format=shards: WebDataset's tar files, ours with an index beside them or anybody's."""
+"""Which tar files a split has: ours, with an index beside them, or anybody's."""
 
-import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from resnet_dist.data.index.format import Format
 from resnet_dist.errors import UserError
-
-if TYPE_CHECKING:
-    from resnet_dist.data.index.index import Index
 
 SPLIT_WORDS = {"train": {"train"}, "val": {"val", "validation"}}
 PREPARED = "prepare.json"  # what `resnet-dist prepare` leaves before its first shard
-
-
-class ShardFiles(Format):
-    name = "shards"
-
-    def is_in(self, root: Path) -> bool:
-        return any(root.glob("*.tar")) or any(root.glob("train/*.tar"))
-
-    def count(self, root: Path, split: str) -> int:
-        note = root / split / "index.json"
-        try:
-            return int(json.loads(note.read_bytes())["images"])
-        except FileNotFoundError:
-            raise UserError(
-                f"{note}: no such file; shards without an index cannot be counted at once"
-            ) from None
-        except (OSError, ValueError, KeyError, TypeError):
-            raise UserError(
-                f"{note}: not an index; make it again with `resnet-dist prepare`"
-            ) from None
-
-    def index(self, root: Path, split: str, kept: Path | None) -> "Index":
-        from resnet_dist.data.index.shards import shard_index
-
-        return shard_index(root, split, kept)
-
-    def own_index(self, root: Path, split: str) -> Path | None:
-        return own_index_file(root, split)
 
 
 def own_index_file(root: Path, split: str) -> Path:
