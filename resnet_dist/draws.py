@@ -3,7 +3,7 @@
 No generator's state exists, so nothing is lost by a restart, and nothing depends on who draws
 first. A word of its own keeps each purpose's numbers apart from all others': to draw for something
 new, call `generator`, `uniforms` or `keys` with a word that nobody uses yet. (A test looks that no
-word is used by two modules.)
+word is used by two modules.) These had none when they began:
 
     order      data/view/order.py: the permutation of an epoch (seed, epoch)
     holdout    data/view/order.py: which training images are the validation images
