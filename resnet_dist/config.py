@@ -154,6 +154,12 @@ class Config:
     def run_dir(self) -> Path:
         return Path(self.tracking.run_root).absolute() / self.name
 
+    @property
+    def neighbours_kept(self) -> int:
+        """So many neighbours of the global batch, from its start on, are always on one rank and in
+        one pass. A method that mixes an image with its neighbour needs 2."""
+        return 1
+
     def held_out_of(self, train_images: int) -> int:
         """data.holdout_images. Raises UserError where that leaves none to train on."""
         held = self.data.holdout_images

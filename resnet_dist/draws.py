@@ -70,7 +70,8 @@ def keys(purpose: str, seed: int, number: int, items: Tensor) -> Tensor:
 
 
 def bits(keys: Tensor, stream: int, draws: int) -> Tensor:
-    """int64 [B, draws]: 53 random bits each, from 0 to 2**53 - 1.
+    """int64 [B, draws]: 53 random bits each, from 0 to 2**53 - 1. As numbers in [0, 1):
+    `bits(...).double() * 2.0**-53` (without the first, torch makes float32 of them).
 
     keys: of `keys`. stream: tells apart what draws from the same keys, such as layers; from 1 on.
     """

@@ -50,6 +50,7 @@ class Plan:
     train_images: int
     val_images: int | None  # None: unknown here (a plan made without the data)
     global_batch_size: int
+    neighbours_kept: int  # of the config: places of the global batch that no slice parts
     accumulation: int  # forward and backward passes per optimizer step
     sync_batchnorm: str  # of the config
     bn_ranks: int  # ranks that share BN statistics; 0: the network has no BN
@@ -90,12 +91,20 @@ class Plan:
             raise config.invalid("train.global_batch_size", why, train_images)
 
         # The fewest passes whose slices fit. Slices differ by one image where it does not divide:
-        # 256 images on 3 ranks are 85, 85 and 86, and gradients are weighted by count.
-        accumulation = math.ceil(global_batch_size / (world_size * train.max_local_batch_size))
-        if world_size * accumulation > global_batch_size:
+        # 256 images on 3 ranks are 85, 85 and 86, and gradients are weighted by count. (Or by
+        # neighbours_kept images, and then the groups are counted.)
+        kept = config.neighbours_kept
+        if global_batch_size % kept:
+            why = f"must be a multiple of {kept}: neighbours are mixed with each other"
+            raise config.invalid(
+                "train.global_batch_size", why, max(1, global_batch_size // kept) * kept
+            )
+        groups = global_batch_size // kept
+        accumulation = _passes(groups, world_size, train.max_local_batch_size // kept)
+        if world_size * accumulation > groups:
             why = f"leaves some of {world_size} ranks x {accumulation} passes without an image"
             raise config.invalid(
-                "train.max_local_batch_size", why, math.ceil(global_batch_size / world_size)
+                "train.max_local_batch_size", why, math.ceil(groups / world_size) * kept
             )
         # The last, partial batch of an epoch is dropped: every step has the same size, and as each
         # epoch has its own permutation, other images are left out each time.
@@ -127,6 +136,7 @@ class Plan:
             train_images=train_images,
             val_images=val_images,
             global_batch_size=global_batch_size,
+            neighbours_kept=kept,
             accumulation=accumulation,
             sync_batchnorm=config.model.sync_batchnorm,
             bn_ranks=sharing[config.model.sync_batchnorm] if has_bn else 0,
@@ -149,7 +159,8 @@ class Plan:
     @property
     def local_batch_size(self) -> int:
         """The most images one rank takes through the network at once."""
-        return math.ceil(self.global_batch_size / (self.world_size * self.accumulation))
+        groups = self.global_batch_size // self.neighbours_kept
+        return math.ceil(groups / (self.world_size * self.accumulation)) * self.neighbours_kept
 
     @property
     def bn_batch_size(self) -> int:
@@ -157,17 +168,19 @@ class Plan:
 
         The slices of the ranks that share statistics stand side by side in the global batch.
         """
-        return math.ceil(
-            self.global_batch_size * self.bn_ranks / (self.world_size * self.accumulation)
-        )
+        groups = self.global_batch_size // self.neighbours_kept
+        slices = self.world_size * self.accumulation
+        return math.ceil(groups * self.bn_ranks / slices) * self.neighbours_kept
 
     def max_local_batch_size_for(self, bn_batch_size: int) -> int | None:
         """With which BN would average over so many images; None: with none on this world."""
         if bn_batch_size == 0 or self.bn_ranks == 0:  # a network without BN
             return None
-        local = math.ceil(bn_batch_size / self.bn_ranks)
-        accumulation = math.ceil(self.global_batch_size / (self.world_size * local))
-        fits = self.world_size * accumulation <= self.global_batch_size
+        kept = self.neighbours_kept
+        local = math.ceil(bn_batch_size / kept / self.bn_ranks) * kept
+        groups = self.global_batch_size // kept
+        accumulation = _passes(groups, self.world_size, local // kept)
+        fits = self.world_size * accumulation <= groups
         same = replace(self, accumulation=accumulation).bn_batch_size == bn_batch_size
         return local if fits and same else None
 
@@ -175,8 +188,8 @@ class Plan:
         """Where the images of pass `accumulated` of a rank stand in the step's global batch."""
         slices = self.accumulation * self.world_size
         part = accumulated * self.world_size + rank
-        batch = self.global_batch_size
-        return range(part * batch // slices, (part + 1) * batch // slices)
+        kept, groups = self.neighbours_kept, self.global_batch_size // self.neighbours_kept
+        return range(part * groups // slices * kept, (part + 1) * groups // slices * kept)
 
     @property
     def dropped_images_per_epoch(self) -> int:
@@ -236,3 +249,8 @@ class Plan:
     def saves_after(self, step: int) -> bool:
         due = step % self.save_every_steps == 0 or step == self.total_steps
         return due or (self.keep_every_steps is not None and step % self.keep_every_steps == 0)
+
+
+def _passes(groups: int, world_size: int, most: int) -> int:
+    """The fewest passes in which no rank has more than `most` groups of images at once."""
+    return math.ceil(groups / (world_size * max(1, most)))

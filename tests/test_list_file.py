@@ -94,13 +94,28 @@ def test_labels_are_names_or_numbers(root: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "line"),
     [
-        ("a/1.jpg,x\nb/2.jpg\n", r"train\.csv:2: 1 cells; expected path, label: mend or remove"),
+        (
+            "a/1.jpg,x\nb/2.jpg\n",
+            r"train\.csv:2: 1 cells, and 2 in the first row; a path",
+        ),
         ("a/1.jpg,x\n,y\n", r"train\.csv:2: no path; mend or remove this row"),
         ("a/1.jpg,x\nb/2.jpg, \n", r"train\.csv:2: no label; mend"),
         ("a/1.jpg,x,train\nb/2.jpg,y,tran\n", r"train\.csv:2: split 'tran'; expected train, "),
-        ("a/1.jpg,x,train,1\n", r"train\.csv:1: 4 cells; expected path, label and perhaps split"),
-        ("a/1.jpg\n", r"train\.csv:1: 1 cells; expected path, label and perhaps split"),
+        (
+            "a/1.jpg,x,train,1\n",
+            r"train\.csv:1: expected path, label and perhaps split",
+        ),
+        ("a/1.jpg\n", r"train\.csv:1: expected path, label and perhaps split"),
         ("a/1.jpg,x\nb/2.jpg,y\na/1.jpg,y\n", r"train\.csv:3: a/1\.jpg is of class y, and of x in"),
+        ("a/1.jpg,x\nc,d/3.jpg,y\n", r"train\.csv:2: 3 cells, and 2 in the first row"),
+        ("a/1.jpg,x\n./a/1.jpg,y\n", r"train\.csv:2: a/1\.jpg is of class y, and of x in line 1"),
+        (
+            "photo,kind\na/1.jpg,x\n",
+            r"train\.csv:1: expected path, .* label, split\), not ph",
+        ),
+        ("path,label,class\na/1.jpg,x,y\n", r"train\.csv:1: 2 columns are a label; leave one"),
+        ("a/1\0.jpg,x\n", r"train\.csv:1: path 'a/1\\x00\.jpg': no file has it; mend"),
+        ('a/1.jpg,"x\nb/2.jpg,y\n', r"train\.csv:1: unexpected end of data; mend or remove"),
         ("path,label\n", r"train\.csv: no rows of train in it"),
         ("a/1.jpg,x,val\n", r"train\.csv: no rows of train in it"),
         ('a/1.jpg,"' + "x" * 200_000 + "\n", r"train\.csv:1: field larger than"),
@@ -131,6 +146,44 @@ def test_other_mistakes_are_one_line_too(root: Path) -> None:
         build_index("list", root, "train", None)
 
 
+def test_a_number_is_a_name_before_it_is_a_place(root: Path) -> None:
+    (root / "classes.txt").write_text("\ufeff1\n2\n3\n")
+    (root / "train.csv").write_text("a/1.jpg,1\nb/2.jpg,3\n")
+    assert build_index("list", root, "train", None).labels.tolist() == [0, 2]
+    (root / "train.csv").write_text("a/1.jpg,0\n")
+    with pytest.raises(UserError, match=r"train\.csv:1: label '0': classes\.txt has no such class"):
+        build_index("list", root, "train", None)
+    (root / "classes.txt").write_text("cat\ndog\n")
+    (root / "train.csv").write_text("a/1.jpg,1\n a/1.jpg , dog\n4.jpg,0\n")
+    assert build_index("list", root, "train", None).labels.tolist() == [1, 1, 0]
+    (root / "classes.txt").unlink()
+    (root / "train.csv").write_text(f"a/1.jpg,{'9' * 5000}\nb/2.jpg,10\n4.jpg,9\n")
+    assert build_index("list", root, "train", None).labels.tolist() == [2, 1, 0]
+
+
+def test_what_is_taken_for_a_list(root: Path) -> None:
+    """One that names images, also beside an image folder; a stray table hides no image folder."""
+    write_images(root, ["train/x/1.jpg", "val/x/1.jpg"])
+    assert recognized(root) == "folder"
+    (root / "notes.csv").write_text("name,price,split\nx.y,5,train\n")
+    assert recognized(root) == "folder"
+    (root / "notes.csv").unlink()
+    (root / "._all.csv").write_bytes(b"\0")
+    (root / "folder.csv").mkdir()
+    (root / "all.CSV").write_text("train/x/1.jpg,x,train\n")
+    assert recognized(root) == "list"
+    assert listed(root) == [("train/x/1.jpg", "x")]
+
+
+def test_a_path_means_the_same_however_it_is_written(root: Path) -> None:
+    """So that a run goes on where the data have moved."""
+    fingerprints = set()
+    for path in ("a/1.jpg", "./a/1.jpg", f"{root}/a/1.jpg", "a//1.jpg"):
+        (root / "train.csv").write_text(f"{path},x\n")
+        fingerprints.add(build_index("list", root, "train", None).fingerprint)
+    assert len(fingerprints) == 1
+
+
 def test_a_missing_image_is_a_bad_one(root: Path) -> None:
     (root / "train.csv").write_text("a/1.jpg,x\nnowhere.jpg,x\n")
     assert build_index("list", root, "train", None).bad == {1: "No such file or directory"}
@@ -151,6 +204,20 @@ def test_the_kept_index_is_used_until_something_changes(root: Path, tmp_path: Pa
     assert kept.stat().st_ino != written
     (root / "classes.txt").write_text("w\nx\ny\n")
     assert build_index("list", root, "train", cache).labels.tolist() == [2, 1]
+
+
+def test_a_list_that_comes_to_be_is_seen(root: Path) -> None:
+    """By a kept index that proves all by times: everything is older than a tick of the clock."""
+    (root / "all.csv").write_text("a/1.jpg,x,train\n")
+    os.utime(root / "all.csv", ns=(10**18, 10**18))
+    cache = root / "cache"
+    assert len(build_index("list", root, "train", cache)) == 1
+    (root / "train.csv").write_text("a/1.jpg,x\nb/2.jpg,y\n")
+    os.utime(root / "train.csv", ns=(10**18, 10**18))
+    assert len(build_index("list", root, "train", cache)) == 2
+    (root / "train.tsv").write_text("a/1.jpg\tx\n")
+    with pytest.raises(UserError, match="beside"):
+        build_index("list", root, "train", cache)
 
 
 def test_labels_that_change_within_a_tick_of_the_clock_are_seen(root: Path) -> None:

@@ -239,3 +239,21 @@ def test_how_the_bn_batch_is_kept(world_size: int, before: int, local: int | Non
     assert plan_with(32).max_local_batch_size_for(before) == local
     if local is not None:
         assert plan_with(local).bn_batch_size == before
+
+
+@pytest.mark.parametrize(("batch", "most"), [(256, 256), (256, 32), (10, 10), (12, 4), (8, 8)])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_neighbours_may_be_kept_together(
+    monkeypatch: pytest.MonkeyPatch, batch: int, most: int, world_size: int
+) -> None:
+    """For methods that mix them: on any world each place is there once, and no pair is parted."""
+    monkeypatch.setattr(Config, "neighbours_kept", 2)
+    train = TrainConfig(global_batch_size=batch, max_local_batch_size=most)
+    config = replace(Config(), train=train)
+    p = Plan.of(config, world_size, 1000, None)
+    slices = [p.places(r, a) for a in range(p.accumulation) for r in range(world_size)]
+    assert [place for one in slices for place in one] == list(range(batch))
+    assert all(one.start % 2 == 0 < len(one) <= min(p.local_batch_size, most) for one in slices)
+    assert max(map(len, slices)) == p.local_batch_size
+    with pytest.raises(UserError, match="must be a multiple of 2: neighbours are mixed"):
+        Plan.of(replace(config, train=replace(train, global_batch_size=9)), 1, 1000, None)

@@ -184,9 +184,14 @@ def test_lists_of_two_nodes(tiny_yaml: Path, nodes: list[Path]) -> None:
             (node / name / "val.csv").write_text("1.jpg,x\n")
     (nodes[1] / "label" / "train.csv").write_text("1.jpg,y\n1.jpg,y\n")
     (nodes[1] / "bytes" / "1.jpg").write_bytes(jpeg(8, 9) + b"\0")
-    cases = [([node / name for node in nodes], "list") for name in ("same", "label", "bytes")]
-    same, label, nbytes = on_two_nodes(tiny_yaml, cases)
+    (nodes[0] / "gone").mkdir()
+    shutil.copytree(nodes[0] / "same", nodes[0] / "gone", dirs_exist_ok=True)
+    names = ("same", "label", "bytes", "gone")
+    cases = [([node / name for node in nodes], "list") for name in names]
+    same, label, nbytes, gone = on_two_nodes(tiny_yaml, cases)
+    assert gone[0] == gone[1]
+    assert gone[0].startswith(f"rank 1: {HERE}: data.root={nodes[1]}/gone: not the data of rank 0")
     assert same[0] == same[1]
     assert same[0][1] == ["1.jpg", "1.jpg"]
-    assert "not the data of rank 0 in train: 1 lists, such as train.csv; copy them" in label[0]
+    assert "not the data of rank 0 in train: 1 files, such as train.csv; copy them" in label[0]
     assert f"train: {nodes[1]}/bytes/1.jpg has " in nbytes[0]

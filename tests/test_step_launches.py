@@ -136,7 +136,8 @@ class Pretended:
                 images = len(plan.places(0, number))
                 pixels = torch.empty(images, px, px, 3, dtype=dtype, device=device)
                 labels = torch.zeros(images, dtype=torch.int64, device=device)
-                self.passes.append(Batch(pixels.permute(0, 3, 1, 2), labels))
+                places = plan.places(0, number)
+                self.passes.append(Batch(pixels.permute(0, 3, 1, 2), labels, 0, places))
         # train_step needs no more of a Job: the rest of one is loaders and a run folder.
         self.job: Any = SimpleNamespace(
             config=config, plan=plan, world=world, state=self.state, model=network, dropouts=()

@@ -10,7 +10,7 @@ from resnet_dist.errors import UserError
 
 class Folder(ImageFiles):
     name = "folder"
-    outlined = "class folders"
+    outline_noun = "class folders"
 
     def is_in(self, root: Path) -> bool:
         return True  # whatever is nothing else
@@ -21,7 +21,7 @@ class Folder(ImageFiles):
     def top(self, root: Path, split: str) -> Path:
         return root / split
 
-    def list(self, root: Path, split: str) -> Listing:
+    def listing(self, root: Path, split: str) -> Listing:
         return list_folder(root, split)
 
     def outline(self, root: Path, split: str) -> dict[str, str]:

@@ -19,7 +19,7 @@ class Format(ABC):
 
     name: str  # as data.format has it
     is_pixels = False  # in memory, all of one size: windows are cut out of them, unscaled
-    outlined = ""  # what `outline` is of, for messages
+    outline_noun = "files"  # what `outline` names, for messages
 
     @abstractmethod
     def is_in(self, root: Path) -> bool:
@@ -45,8 +45,8 @@ class Format(ABC):
         """
 
     def has_split(self, root: Path, split: str) -> bool:
-        """Whether `verify` looks at it: with data.holdout_images there need be no val. True: it
-        must be there."""
+        """Whether there is anything of it: with data.holdout_images there need be no val. True
+        also stands for what has to be looked at to be told."""
         return True
 
     def outline(self, root: Path, split: str) -> dict[str, str]:
@@ -54,7 +54,7 @@ class Format(ABC):
         or up to 10,000 of its files, are compared besides.
 
         Raises:
-            OSError: something cannot be read.
+            OSError, UserError: something is missing, or cannot be read.
         """
         return {}
 
@@ -68,7 +68,7 @@ class ImageFiles(Format):
     """A format whose images are files of their own: it has to list them, and gets the rest."""
 
     @abstractmethod
-    def list(self, root: Path, split: str) -> Listing:
+    def listing(self, root: Path, split: str) -> Listing:
         """
         Raises:
             UserError: what is there cannot be listed; names the file, and the line where there is
@@ -80,9 +80,9 @@ class ImageFiles(Format):
         return root
 
     def count(self, root: Path, split: str) -> int:
-        return len(self.list(root, split).paths)
+        return len(self.listing(root, split).paths)
 
     def index(self, root: Path, split: str, kept: Path | None) -> "Index":
         from resnet_dist.data.index.files import index_of_files
 
-        return index_of_files(lambda: self.list(root, split), self.top(root, split), root, kept)
+        return index_of_files(lambda: self.listing(root, split), self.top(root, split), root, kept)

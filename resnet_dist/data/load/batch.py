@@ -14,6 +14,9 @@ class Batch:
 
     What is drawn for an image in training is a function of the seed, `step` and the image's place
     in the global batch: then it is the same on any number of ranks, and after a restart.
+
+    The loader uses the memory again when nobody has the tensors any more; until then they may be
+    written to.
     """
 
     images: Tensor  # [B, 3, H, W], channels_last strides, normalised, in the autocast dtype

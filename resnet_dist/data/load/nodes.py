@@ -86,8 +86,10 @@ def _other_outline(
         found = known.outline(root, split)
     except OSError as error:
         return f"{error.filename}: {error.strerror}"
+    except UserError as error:
+        return str(error)
     differing = {name for name, _ in found.items() ^ expected.items()}
-    return f"{len(differing)} {known.outlined}, such as {min(differing)}" if differing else None
+    return f"{len(differing)} {known.outline_noun}, such as {min(differing)}" if differing else None
 
 
 def _other_bytes(index: Index, shard_bytes: Sequence[int]) -> str | None:

@@ -72,8 +72,9 @@ def open_source(root: Path, map_: Callable[..., Iterable[Any]]) -> Source:
         source = _listed(known, root)
     else:
         raise UserError(
-            f"{root}: nothing to prepare in it; expected train/CLASS/IMAGES and val/, shards, "
-            f"{ilsvrc.TRAIN_TAR}, train-00000-of-NNNNN.parquet, or CIFAR's batches"
+            f"{root}: nothing to prepare in it; expected train/CLASS/IMAGES and val/, train.csv "
+            f"and val.csv, shards, {ilsvrc.TRAIN_TAR}, train-00000-of-NNNNN.parquet, or CIFAR's "
+            "batches"
         )
     odd = [name for name in source.classes if "\n" in name or "\r" in name]
     if odd:
@@ -96,7 +97,7 @@ def _check_sizes(root: Path, split: Split) -> None:
 
 def _listed(known: ImageFiles, root: Path) -> Source:
     """Of image files, whose headers are read later, when they are written."""
-    listings = {split: known.list(root, split) for split in SPLITS}
+    listings = {split: known.listing(root, split) for split in SPLITS}
     classes = _same_classes(root, {name: one.classes for name, one in listings.items()})
     quarantined = read_quarantine(root)
     splits = {}
