@@ -99,6 +99,9 @@ class Plan:
             raise config.invalid(
                 "train.global_batch_size", why, max(1, global_batch_size // kept) * kept
             )
+        if train.max_local_batch_size < kept:
+            why = f"parts {kept} neighbours that are mixed with each other"
+            raise config.invalid("train.max_local_batch_size", why, kept)
         groups = global_batch_size // kept
         accumulation = _passes(groups, world_size, train.max_local_batch_size // kept)
         if world_size * accumulation > groups:
@@ -253,4 +256,4 @@ class Plan:
 
 def _passes(groups: int, world_size: int, most: int) -> int:
     """The fewest passes in which no rank has more than `most` groups of images at once."""
-    return math.ceil(groups / (world_size * max(1, most)))
+    return math.ceil(groups / (world_size * most))

@@ -257,3 +257,5 @@ def test_neighbours_may_be_kept_together(
     assert max(map(len, slices)) == p.local_batch_size
     with pytest.raises(UserError, match="must be a multiple of 2: neighbours are mixed"):
         Plan.of(replace(config, train=replace(train, global_batch_size=9)), 1, 1000, None)
+    with pytest.raises(UserError, match="max_local_batch_size=1: parts 2 neighbours"):
+        Plan.of(replace(config, train=replace(train, max_local_batch_size=1)), 1, 1000, None)
