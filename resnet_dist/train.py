@@ -148,6 +148,7 @@ def run(loop: Loop) -> Outcome:
             job.world.raise_any(loop.ahead.failure)
             return Outcome.STOPPED
         step(loop, passes)
+        passes.clear()  # or they would be held while the loader makes more
         if plan.logs_after(state.step):
             log(loop)
         with loop.meter.paused():
@@ -157,7 +158,6 @@ def run(loop: Loop) -> Outcome:
                     save(job, loop.meter)
                     return Outcome.STOPPED
                 # Training's and evaluation's buffers do not exist together.
-                passes.clear()
                 loop.ahead.close()
                 validate(loop)
             if plan.saves_after(state.step) or state.best_step == state.step or loop.bad.too_many:

@@ -3,16 +3,19 @@
 import io
 import json
 import shutil
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import redirect_stderr
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from multirank import run_ranks
 
 from resnet_dist import distributed
+from resnet_dist import train as train_module
 from resnet_dist.checkpoints import folders
 from resnet_dist.checkpoints.content import Checkpoint
 from resnet_dist.config import Config
@@ -20,6 +23,8 @@ from resnet_dist.data.load.batch import Batch
 from resnet_dist.data.load.dali import Loader
 from resnet_dist.data.view.augment import Request
 from resnet_dist.errors import UserError
+from resnet_dist.job import Job
+from resnet_dist.run import lookahead as lookahead_module
 from resnet_dist.run.interrupt import Interrupt
 from resnet_dist.train import train
 
@@ -155,6 +160,29 @@ def test_nothing_is_lost_by_a_bug_in_one_rank_s_data(tiny_config: Callable[..., 
     newest = folders.latest(config.run_dir)
     assert newest is not None
     assert Checkpoint.load(newest).step == 2
+
+
+def test_a_step_s_batches_are_free_when_others_are_made(
+    tiny_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or the memory of one more step would be held."""
+    seen: list[weakref.ref[Batch]] = []
+    held: list[int] = []
+    train_step, look_ahead = train_module.train_step, lookahead_module.look_ahead
+
+    def noted_step(job: Job, passes: list[Batch], *rest: Any) -> torch.Tensor:
+        seen.extend(map(weakref.ref, passes))
+        return train_step(job, passes, *rest)
+
+    def noted_look(*arguments: Any) -> lookahead_module.Upcoming:
+        held.append(sum(batch() is not None for batch in seen))
+        return look_ahead(*arguments)
+
+    monkeypatch.setattr(train_module, "train_step", noted_step)
+    monkeypatch.setattr(lookahead_module, "look_ahead", noted_look)
+    train(tiny_config("train.max_local_batch_size=4"), "test", Interrupt())
+    assert len(seen) == 2 * STEPS
+    assert held == [0] * len(held)
 
 
 def ask_while_others_are_asked(rank: int, world_size: int) -> list[object]:
