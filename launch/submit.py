@@ -76,7 +76,7 @@ class Training:
             except UserError as error:
                 if job.rank == 0:
                     print(f"resnet-dist: {error}", file=sys.stderr, flush=True)
-                sys.exit(2)
+                sys.exit(error.exit_code)
             # Here every rank has saved. Slurm's early warning means: go on in the queue. TERM
             # alone is a scancel, which a requeue would undo, or a preemption, after which Slurm
             # requeues by itself. And who stops a job on a workstation means it.

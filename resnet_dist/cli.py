@@ -56,7 +56,7 @@ def _refuse(error: UserError, speaks: bool) -> None:
         print(f"resnet-dist: {error}", file=sys.stderr, flush=True)
     else:
         time.sleep(OTHER_RANKS_LINGER_SECONDS)
-    sys.exit(2)
+    sys.exit(error.exit_code)
 
 
 def _train(arguments: argparse.Namespace) -> None:

@@ -156,8 +156,8 @@ class Config:
 
     @property
     def neighbours_kept(self) -> int:
-        """So many neighbours of the global batch, from its start on, are always on one rank and in
-        one pass. A method that mixes an image with its neighbour needs 2."""
+        """How many neighbouring images of the global batch always go through the network in one
+        pass of one rank: 2 for a method that mixes an image with its neighbour."""
         return 1
 
     def held_out_of(self, train_images: int) -> int:

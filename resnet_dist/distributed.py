@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from resnet_dist.determinism import is_deterministic
-from resnet_dist.errors import UserError
+from resnet_dist.errors import RankFailure, UserError
 
 T = TypeVar("T")
 # How long ranks wait for one that reads, or saves, on a disk that hangs. Over NCCL, too, whose own
@@ -122,22 +122,24 @@ class World:
         others a UserError that tells of it."""
         if self.size == 1:
             return function()
-        result, failure = None, None
+        result: T | None = None
+        failure: UserError | None = None
         try:
             result = function()
         except UserError as error:
-            failure = str(error)
+            failure = error
         except Exception as error:  # the others must not wait for this rank for ever
-            self.gather(f"{type(error).__name__}: {error}")
+            self.gather(RankFailure(f"{type(error).__name__}: {error}"))
             raise
         self.raise_any(failure)
         return cast(T, result)
 
-    def raise_any(self, failure: str | None) -> None:
-        """Raises the first rank's failure as a UserError on every rank; None is no failure."""
-        for rank, text in enumerate(self.gather(failure)):
-            if text is not None:
-                raise UserError(text if self.size == 1 else f"rank {rank}: {text}")
+    def raise_any(self, failure: UserError | None) -> None:
+        """Raises the first rank's failure on every rank; None is no failure."""
+        for rank, error in enumerate(self.gather(failure)):
+            if error is not None:
+                kind = RankFailure if isinstance(error, RankFailure) else UserError
+                raise kind(str(error) if self.size == 1 else f"rank {rank}: {error}")
 
     def node_group(self) -> dist.ProcessGroup | None:
         """The group of the ranks of this node; None where each node has one rank alone.

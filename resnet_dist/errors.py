@@ -6,6 +6,15 @@ from typing import Any
 class UserError(Exception):
     """What is wrong, where (file, key, sample), and how to mend it, in one line."""
 
+    exit_code = 2
+
+
+class RankFailure(UserError):
+    """A bug, or a machine that fails, met by one rank: the user's input is not to blame. That rank
+    prints the traceback, and all ranks end with this line."""
+
+    exit_code = 1
+
 
 # What pip calls a package that Python imports under another name.
 DALI = "nvidia-dali-cuda130 (for CUDA 12 as README.md says)"

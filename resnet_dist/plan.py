@@ -50,7 +50,7 @@ class Plan:
     train_images: int
     val_images: int | None  # None: unknown here (a plan made without the data)
     global_batch_size: int
-    neighbours_kept: int  # of the config: places of the global batch that no slice parts
+    neighbours_kept: int  # of the config: images in a group that is never split over slices
     accumulation: int  # forward and backward passes per optimizer step
     sync_batchnorm: str  # of the config
     bn_ranks: int  # ranks that share BN statistics; 0: the network has no BN
@@ -91,16 +91,16 @@ class Plan:
             raise config.invalid("train.global_batch_size", why, train_images)
 
         # The fewest passes whose slices fit. Slices differ by one image where it does not divide:
-        # 256 images on 3 ranks are 85, 85 and 86, and gradients are weighted by count. (Or by
-        # neighbours_kept images, and then the groups are counted.)
+        # 256 images on 3 ranks are 85, 85 and 86, and gradients are weighted by count. Where
+        # neighbours are kept together, whole groups of them are dealt out.
         kept = config.neighbours_kept
         if global_batch_size % kept:
-            why = f"must be a multiple of {kept}: neighbours are mixed with each other"
+            why = f"must be a multiple of {kept}: images are mixed in groups of {kept}"
             raise config.invalid(
                 "train.global_batch_size", why, max(1, global_batch_size // kept) * kept
             )
         if train.max_local_batch_size < kept:
-            why = f"parts {kept} neighbours that are mixed with each other"
+            why = f"splits groups of {kept} images that are mixed with each other"
             raise config.invalid("train.max_local_batch_size", why, kept)
         groups = global_batch_size // kept
         accumulation = _passes(groups, world_size, train.max_local_batch_size // kept)

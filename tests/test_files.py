@@ -2,12 +2,14 @@
 
 import errno
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from resnet_dist import files
 from resnet_dist.files import flush_file, new_folder, replace_file, replace_link, replacing
 
 
@@ -75,6 +77,17 @@ def test_an_error_in_the_block_is_not_hidden(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), new_folder(tmp_path / "new" / "b") as folder:
         (folder / "inner").write_text("x" * (1 // 0))
     assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_nothing_else_renames_a_file_into_place() -> None:
+    """A second way to write a file whole would be one that forgets a flush."""
+    package = Path(files.__file__).parent
+    users = [
+        path.relative_to(package)
+        for path in package.rglob("*.py")
+        if re.search(r"os\.replace|NamedTemporaryFile", path.read_text())
+    ]
+    assert users == [Path("files.py")]
 
 
 def test_the_umask_says_who_may_read(tmp_path: Path) -> None:

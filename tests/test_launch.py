@@ -17,6 +17,9 @@ from PIL import Image
 from resnet_dist.run.outcome import START_TOKEN, Outcome, OutcomeFile
 
 REPO = Path(__file__).resolve().parent.parent
+# pip puts it beside the interpreter, which need not be on PATH.
+BESIDE = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+SHELLCHECK = shutil.which("shellcheck", path=BESIDE)
 SCRIPTS = [REPO / "slurm" / "resnet50.sh", REPO / "launch" / "torchrun.sh"]
 RESNET50 = str(REPO / "configs" / "imagenet" / "resnet50.yaml")
 
@@ -185,9 +188,9 @@ def test_shell_scripts_are_well_formed(script):
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
-@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+@pytest.mark.skipif(SHELLCHECK is None, reason="shellcheck is not installed")
 def test_shellcheck_finds_nothing(script):
-    checked = run(["shellcheck", script], REPO)
+    checked = run([SHELLCHECK, script], REPO)
     assert checked.returncode == 0, checked.stdout
 
 

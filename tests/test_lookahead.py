@@ -26,6 +26,7 @@ from resnet_dist.errors import UserError
 from resnet_dist.job import Job
 from resnet_dist.run import lookahead as lookahead_module
 from resnet_dist.run.interrupt import Interrupt
+from resnet_dist.run.outcome import Ending, Outcome
 from resnet_dist.train import train
 
 STEPS = 6  # with an evaluation after the third and the last
@@ -160,6 +161,9 @@ def test_nothing_is_lost_by_a_bug_in_one_rank_s_data(tiny_config: Callable[..., 
     newest = folders.latest(config.run_dir)
     assert newest is not None
     assert Checkpoint.load(newest).step == 2
+    ending = Ending.read(config.run_dir)  # rank 0's, whose input was good
+    assert ending is not None
+    assert ending.outcome is Outcome.FAILED
 
 
 def test_a_step_s_batches_are_free_when_others_are_made(

@@ -167,7 +167,9 @@ def test_what_another_start_wrote_does_not_count(trained: Trained, capsys: Captu
     run_dir = trained().run_dir
     assert status(run_dir, "--start", ending(run_dir)[2]) == 0
     assert status(run_dir, "--start", "another") == 1
-    assert capsys.readouterr().out.endswith(f"{run_dir}: start another never had the run\n")
+    assert capsys.readouterr().out.endswith(
+        f"{run_dir}: start another never held this run folder\n"
+    )
 
 
 def test_a_process_that_is_refused_leaves_the_ending_alone(

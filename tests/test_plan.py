@@ -255,7 +255,7 @@ def test_neighbours_may_be_kept_together(
     assert [place for one in slices for place in one] == list(range(batch))
     assert all(one.start % 2 == 0 < len(one) <= min(p.local_batch_size, most) for one in slices)
     assert max(map(len, slices)) == p.local_batch_size
-    with pytest.raises(UserError, match="must be a multiple of 2: neighbours are mixed"):
+    with pytest.raises(UserError, match="must be a multiple of 2: images are mixed"):
         Plan.of(replace(config, train=replace(train, global_batch_size=9)), 1, 1000, None)
-    with pytest.raises(UserError, match="max_local_batch_size=1: parts 2 neighbours"):
+    with pytest.raises(UserError, match="max_local_batch_size=1: splits groups of 2"):
         Plan.of(replace(config, train=replace(train, max_local_batch_size=1)), 1, 1000, None)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from resnet_dist.data.load.batch import Batch
 from resnet_dist.distributed import World
-from resnet_dist.errors import UserError
+from resnet_dist.errors import RankFailure, UserError
 from resnet_dist.run.interrupt import Interrupt
 from resnet_dist.run.meter import Meter
 
@@ -21,7 +21,7 @@ class Upcoming:
     """The step to come."""
 
     passes: list[Batch]  # none, where they could not be had
-    failure: str | None  # why there are none on this rank
+    failure: UserError | None  # why there are none on this rank
     is_stop: Callable[[], bool]  # waits for all ranks; whether one of them fails or is to stop
 
 
@@ -42,7 +42,7 @@ class Ahead:
         self._interrupt = interrupt
         self._batches: Generator[Batch] | None = None
         self._upcoming: Upcoming | None = None
-        self.failure: str | None = None  # on this rank, of the step that `take` did not give
+        self.failure: UserError | None = None  # on this rank, of the step that `take` did not give
 
     def look(self) -> None:
         """Takes the next step's batches, and starts to ask whether all ranks go on. A
@@ -89,13 +89,13 @@ def look_ahead(
     return Upcoming(passes, failure, world.start_any(stops))
 
 
-def take(batches: Iterator[Batch], count: int) -> tuple[list[Batch], str | None]:
+def take(batches: Iterator[Batch], count: int) -> tuple[list[Batch], UserError | None]:
     """The next `count` batches; or none, and why: raised on one rank alone, the others would wait
     for it, and nothing would be saved."""
     try:
         return [next(batches) for _ in range(count)], None
     except UserError as error:
-        return [], str(error)
+        return [], error
     except Exception as error:  # a bug, or a GPU that fails
         traceback.print_exc()
-        return [], f"{type(error).__name__}: {error}"
+        return [], RankFailure(f"{type(error).__name__}: {error}")

@@ -17,7 +17,7 @@ from enum import Enum
 from pathlib import Path
 from types import TracebackType
 
-from resnet_dist.errors import UserError
+from resnet_dist.errors import RankFailure, UserError
 from resnet_dist.files import replace_file
 
 OUTCOME = "outcome.json"
@@ -108,7 +108,8 @@ class OutcomeFile:
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
         if error is not None and not self._has_ended:
-            self._write(Outcome.BAD_INPUT if isinstance(error, UserError) else Outcome.FAILED)
+            is_input = isinstance(error, UserError) and not isinstance(error, RankFailure)
+            self._write(Outcome.BAD_INPUT if is_input else Outcome.FAILED)
 
     def _write(self, outcome: Outcome) -> None:
         if not self._writes:

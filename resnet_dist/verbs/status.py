@@ -27,7 +27,7 @@ def status(
     ending = Ending.read(run_dir)
     if start is not None and (ending is None or ending.start != start):
         # No bad input of whoever asks: it died, or was refused, before the run folder was its own.
-        return f"{run_dir}: start {start} never had the run", Outcome.FAILED.exit_code
+        return f"{run_dir}: start {start} never held this run folder", Outcome.FAILED.exit_code
     if ending is None:
         raise UserError(f"{run_dir}: no {OUTCOME}: not started yet, or by an older version alone")
     at = "" if ending.step is None else f" at step {ending.step}"

@@ -28,13 +28,13 @@ CLOCK_TICK_NS = 2_000_000_000
 def index_of_files(
     list_files: Callable[[], Listing], top: Path, root: Path, kept: Path | None
 ) -> Index:
-    """The index of the files that `list_files` gives, from the index file `kept` while that holds
-    true. top: where relative paths of the listing start. root: the data's.
+    """The index of the files that `list_files` gives, from the index file `kept` while that is
+    valid. top: where relative paths of the listing start. root: the data's.
 
-    An image that cannot be read is in the index's `bad`. The file holds true while what was read
-    for the listing has its time of change, and up to 10,000 evenly spaced files (all of a small
-    set) and those in `bad` have their size and time. Where it cannot be written, the index is made
-    each time.
+    An image that cannot be read is in the index's `bad`. The index file stays valid while all that
+    was read for the listing keeps its modification time, and up to 10,000 evenly spaced images (all
+    of a small set) and those in `bad` keep their size and time. Where it cannot be written, the
+    index is made each time.
 
     Raises:
         UserError: what `list_files` raises.
@@ -87,7 +87,7 @@ def _still_true(
         return None
     if extra["settled"]:
         return index
-    listing = list_files()  # once more: names now tell what times do not
+    listing = list_files()  # read it again: its names and labels tell what its times do not
     if listing.classes != index.classes or _absolute(listing, top) != tuple(index.paths):
         return None
     if not np.array_equal(listing.labels, index.labels):
@@ -101,7 +101,7 @@ def _absolute(listing: Listing, top: Path) -> tuple[str, ...]:
 
 def _extra(listing: Listing, facts: dict[str, Any], started: int) -> dict[str, Any]:
     latest = max((time_ns for time_ns in listing.read.values() if time_ns is not None), default=0)
-    # "folders" is also lists: index files from before there were any hold true.
+    # The key is older than formats that read lists: index files of older versions stay valid.
     settled = latest < started - CLOCK_TICK_NS
     return {"folders": listing.read, "files": facts, "settled": settled}
 
