@@ -481,7 +481,7 @@ def _report_by_kind(rank: int, world_size: int, folder: Path) -> list[Report]:
 
 def test_a_probe_that_fails_keeps_no_rank_waiting(tmp_path: Path) -> None:
     said = run_ranks(_failing_probe, 3, init_process_group=False)
-    told = "UserError: rank 1: OSError: no room"
+    told = "RankFailure: rank 1: OSError: no room"
     assert said == [told, "OSError: no room", told]
 
 
