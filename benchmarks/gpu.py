@@ -87,7 +87,7 @@ def stages(scratch: Path, gpu: bool, small: bool) -> list[Stage]:
     photos, runs = scratch / "photos", scratch / "runs"
     counts = SMALL_PHOTOS if small else PHOTOS
     size = ("--small",) if small else ()
-    tests = ("--logs", LOGS, *(("tests/test_dropout.py",) if small else ("--limit", 100)))
+    tests = ("--logs", LOGS, *(("tests/models/test_dropout.py",) if small else ("--limit", 100)))
     step = ("--batch-size", 4, "--steps", 2, "--small") if small else ()
     two_ranks = torchrun(2, "train", "configs/quickstart.yaml", f"data.root={photos}")
     two_ranks += ("name=two-ranks", f"tracking.run_root={runs}", "tracking.mlflow=false")

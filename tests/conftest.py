@@ -127,10 +127,9 @@ def tiny_config(tiny_yaml: Path) -> Callable[..., Config]:
 @pytest.fixture
 def trained(tiny_config: Callable[..., Config]) -> Callable[..., Config]:
     """tiny_config, in whose run folder three steps have been done."""
-    from resuming import ONE_EPOCH  # it imports torch, which not all tests need
-
     from resnet_dist.run.interrupt import Interrupt
     from resnet_dist.train import train
+    from tests.support.resuming import ONE_EPOCH  # it imports torch, which not all tests need
 
     train(tiny_config(*ONE_EPOCH), "test", Interrupt())
     return lambda *overrides: tiny_config(*ONE_EPOCH, *overrides)

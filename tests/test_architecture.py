@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-REPO = Path(__file__).parent.parent
+from tests.support.paths import REPO
+
 PACKAGE = REPO / "resnet_dist"
 MAX_FILES_AT_THE_TOP = 19  # what a reader of training needs
 

@@ -13,8 +13,9 @@ from resnet_dist.config_file import config_from_dict, load_config
 from resnet_dist.errors import UserError
 from resnet_dist.plan import Plan
 from resnet_dist.run.plan_text import describe_plan
+from tests.support.paths import REPO
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+CONFIGS = REPO / "configs"
 SHIPPED = sorted(
     str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml") if path.stem != "base"
 )

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from multirank import run_ranks
 from torch import Tensor, nn
 
 from resnet_dist import distributed
@@ -35,6 +34,7 @@ from resnet_dist.models.build import build_model
 from resnet_dist.models.dropout import KeyedDropout, set_dropout_keys
 from resnet_dist.run.interrupt import Interrupt
 from resnet_dist.train import train
+from tests.support.multirank import run_ranks
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.int64)
 SIZES = (1, 2, 3, 4, 5, 64, 1001)  # of which most do not divide by the ranks

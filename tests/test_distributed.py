@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from multirank import run_ranks
 from torch import nn
 
 from resnet_dist import distributed
 from resnet_dist.errors import UserError
 from resnet_dist.run.interrupt import Interrupt
+from tests.support.multirank import run_ranks
 
 
 def say_the_verbs(rank: int, world_size: int) -> dict:

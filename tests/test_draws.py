@@ -6,7 +6,6 @@ import json
 from collections import defaultdict
 from dataclasses import replace
 from itertools import combinations
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,10 +20,10 @@ from resnet_dist.data.view.order import block_order, epoch_order, holdout
 from resnet_dist.data.view.requests import train_request
 from resnet_dist.draws import WITHOUT_WORD, bits, generator, keys, uniforms
 from resnet_dist.models.dropout import KeyedDropout, set_dropout_keys
+from tests.support.paths import GOLDEN, REPO
 
-REPO = Path(__file__).parent.parent
 # Written by the code of commit e63cd7d, before purposes had words.
-RECORDED = json.loads((Path(__file__).parent / "data" / "draws.json").read_text())
+RECORDED = json.loads((GOLDEN / "draws.json").read_text())
 SIZES = np.array([[375, 500], [500, 333], [64, 64]], np.int32)
 CROPS = {
     "scale": (DataConfig(pca_color_std=0.1), SIZES),

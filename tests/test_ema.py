@@ -8,9 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from host_sync import no_host_sync
-from multirank import run_ranks
-from recorded import record
 from torch import Tensor, nn
 
 from resnet_dist import distributed
@@ -31,6 +28,9 @@ from resnet_dist.verbs.evaluate import evaluate_checkpoint
 from resnet_dist.verbs.export import export
 from resnet_dist.verbs.predict import classify, find_images
 from resnet_dist.verbs.trained import load_trained
+from tests.support.host_sync import no_host_sync
+from tests.support.multirank import run_ranks
+from tests.support.recorded import record
 
 State = dict[str, Tensor]
 Record = Callable[[str, float], None]

@@ -3,13 +3,12 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from resnet_dist.errors import not_installed
+from tests.support.paths import REPO
 
-REPO = Path(__file__).resolve().parent.parent
 WITHOUT_TORCH = """
 import sys
 sys.modules["torch"] = None  # Python's own way to forbid an import

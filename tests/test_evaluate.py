@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from multirank import run_ranks
 from PIL import Image
 from torch import Tensor, nn
 
@@ -33,6 +32,7 @@ from resnet_dist.optim import build_optimizer
 from resnet_dist.state import TrainState
 from resnet_dist.verbs.evaluate import check_protocol, evaluate_checkpoint
 from resnet_dist.verbs.trained import Trained, load_trained
+from tests.support.multirank import run_ranks
 
 SCALES = replace(MULTI_SCALE, scales_px=(32, 48, 36))
 # Height, width and number of the images: one shape fills batches, others are of fewer images than

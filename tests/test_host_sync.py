@@ -4,7 +4,8 @@ import warnings
 
 import pytest
 import torch
-from host_sync import no_host_sync
+
+from tests.support.host_sync import no_host_sync
 
 WARNING = "Synchronization debug mode is a prototype feature and does not yet detect all "
 WARNING += "synchronizing operations"

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from resuming import ONE_EPOCH
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
@@ -24,6 +23,7 @@ from resnet_dist.verbs.predict import predict
 from resnet_dist.verbs.recalibrate import recalibrate
 from resnet_dist.verbs.responses import analyze_responses
 from resnet_dist.verbs.trained import load_trained
+from tests.support.resuming import ONE_EPOCH
 
 CPU = torch.device("cpu")
 

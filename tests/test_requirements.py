@@ -1,9 +1,8 @@
 """What is installed for CUDA 12 is what is installed for CUDA 13, but for DALI."""
 
 import tomllib
-from pathlib import Path
 
-REPO = Path(__file__).resolve().parent.parent
+from tests.support.paths import REPO
 
 
 def test_for_cuda_12_only_dali_is_another() -> None:

@@ -25,7 +25,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from host_sync import no_host_sync
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -46,6 +45,7 @@ from resnet_dist.precision import DTYPES, grad_scaler
 from resnet_dist.run.meter import Meter
 from resnet_dist.state import TrainState
 from resnet_dist.train import train_step
+from tests.support.host_sync import no_host_sync
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 CLASSES = 1000

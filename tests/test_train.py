@@ -14,8 +14,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from multirank import run_ranks
-from needs import needs
 from torch.distributed import GradBucket
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
@@ -37,6 +35,9 @@ from resnet_dist.run.meter import Meter
 from resnet_dist.state import TrainState
 from resnet_dist.train import train, train_step
 from resnet_dist.verbs.evaluate import evaluate_checkpoint
+from tests.support.multirank import run_ranks
+from tests.support.needs import needs
+from tests.support.paths import REPO
 
 
 def run(rank: int, world_size: int, config: Config) -> str:
@@ -323,13 +324,12 @@ def test_train_and_val_must_have_the_same_classes(
 
 def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    repository = Path(__file__).parent.parent
     return subprocess.run(
         [*command, "-m", "resnet_dist", *arguments],
         capture_output=True,
         text=True,
         timeout=200,
-        cwd=repository,
+        cwd=REPO,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
 

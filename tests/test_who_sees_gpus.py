@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-REPO = Path(__file__).resolve().parent.parent
+from tests.support.paths import REPO
 
 # What CUDA's driver is asked first. This one has no device, and notes what it would have shown.
 DRIVER = r"""
@@ -74,7 +74,7 @@ class Driver:
             "LD_LIBRARY_PATH": f"{folder}:{os.environ.get('LD_LIBRARY_PATH', '')}",
             "NOTES": str(self.notes),
             "CUDA_VISIBLE_DEVICES": "5",
-            "PYTHONPATH": os.pathsep.join([str(REPO / "tests"), str(REPO)]),
+            "PYTHONPATH": str(REPO),
         }
 
     def run(self, *command: object, cwd: Path = REPO) -> tuple[str, list[str]]:
@@ -117,7 +117,7 @@ def test_the_gpus_are_seen_by_gpu_tests_alone(
 ) -> None:
     """With the conftest.py of this folder. Child processes inherit it."""
     (tmp_path / "test_it.py").write_text(TESTS)
-    project = ["-c", REPO / "pyproject.toml", "--rootdir", tmp_path, "-p", "conftest"]
+    project = ["-c", REPO / "pyproject.toml", "--rootdir", tmp_path, "-p", "tests.conftest"]
     said, questions = driver.run("-m", "pytest", *project, *selection, tmp_path / "test_it.py")
     assert questions == seen
     assert ("SKIPPED" in said) == (skipped is not None)

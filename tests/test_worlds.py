@@ -15,17 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from multirank import run_ranks
 from PIL import Image
-from recorded import (
-    Run,
-    double_precision,
-    global_batches,
-    journal,
-    loss_differences,
-    record,
-    relative_difference,
-)
 from torch import Tensor, nn
 
 from resnet_dist import distributed
@@ -39,6 +29,16 @@ from resnet_dist.run.lookahead import take
 from resnet_dist.run.meter import Meter
 from resnet_dist.run.plan_text import describe_plan
 from resnet_dist.train import train_step
+from tests.support.multirank import run_ranks
+from tests.support.recorded import (
+    Run,
+    double_precision,
+    global_batches,
+    journal,
+    loss_differences,
+    record,
+    relative_difference,
+)
 
 STEPS = 50
 BATCH = 256

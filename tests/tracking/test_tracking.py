@@ -1,0 +1,389 @@
+"""The journal is the truth; a real MLflow database mirrors it and never holds training up."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from urllib.request import urlopen
+
+import pytest
+
+from resnet_dist import cli
+from resnet_dist.config import Config, leaves, to_yaml
+from resnet_dist.errors import UserError
+from resnet_dist.run.interrupt import Interrupt
+from resnet_dist.run.outcome import Outcome
+from resnet_dist.tracking.journal import Tracker
+from resnet_dist.tracking.mirror import RunRecord, mlflow_client
+from resnet_dist.train import train
+from resnet_dist.verbs.compare import compare
+from tests.support.multirank import run_ranks
+from tests.support.needs import needs
+
+TAGS = {"git.commit": "abc", "world_size": "2", "precision": "fp32", "recipe": "tiny"}
+
+
+@pytest.fixture(autouse=True)
+def _no_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+def start(config: Config, warnings: list[str] | None = None) -> Tracker:
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    (config.run_dir / "config.yaml").write_text(to_yaml(config))
+    said = [] if warnings is None else warnings
+    return Tracker(config, TAGS, records=True, warn=said.append)
+
+
+def start_and_close(rank: int, world_size: int, config: Config) -> str:
+    warnings: list[str] = []
+    tracker = start(replace(config, name=f"run{rank}"), warnings)
+    tracker.log(1, {"train/loss": float(rank)})
+    record = tracker.close("FINISHED", {})
+    assert warnings == []
+    assert record is not None
+    return record.experiment_id
+
+
+@needs("mlflow")
+def test_runs_that_start_at_once_share_a_new_database(tiny_config: Callable[..., Config]) -> None:
+    config = tiny_config("tracking.mlflow=true")
+    config.run_dir.parent.mkdir()
+    experiments = run_ranks(start_and_close, 4, config, init_process_group=False)
+    assert len(set(experiments)) == 1
+    client = mlflow_client(f"sqlite:///{config.run_dir.parent}/mlflow.db")
+    runs = client.search_runs(experiments[:1])
+    assert sorted(run.data.metrics["train/loss"] for run in runs) == [0, 1, 2, 3]
+
+
+@needs("mlflow")
+def test_a_run_in_mlflow(tiny_config: Callable[..., Config], tmp_path: Path) -> None:
+    config = tiny_config("tracking.mlflow=true")
+    warnings: list[str] = []
+    tracker = start(config, warnings)
+    for step in (10, 20):
+        tracker.log(step, {"train/loss": 1 / step, "train/lr": 0.1})
+    tracker.log(20, {"val/acc1": 55.0})
+    (tmp_path / "best").mkdir()
+    (tmp_path / "best" / "state.pt").write_bytes(b"weights")
+    record = tracker.close("FINISHED", {"best": tmp_path / "best"})
+
+    assert warnings == []
+    assert record is not None
+    assert record.tracking_uri == f"sqlite:///{tmp_path}/runs/mlflow.db"  # absolute
+    client = mlflow_client(record.tracking_uri)
+    run = client.get_run(record.run_id)
+    assert (run.info.status, run.info.run_name) == ("FINISHED", "tiny")
+    assert run.data.params == {key: str(value) for key, value in leaves(config).items()}
+    assert TAGS.items() <= run.data.tags.items()
+    history = client.get_metric_history(record.run_id, "train/loss")
+    assert [(point.step, point.value) for point in history] == [(10, 0.1), (20, 0.05)]
+    assert {a.path for a in client.list_artifacts(record.run_id)} == {"best", "config.yaml"}
+    assert (tmp_path / "runs" / "mlartifacts" / record.run_id).is_dir()
+
+    # The same command again: the same run goes on, and no step stands twice.
+    again = start(config, warnings)
+    again.log(20, {"train/loss": 9.0, "val/acc1": 9.0})
+    again.log(30, {"train/loss": 0.04})
+    assert again.close("KILLED", {}) == RunRecord(
+        record.tracking_uri, record.experiment_id, record.run_id, journal_size(config), "tiny"
+    )
+    history = client.get_metric_history(record.run_id, "train/loss")
+    assert [(point.step, point.value) for point in history] == [(10, 0.1), (20, 0.05), (30, 0.04)]
+    assert client.get_metric_history(record.run_id, "val/acc1")[0].value == 55.0
+    assert client.get_run(record.run_id).info.status == "KILLED"
+
+    # Side by side with a run of another config.
+    other = tiny_config("tracking.mlflow=true", "name=other", "optim.base_lr=0.8")
+    tracker = start(other)
+    tracker.log(10, {"val/acc1": 60.0})
+    second = tracker.close("FINISHED", {})
+    assert second is not None
+    rows = compare(["tiny", str(other.run_dir), second.run_id], tmp_path / "runs").splitlines()
+    assert rows[0].split() == ["tiny", "other", "other"]
+    cells = {row.rsplit("  ", 1)[0].split("  ")[0]: row.split() for row in rows}
+    assert cells["optim.base_lr"] == ["optim.base_lr", "0.4", "0.8", "0.8"]
+    assert "optim.momentum" not in cells  # the same in all
+    assert "best val/acc1" in cells
+    assert "55 (step 20)" in compare(["tiny"], tmp_path / "runs")
+    with pytest.raises(UserError, match="nobody: no run folder below"):
+        compare(["nobody"], tmp_path / "runs")
+    with pytest.raises(UserError, match="no run folder and no"):
+        compare(["nobody"], tmp_path / "elsewhere")
+
+
+def journal_size(config: Config) -> int:
+    return (config.run_dir / "journal.jsonl").stat().st_size
+
+
+def test_the_journal_alone(tiny_config: Callable[..., Config]) -> None:
+    config = tiny_config()
+    tracker = start(config)
+    tracker.log(1, {"train/loss": 1.0})
+    tracker.log(2, {"train/loss": 0.5, "val/acc1": 3.0})
+    assert tracker.close("FINISHED", {}) is None
+    journal = config.run_dir / "journal.jsonl"
+    with open(journal, "a") as file:
+        file.write('{"step": 3, "metr')  # the last write of a killed process
+    tracker = start(config)
+    tracker.log(2, {"train/loss": 7.0})
+    tracker.log(3, {"train/loss": 0.25})
+    tracker.close("FINISHED", {})
+    records = [json.loads(line) for line in journal.read_text().splitlines()]
+    assert [(r["step"], r["metrics"]) for r in records] == [
+        (1, {"train/loss": 1.0}),
+        (2, {"train/loss": 0.5, "val/acc1": 3.0}),
+        (3, {"train/loss": 0.25}),
+    ]
+    assert all(abs(r["time_ms"] / 1000 - time.time()) < 600 for r in records)
+
+
+def fill(disk: Path) -> None:
+    free = os.statvfs(disk)
+    with open(disk / "ballast", "wb") as file:
+        file.write(bytes(free.f_bavail * free.f_frsize))
+
+
+def begin_journal(config: Config, room: int) -> Path:
+    """A journal that has room for so many bytes in its last block, which the disk has given it."""
+    path = config.run_dir / "journal.jsonl"
+    path.parent.mkdir(parents=True)
+    line = json.dumps({"step": 0, "metrics": {}, "filler": ""})
+    path.write_text(line.replace('""', f'"{"x" * (4096 - room - len(line) - 1)}"') + "\n")
+    assert path.stat().st_size == 4096 - room
+    return path
+
+
+def losses(journal: Path) -> list[tuple[int, float]]:
+    records = [json.loads(line) for line in journal.read_text().splitlines()]
+    return [
+        (r["step"], r["metrics"]["train/loss"]) for r in records if "train/loss" in r["metrics"]
+    ]
+
+
+@pytest.mark.parametrize("room", [0, 40, 1000])  # 40: a line is written in part
+def test_a_full_disk_loses_no_line(
+    tiny_config: Callable[..., Config], disk: Path, room: int
+) -> None:
+    config = tiny_config(f"tracking.run_root={disk}/runs")
+    journal = begin_journal(config, room)
+    warnings: list[str] = []
+    tracker = start(config, warnings)
+    told = 0
+    for step in range(1, 61):
+        if step in (5, 35):
+            fill(disk)
+        if step in (25, 55):
+            (disk / "ballast").unlink()
+            assert len(warnings) > told  # and once each time that it is full
+            told = len(warnings)
+        tracker.log(step, {"train/loss": step / 2, "filler " + "x" * 1000: 0.0})
+    tracker.close("FINISHED", {})
+    assert losses(journal) == [(step, step / 2) for step in range(1, 61)]
+    assert len(warnings) == 2
+    assert all("No space left on device; training goes on" in line for line in warnings)
+
+
+def test_what_could_not_be_written_is_tried_at_the_end(
+    tiny_config: Callable[..., Config], disk: Path
+) -> None:
+    config = tiny_config(f"tracking.run_root={disk}/runs")
+    journal = begin_journal(config, 0)
+    warnings: list[str] = []
+    for step, is_freed in ((1, True), (2, False)):
+        tracker = start(config, warnings)
+        fill(disk)
+        journal_before = journal.read_bytes()
+        for part in (0, 1):
+            tracker.log(10 * step + part, {"train/loss": 1.0, "filler " + "x" * 4096: 0.0})
+        if is_freed:
+            (disk / "ballast").unlink()
+        assert tracker.close("FAILED", {}) is None  # and raises nothing
+    assert len(warnings) == 3
+    assert warnings[-1] == f"warning: {journal}: 2 lines are lost: No space left on device"
+    # A torn line is no line: the next start cuts it.
+    (disk / "ballast").unlink()
+    start(config, warnings).close("FINISHED", {})
+    assert journal.read_bytes() == journal_before
+    assert losses(journal) == [(10, 1.0), (11, 1.0)]
+
+
+class DiskIsFullForAWhile(Interrupt):
+    """From before the first step until after the fourth."""
+
+    polls = 0
+
+    def __init__(self, disk: Path) -> None:
+        super().__init__()
+        self.disk = disk
+
+    @property
+    def requested(self) -> bool:
+        self.polls += 1
+        if self.polls == 1:
+            fill(self.disk)
+        if self.polls == 6:  # asked before the fifth step, of the sixth
+            (self.disk / "ballast").unlink()
+        return False
+
+
+def test_a_run_outlives_a_full_disk(
+    tiny_config: Callable[..., Config], disk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(tiny_config("name=other"), "test", Interrupt())
+    config = tiny_config("train.save_every_iterations=2", f"tracking.run_root={disk}/runs")
+    journal = begin_journal(config, 0)
+    assert train(config, "test", DiskIsFullForAWhile(disk)) is Outcome.FINISHED
+    other = tiny_config("name=other").run_dir / "journal.jsonl"
+    assert losses(journal) == losses(other)
+    assert [step for step, _ in losses(journal)] == [1, 2, 3, 4, 5, 6]
+    said = capsys.readouterr().out
+    assert said.count("journal.jsonl: not written: No space left on device") == 1
+    assert "checkpoint of step 2: not written" in said
+    assert (config.run_dir / "checkpoints/step-00000006").is_dir()
+
+
+def test_a_full_disk_at_the_start_is_one_line(
+    tiny_config: Callable[..., Config], disk: Path
+) -> None:
+    config = tiny_config(f"tracking.run_root={disk}/runs")
+    fill(disk)
+    with pytest.raises(UserError, match=r"/runs.*: cannot be written: No space left on device; "):
+        train(config, "test", Interrupt())
+
+
+@needs("mlflow")
+def test_a_copied_run_folder_is_another_run_in_mlflow(
+    tiny_config: Callable[..., Config],
+) -> None:
+    config, copy = (
+        tiny_config("tracking.mlflow=true"),
+        tiny_config("tracking.mlflow=true", "name=copy"),
+    )
+    tracker = start(config)
+    tracker.log(1, {"train/loss": 1.0})
+    first = tracker.close("FINISHED", {})
+    shutil.copytree(config.run_dir, copy.run_dir)
+    tracker = start(copy)
+    tracker.log(2, {"train/loss": 0.5})
+    second = tracker.close("FINISHED", {})
+    assert first is not None
+    assert second is not None
+    client = mlflow_client(first.tracking_uri)
+    for run, steps in ((first, [1]), (second, [1, 2])):  # what was before it is its own past, too
+        history = client.get_metric_history(run.run_id, "train/loss")
+        assert [point.step for point in history] == steps
+    assert client.get_run(second.run_id).info.run_name == "copy"
+    # The original goes on with its own; as does one whose record is of an older version.
+    replace(first, name="").write(config.run_dir)
+    again = start(config).close("FINISHED", {})
+    assert again is not None
+    assert again.run_id == first.run_id
+
+
+@needs("mlflow")
+def test_a_real_server_whose_artifact_store_fails(
+    tiny_config: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Metrics, params and status arrive in one run; a secret in the URI stays out of the files."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    (tmp_path / "no-folder").write_text("so that nothing can be stored below it")
+    command = [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", f"sqlite:///{tmp_path}/server.db"]
+    command += ["--no-serve-artifacts", "--default-artifact-root", f"{tmp_path}/no-folder"]
+    with open(tmp_path / "server.log", "w") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            with contextlib.suppress(OSError), urlopen(f"http://127.0.0.1:{port}/health"):
+                break
+            time.sleep(0.2)
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:secret@127.0.0.1:{port}")
+        config = tiny_config("tracking.mlflow=true")
+        warnings: list[str] = []
+        tracker = start(config, warnings)
+        tracker.log(1, {"train/loss": 1.0})
+        record = tracker.close("FINISHED", {"best": config.run_dir})
+        assert record is not None
+        assert record.tracking_uri == f"http://127.0.0.1:{port}"
+        client = mlflow_client(record.tracking_uri)
+        run = client.get_run(record.run_id)
+        assert run.info.status == "FINISHED"
+        assert run.data.metrics == {"train/loss": 1.0}
+        assert run.data.params["optim.base_lr"] == "0.4"
+        assert len(client.search_runs([record.experiment_id])) == 1
+        assert sum("was not uploaded" in line for line in warnings) == len(warnings) == 2
+        for path in config.run_dir.iterdir():
+            assert "secret" not in path.read_text()
+        assert "1 (step" not in compare(["tiny"], tmp_path / "runs")
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(30)
+
+
+def test_other_ranks_write_nothing(tiny_config: Callable[..., Config]) -> None:
+    config = tiny_config("tracking.mlflow=true")
+    tracker = Tracker(config, TAGS, records=False, warn=print)
+    tracker.log(1, {"train/loss": 1.0})
+    assert tracker.close("FINISHED", {}) is None
+    assert not config.run_dir.exists()
+
+
+@needs("mlflow")
+def test_a_dead_server_costs_a_warning_and_no_record(
+    tiny_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]  # closed again below: nobody listens
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    config = tiny_config("tracking.mlflow=true")
+    warnings: list[str] = []
+    tracker = start(config, warnings)
+    began = time.monotonic()
+    tracker.log(1, {"train/loss": 1.0})
+    assert time.monotonic() - began < 0.5  # logging does not wait for the server
+    assert tracker.close("FINISHED", {}) is None
+    assert any("training goes on" in line for line in warnings)
+    assert "train/loss" in (config.run_dir / "journal.jsonl").read_text()
+
+    # The server is back (here: the local database): the next start sends what it missed.
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    record = start(config, warnings).close("FINISHED", {})
+    assert record is not None
+    client = mlflow_client(record.tracking_uri)
+    assert client.get_metric_history(record.run_id, "train/loss")[0].value == 1.0
+
+
+def test_without_mlflow_training_goes_on(
+    tiny_config: Callable[..., Config],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It is told once; what MLflow alone can do is one line."""
+    monkeypatch.setitem(sys.modules, "mlflow", None)  # Python's own way to forbid an import
+    config = tiny_config("tracking.mlflow=true", "train.epochs=1")
+    assert train(config, "test", Interrupt()) is Outcome.FINISHED
+    said = capsys.readouterr().out
+    missing = "Python package mlflow: not installed; pip install mlflow"
+    assert said.count(f"MLflow: {missing}; training goes on, journal.jsonl holds the record") == 1
+    assert "MLflow run" not in said
+    assert [step for step, _ in losses(config.run_dir / "journal.jsonl")] == [1, 2, 3]
+    (tmp_path / "runs/mlflow.db").touch()
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["compare", "tiny", "--run-root", str(tmp_path / "runs")])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == f"resnet-dist: {missing}\n"
