@@ -88,7 +88,7 @@ def main() -> None:
         for (way, mode), said in captures(given.batch_size).items():
             figures[way][f"capture_{mode}"] = said
         write(figures, given.output)
-    print("; ".join(describe(way, figures[way]) for way in WAYS))
+    print("; ".join(describe_way(way, figures[way]) for way in WAYS))
 
 
 def write(figures: dict[str, Any], path: Path | None) -> None:
@@ -227,7 +227,7 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def describe(way: str, figures: dict[str, Any]) -> str:
+def describe_way(way: str, figures: dict[str, Any]) -> str:
     text = f"{way} {figures['ms_per_step']:.1f} ms, host {figures['host_queue_ms']:.1f} ms"
     if "device_syncs_per_step" in figures:
         text += f", {figures['device_syncs_per_step']:.1f} device syncs"

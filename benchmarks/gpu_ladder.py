@@ -66,7 +66,7 @@ def main() -> None:
     figures = {"rung": given.rung, **figures}
     if given.output is not None:
         given.output.write_text(json.dumps(figures, indent=1) + "\n")
-    print(describe(figures))
+    print(describe_figures(figures))
 
 
 def measure(rung: Rung, batch_size: int, steps: int, small: bool) -> dict[str, Any]:
@@ -167,7 +167,7 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def describe(figures: dict[str, Any]) -> str:
+def describe_figures(figures: dict[str, Any]) -> str:
     text = f"{figures['ms_per_step']:.1f} ms, {figures['images_per_sec']:,.0f} img/s, "
     text += f"host {figures['host_queue_ms']:.1f} ms"
     if "peak_memory_gib" in figures:

@@ -69,7 +69,7 @@ class NoiseJob:
         images = torch.randn(batch_size, 3, self.px, self.px, device=world.device)
         images = images.to(DTYPES[config.train.precision], memory_format=layout)
         labels = torch.randint(CLASSES, (batch_size,), device=world.device)
-        self._batch = Batch(images, labels, step=0, places=range(batch_size))
+        self._batch = Batch(images, labels, step=0, positions=range(batch_size))
         self._meter = Meter(world)
 
     def compile(self) -> None:

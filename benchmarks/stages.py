@@ -91,7 +91,7 @@ class Runner:
         self.records.append(record)
         with told(self.path):
             self.write()
-        print(describe(record), flush=True)
+        print(describe_record(record), flush=True)
         return record
 
     def write(self) -> None:
@@ -107,7 +107,7 @@ class Runner:
 
     def table(self) -> str:
         head = ROW.format("stage", "outcome", "s", "")
-        return "\n".join([head, "-" * 100, *(describe(record) for record in self.records)])
+        return "\n".join([head, "-" * 100, *(describe_record(record) for record in self.records)])
 
     def _run(
         self, command: list[str], stage: Stage, limit_seconds: float, cwd: Path
@@ -194,7 +194,7 @@ def why(errors: str) -> list[str]:
     return named[-1:] or last_lines(errors, 1)
 
 
-def describe(record: Record) -> str:
+def describe_record(record: Record) -> str:
     """Rows of the table."""
     said = record.said or [""]
     rows = [ROW.format(record.stage, record.outcome, f"{record.seconds:.0f}", said[0][:200])]

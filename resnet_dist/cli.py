@@ -153,7 +153,7 @@ def _models(arguments: argparse.Namespace) -> None:
 
 
 def _analyze_responses(arguments: argparse.Namespace) -> None:
-    from resnet_dist.verbs.responses import analyze_responses, describe, split_arguments
+    from resnet_dist.verbs.responses import analyze_responses, describe_responses, split_arguments
 
     if arguments.output is not None:
         from resnet_dist.verbs import plots
@@ -161,7 +161,7 @@ def _analyze_responses(arguments: argparse.Namespace) -> None:
         plots.check_path(arguments.output)
     paths, overrides = split_arguments(arguments.checkpoints + arguments.overrides)
     measured = analyze_responses(paths, overrides, arguments.images)
-    print(describe(measured))
+    print(describe_responses(measured))
     if arguments.output is not None:
         figure = plots.response_figure({one.name: list(one.stds.values()) for one in measured})
         plots.save(figure, arguments.output)

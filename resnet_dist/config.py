@@ -160,7 +160,7 @@ class Config:
         pass of one rank: 2 for a method that mixes an image with its neighbour."""
         return 1
 
-    def held_out_of(self, train_images: int) -> int:
+    def holdout_images_of(self, train_images: int) -> int:
         """data.holdout_images. Raises UserError where that leaves none to train on."""
         held = self.data.holdout_images
         if held >= train_images:
@@ -171,13 +171,13 @@ class Config:
     def invalid(self, key: str, why: str, nearest: object) -> UserError:
         """The one line for an impossible value of `key`: file, key, value, reason, way out."""
         origin = self.origins.get(key, "defaults")
-        return invalid_value(origin, key, leaves(self)[key], why, nearest)
+        return invalid_value(origin, key, flat_settings(self)[key], why, nearest)
 
 
 def to_dict(config: Config) -> dict[str, Any]:
     """Nested plain values, ready for YAML or a checkpoint."""
     nested: dict[str, Any] = {}
-    for key, value in leaves(config).items():
+    for key, value in flat_settings(config).items():
         section, _, name = key.rpartition(".")
         plain = list(value) if isinstance(value, tuple) else value
         (nested.setdefault(section, {}) if section else nested)[name] = plain
@@ -188,18 +188,18 @@ def to_yaml(config: Config) -> str:
     return yaml.safe_dump(to_dict(config), sort_keys=False, default_flow_style=None)
 
 
-def leaves(config: Config) -> dict[str, Any]:
+def flat_settings(config: Config) -> dict[str, Any]:
     """Every setting by its dotted key, in the order of the dataclasses."""
-    return dict(_leaves(config, ""))
+    return dict(_flat_settings(config, ""))
 
 
-def _leaves(part: Any, prefix: str) -> Iterator[tuple[str, Any]]:
-    for item in fields(part):
+def _flat_settings(section: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    for item in fields(section):
         if item.name == "origins":
             continue
-        value = getattr(part, item.name)
+        value = getattr(section, item.name)
         if is_dataclass(value):
-            yield from _leaves(value, f"{item.name}.")
+            yield from _flat_settings(value, f"{item.name}.")
         else:
             yield f"{prefix}{item.name}", value
 
@@ -269,7 +269,7 @@ _ABOVE_ZERO: dict[str, float] = {  # key -> a sane small value to name
 
 def impossible(config: Config) -> Iterator[tuple[str, str, object]]:
     """(key, why, nearest valid value) of each impossible value."""
-    flat = leaves(config)
+    flat = flat_settings(config)
     for key, least in _AT_LEAST.items():
         if flat[key] is not None and flat[key] < least:
             yield key, f"must be at least {least}", least
@@ -323,7 +323,11 @@ def impossible(config: Config) -> Iterator[tuple[str, str, object]]:
     for key in ("mean", "std"):
         low, high = min(flat[f"data.{key}"]), max(flat[f"data.{key}"])
         if low < 0 or high > 1 or (key == "std" and low == 0):
-            yield f"data.{key}", "is on the 0..1 scale, not 0..255", leaves(Config())[f"data.{key}"]
+            yield (
+                f"data.{key}",
+                "is on the 0..1 scale, not 0..255",
+                flat_settings(Config())[f"data.{key}"],
+            )
     if optim.nesterov and optim.momentum == 0:
         yield "optim.nesterov", "needs optim.momentum above zero", False
     for key in ("optim.milestones_epochs", "optim.milestones_iterations"):

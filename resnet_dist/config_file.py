@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
-from resnet_dist.config import UNITS, Config, impossible, leaves
+from resnet_dist.config import UNITS, Config, flat_settings, impossible
 from resnet_dist.errors import UserError, as_yaml, invalid_value
 
 
@@ -255,4 +255,4 @@ def _schema() -> dict[str, Any]:
 
 _SCHEMA: dict[str, Any] = _schema()
 _SECTIONS: dict[str, Any] = {n: k for n, k in get_type_hints(Config).items() if is_dataclass(k)}
-_DEFAULTS: dict[str, Any] = leaves(Config())
+_DEFAULTS: dict[str, Any] = flat_settings(Config())

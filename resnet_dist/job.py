@@ -16,9 +16,9 @@ from resnet_dist.checkpoints.writer import Saver
 from resnet_dist.config import Config
 from resnet_dist.data.index.index import Index
 from resnet_dist.data.load.batch import Batch
+from resnet_dist.data.load.build import agreed_decoding, load_index, make_loader
 from resnet_dist.data.load.dali import Loader
 from resnet_dist.data.load.mean_image import mean_image
-from resnet_dist.data.load.source import agreed_decoding, load_index, make_loader
 from resnet_dist.data.view.protocol import CENTER_CROP
 from resnet_dist.data.view.requests import eval_requests, train_requests
 from resnet_dist.determinism import is_deterministic
@@ -40,13 +40,13 @@ from resnet_dist.run.init_from import load_initial_weights
 from resnet_dist.run.meter import Meter
 from resnet_dist.run.resume import (
     Previous,
-    another_bn_batch,
-    compared,
-    describe,
-    look_back,
+    adapt_checkpoint,
+    bn_batch_warning,
+    describe_resume,
+    environment_warning,
+    find_previous,
     made_with,
-    not_bit_for_bit,
-    take_over,
+    with_changes,
 )
 from resnet_dist.run.startup import Startup, process_began
 from resnet_dist.state import TrainState
@@ -98,7 +98,7 @@ def build(
             "classes.txt that names them, a line each)"
         )
     startup.mark("data index")
-    previous = look_back(config, world)
+    previous = find_previous(config, world)
     saved = previous.checkpoint
     startup.mark("checkpoint")
     decoding, reason = agreed_decoding(config, world, None if saved is None else saved.decoder)
@@ -110,7 +110,7 @@ def build(
         made_with=made_with(world),
     )
     # Before all that takes long: networks, a mean image, caches.
-    previous = compared(previous, config, facts, world, resume_anyway)
+    previous = with_changes(previous, config, facts, world, resume_anyway)
     images = len(train_index), len(val_index)
     plan = Plan.of(config, world.size, *images, world.local_size)
     check_deterministic_form(config, world.device)
@@ -226,14 +226,14 @@ def restore(job: Job) -> str | None:
     saved = previous.checkpoint
     if previous.path is None or saved is None:
         return "\n".join([*said, *filter(None, [job.initialized])]) or None
-    said += [describe(previous.path, saved, job.plan)]
+    said += [describe_resume(previous.path, saved, job.plan)]
     if previous.changes:
         said += [f"warning: not the same run from here on: {'; '.join(previous.changes)}"]
-        saved, warnings = take_over(saved, job.config, job.state)
+        saved, warnings = adapt_checkpoint(saved, job.config, job.state)
         said += warnings
     if is_deterministic():
-        said += not_bit_for_bit(saved.made_with, job.facts.made_with)
-    said += another_bn_batch(saved.bn_batch_size, job.plan)
+        said += environment_warning(saved.made_with, job.facts.made_with)
+    said += bn_batch_warning(saved.bn_batch_size, job.plan)
     job.state.restore(saved)
     for held in (saved.model, saved.optimizer, saved.ema or {}):
         held.clear()  # together as large as the state itself

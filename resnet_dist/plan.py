@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from resnet_dist.config import UNITS, Config, OptimConfig, leaves
+from resnet_dist.config import UNITS, Config, OptimConfig, flat_settings
 from resnet_dist.models.depths import DEPTHS
 
 TRAIN_ERROR_WARMUP_FACTOR = 0.1  # lr 0.01 before 0.1: He et al. 2015, section 4.2
@@ -33,10 +33,10 @@ class LrMemory:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in vars(self).items()}
 
     @classmethod
-    def from_dict(cls, held: dict[str, Any]) -> "LrMemory":
-        """The inverse of `to_dict`. Raises TypeError where `held` is something else."""
+    def from_dict(cls, saved: dict[str, Any]) -> "LrMemory":
+        """The inverse of `to_dict`. Raises TypeError where `saved` is something else."""
         settled: dict[str, Any] = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in held.items()
+            k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()
         }
         return cls(**settled)
 
@@ -112,7 +112,7 @@ class Plan:
         # The last, partial batch of an epoch is dropped: every step has the same size, and as each
         # epoch has its own permutation, other images are left out each time.
         steps_per_epoch = train_images // global_batch_size
-        settings = leaves(config)
+        settings = flat_settings(config)
 
         def steps(key: str) -> int:
             """The quantity `key`, in whichever unit it is given."""
@@ -187,7 +187,7 @@ class Plan:
         same = replace(self, accumulation=accumulation).bn_batch_size == bn_batch_size
         return local if fits and same else None
 
-    def places(self, rank: int, accumulated: int) -> range:
+    def positions(self, rank: int, accumulated: int) -> range:
         """Where the images of pass `accumulated` of a rank stand in the step's global batch."""
         slices = self.accumulation * self.world_size
         part = accumulated * self.world_size + rank

@@ -64,20 +64,20 @@ def train(
     world = distributed.start()
     startup.mark("process group")
     console = Console(speaks=world.is_main)
-    with contextlib.ExitStack() as held:
-        world.on_main(lambda: held.enter_context(sole_process(config)))
-        written = held.enter_context(OutcomeFile(config.run_dir, world.is_main, console.say))
+    with contextlib.ExitStack() as stack:
+        world.on_main(lambda: stack.enter_context(sole_process(config)))
+        written = stack.enter_context(OutcomeFile(config.run_dir, world.is_main, console.say))
         job = build(config, world, resume_anyway, console.say, startup)
         resumed = restore(job)
         startup.mark("checkpoint")
         world.on_main(lambda: open_run_folder(config, job.state.step, job.previous.changes))
-        written.goes_on_from(job.state.step)
+        written.resumes_from(job.state.step)
         console.say(f"{config.name}: {config.model.name} on {world.size} x {world.device.type}\n")
         console.say(describe_plan(job.plan, job.decoding) + "\n")
         if resumed:
             console.say(resumed + "\n")
-        notes = tags(job, recipe) if world.is_main else {}
-        tracker = Tracker(config, notes, records=world.is_main, warn=console.say)
+        run_tags = tags(job, recipe) if world.is_main else {}
+        tracker = Tracker(config, run_tags, records=world.is_main, warn=console.say)
         try:
             loop = Loop.of(job, interrupt, tracker, console, startup)
             outcome = run(loop)
@@ -197,7 +197,9 @@ def train_step(job: Job, passes: Iterable[Batch], meter: Meter) -> Tensor:
         # under no_sync(). To a bare network it means nothing.
         job.model.require_backward_grad_sync = accumulated == plan.accumulation - 1  # type: ignore[assignment]
         if job.dropouts:
-            set_dropout_keys(job.dropouts, config.seed, batch.step, batch.places, job.world.device)
+            set_dropout_keys(
+                job.dropouts, config.seed, batch.step, batch.positions, job.world.device
+            )
         with autocast(job.world.device, config.train.precision):
             logits = job.model(batch.images)
             loss_sum = F.cross_entropy(

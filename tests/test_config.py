@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from resnet_dist.config import Config, leaves, to_dict, to_yaml
+from resnet_dist.config import Config, flat_settings, to_dict, to_yaml
 from resnet_dist.config_file import config_from_dict, load_config
 from resnet_dist.errors import UserError
 from resnet_dist.plan import Plan
@@ -153,7 +153,7 @@ def test_an_override_is_named_as_its_own_source(tmp_path: Path) -> None:
 
 
 def test_every_leaf_has_a_dotted_key() -> None:
-    flat = leaves(Config())
+    flat = flat_settings(Config())
     assert flat["optim.base_lr"] == 0.1
     assert flat["seed"] == 0
     assert len(flat) == 2 + sum(

@@ -107,23 +107,23 @@ def test_the_generator_is_splitmix64() -> None:
 @pytest.mark.parametrize("purpose", ["dropout", "a new one"])
 def test_a_device_draws_from_the_same_keys(purpose: str) -> None:
     """A stream of `bits` is one more word of the key; the largest seed wraps."""
-    seed, step, places, stream = 2**63 - 1, 7, torch.arange(5), 3
-    ours = bits(keys(purpose, seed, step, places), stream, 100).double() * 2.0**-53
-    theirs = splitmix_of(purpose, seed, step, places, stream, 100)
+    seed, step, positions, stream = 2**63 - 1, 7, torch.arange(5), 3
+    ours = bits(keys(purpose, seed, step, positions), stream, 100).double() * 2.0**-53
+    theirs = splitmix_of(purpose, seed, step, positions, stream, 100)
     assert torch.equal(ours, theirs)
 
 
 def splitmix_of(
-    purpose: str, seed: int, step: int, places: Tensor, stream: int, draws: int
+    purpose: str, seed: int, step: int, positions: Tensor, stream: int, draws: int
 ) -> Tensor:
     """From the draws of `uniforms`, which shows the word of the purpose."""
     word = [] if purpose in WITHOUT_WORD else [
         int.from_bytes(hashlib.sha256(purpose.encode()).digest()[:8], "little")
     ]  # fmt: skip
     rows = []
-    for place in places.tolist():
+    for position in positions.tolist():
         key = 0
-        for one in (*word, seed, step, place, stream):
+        for one in (*word, seed, step, position, stream):
             key = mixed(key ^ one)
         rows.append([
             (mixed((key + draw * 0x9E3779B97F4A7C15) % 2**64) >> 11) * 2.0**-53

@@ -19,7 +19,7 @@ from resnet_dist.config import Config, DataConfig, TrainConfig
 from resnet_dist.config_file import load_config
 from resnet_dist.data.index.index import Index
 from resnet_dist.data.load.batch import Batch
-from resnet_dist.data.load.source import load_index, make_loader
+from resnet_dist.data.load.build import load_index, make_loader
 from resnet_dist.data.view.augment import Request, unchanged, whole_windows
 from resnet_dist.data.view.protocol import CENTER_CROP, MULTI_SCALE, TEN_CROP, Protocol
 from resnet_dist.data.view.requests import eval_requests

@@ -143,7 +143,7 @@ def test_what_bn_normalizes_together(
     # Counted, place by place: the ranks that share statistics, in each pass.
     ranks = {"world": world_size, "node": per_node or world_size, "none": 1}[shared_by]
     together = [
-        sum(len(p.places(rank, accumulated)) for rank in range(first, first + ranks))
+        sum(len(p.positions(rank, accumulated)) for rank in range(first, first + ranks))
         for accumulated in range(p.accumulation)
         for first in range(0, world_size, ranks)
     ]
@@ -251,7 +251,7 @@ def test_neighbours_may_be_kept_together(
     train = TrainConfig(global_batch_size=batch, max_local_batch_size=most)
     config = replace(Config(), train=train)
     p = Plan.of(config, world_size, 1000, None)
-    slices = [p.places(r, a) for a in range(p.accumulation) for r in range(world_size)]
+    slices = [p.positions(r, a) for a in range(p.accumulation) for r in range(world_size)]
     assert [place for one in slices for place in one] == list(range(batch))
     assert all(one.start % 2 == 0 < len(one) <= min(p.local_batch_size, most) for one in slices)
     assert max(map(len, slices)) == p.local_batch_size

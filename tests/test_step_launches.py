@@ -133,11 +133,11 @@ class Pretended:
             px, dtype = config.data.crop_px, DTYPES[config.train.precision]
             self.passes = []
             for number in range(plan.accumulation):
-                images = len(plan.places(0, number))
+                images = len(plan.positions(0, number))
                 pixels = torch.empty(images, px, px, 3, dtype=dtype, device=device)
                 labels = torch.zeros(images, dtype=torch.int64, device=device)
-                places = plan.places(0, number)
-                self.passes.append(Batch(pixels.permute(0, 3, 1, 2), labels, 0, places))
+                positions = plan.positions(0, number)
+                self.passes.append(Batch(pixels.permute(0, 3, 1, 2), labels, 0, positions))
         # train_step needs no more of a Job: the rest of one is loaders and a run folder.
         self.job: Any = SimpleNamespace(
             config=config, plan=plan, world=world, state=self.state, model=network, dropouts=()

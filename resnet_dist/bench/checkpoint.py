@@ -70,7 +70,7 @@ def bench_checkpoint(folder: Path, runs: int, output: Path | None) -> None:
             ],
             "parts": parts(content, Path(name), min(runs, PARTS_RUNS)),
         }
-    print(describe(figures))
+    print(describe_figures(figures))
     results.write(output, "checkpoint", figures)
 
 
@@ -211,7 +211,7 @@ def parts(content: Checkpoint, folder: Path, runs: int) -> dict[str, float]:
         timed("sha256", digest)
         path = folder / "written"
         timed("whole_write", writer.write, path, Checkpoint.from_dict(copy))
-        timed("check", folders.damage, path)
+        timed("check", folders.why_damaged, path)
         timed("load", Checkpoint.load, path)
         shutil.rmtree(path)
     megabytes = file.stat().st_size / 1e6
@@ -224,7 +224,7 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def describe(figures: dict[str, Any]) -> str:
+def describe_figures(figures: dict[str, Any]) -> str:
     text = ""
     for step in figures["steps"]:
         table = [["a save", "adds ms", "quartiles", f"one in {STEPS_PER_SAVE} steps"]]

@@ -23,7 +23,7 @@ from resnet_dist.bench import peers, results
 from resnet_dist.bench.peers import Work
 from resnet_dist.bench.photos import as_shards, photo_folder
 from resnet_dist.config import DataConfig
-from resnet_dist.data.load.source import agreed_decoding
+from resnet_dist.data.load.build import agreed_decoding
 from resnet_dist.errors import UserError
 
 IMAGES_PER_THREAD = 2000  # in a run: 5 to 10 seconds
@@ -98,7 +98,7 @@ def bench_loader(
         warm_page_cache(folder, shards)
         runs = interleave(loaders, settings)
     rows = [summary(loader, runs, loaders) for loader in loaders]
-    print(describe(rows, settings))
+    print(describe_results(rows, settings))
     results.write(output, "loader", {"settings": asdict(settings), "loaders": rows})
 
 
@@ -223,7 +223,7 @@ def summary(loader: Loader, rounds: list[list[Run]], loaders: list[Loader]) -> d
     }
 
 
-def describe(rows: list[dict[str, Any]], settings: Settings) -> str:
+def describe_results(rows: list[dict[str, Any]], settings: Settings) -> str:
     head = ["img/s", "lowest", "highest", "CPU ms/img", "start s", "ours, files is"]
     parts = [
         f"\nmedian of {settings.runs} runs of {settings.timed_batches * settings.batch_size:,} "

@@ -9,7 +9,7 @@ import torch
 
 from resnet_dist.bench import results
 from resnet_dist.config import Config, OptimConfig
-from resnet_dist.data.load.source import load_index, make_loader
+from resnet_dist.data.load.build import load_index, make_loader
 from resnet_dist.data.view.protocol import CENTER_CROP
 from resnet_dist.data.view.requests import eval_requests, train_requests
 from resnet_dist.distributed import World

@@ -14,8 +14,8 @@ from resnet_dist.bench.loader import Loader, Settings, interleave, warm_page_cac
 from resnet_dist.bench.peers import Work, index_of
 from resnet_dist.bench.photos import photo_folder
 from resnet_dist.config import DataConfig
+from resnet_dist.data.load.build import agreed_decoding
 from resnet_dist.data.load.cache import SHARED_MEMORY
-from resnet_dist.data.load.source import agreed_decoding
 from resnet_dist.errors import UserError
 
 WORTH_A_CHANGE = 1.02  # less than 2 % is noise: then the value stays

@@ -77,9 +77,9 @@ class Checkpoint(Facts):
 
     def to_dict(self) -> dict[str, Any]:
         """What state.pt holds: tensors and plain data, so that it loads with weights_only=True."""
-        held = {item.name: getattr(self, item.name) for item in fields(self)}
-        best = {"acc1": held.pop("best_acc1"), "step": held.pop("best_step")}
-        return held | {
+        content = {item.name: getattr(self, item.name) for item in fields(self)}
+        best = {"acc1": content.pop("best_acc1"), "step": content.pop("best_step")}
+        return content | {
             "format": FORMAT,
             "classes": list(self.classes),
             "best": best,
@@ -87,23 +87,23 @@ class Checkpoint(Facts):
         }
 
     @classmethod
-    def from_dict(cls, held: dict[str, Any]) -> "Checkpoint":
+    def from_dict(cls, content: dict[str, Any]) -> "Checkpoint":
         """The inverse of `to_dict`.
 
         Raises:
             KeyError, TypeError: something is missing, or is not what it should be.
         """
-        held = dict(held)
-        if held.pop("format") != FORMAT:
+        content = dict(content)
+        if content.pop("format") != FORMAT:
             raise TypeError("another format")
-        best = held.pop("best")
-        held |= {
-            "classes": tuple(held["classes"]),
+        best = content.pop("best")
+        content |= {
+            "classes": tuple(content["classes"]),
             "best_acc1": best["acc1"],
             "best_step": best["step"],
-            "lr_memory": LrMemory.from_dict(held["lr_memory"]),
+            "lr_memory": LrMemory.from_dict(content["lr_memory"]),
         }
-        return cls(**held)
+        return cls(**content)
 
     @classmethod
     def load(cls, path: Path) -> "Checkpoint":
@@ -118,24 +118,24 @@ class Checkpoint(Facts):
             path = folders.best(path) or path
         if not all(os.path.isfile(path / name) for name in ("state.pt", "meta.json")):
             raise UserError(f"{path}: no checkpoint; give a folder such as RUN/checkpoints/best")
-        if (why := folders.damage(path)) is not None:
+        if (why := folders.why_damaged(path)) is not None:
             raise UserError(f"{path}: damaged ({why}); use another checkpoint")
         try:
-            held: Any = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+            content: Any = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
         except UnpicklingError:
             why = "holds more than tensors and plain data, which could run as a program: not loaded"
             raise UserError(f"{path}: {why}; use a checkpoint that `resnet-dist` wrote") from None
-        written_as = held.get("format")
-        while held.get("format") in MIGRATIONS:
-            held = MIGRATIONS[held["format"]](held)
-        if held.get("format") != FORMAT:
+        written_as = content.get("format")
+        while content.get("format") in MIGRATIONS:
+            content = MIGRATIONS[content["format"]](content)
+        if content.get("format") != FORMAT:
             raise UserError(
                 f"{path}: checkpoint format {written_as}; this version reads {min(MIGRATIONS)} to "
                 f"{FORMAT}: use the version of resnet-dist that wrote it, or start anew under "
                 "another name="
             )
         try:
-            return cls.from_dict(held)
+            return cls.from_dict(content)
         except (KeyError, TypeError) as error:
             raise UserError(
                 f"{path}: not what a checkpoint of format {FORMAT} holds ({error}); use the "
@@ -149,7 +149,7 @@ def mean_loss(meter: Tensor, last_loss: float | None) -> float | None:
     return loss_sum / images if images else last_loss
 
 
-def leaves(content: Any) -> Iterator[Any]:
+def leaf_values(content: Any) -> Iterator[Any]:
     """The tensors and plain values in dictionaries and lists.
 
     Raises:
@@ -159,20 +159,20 @@ def leaves(content: Any) -> Iterator[Any]:
         content = list(content.values())
     if isinstance(content, list | tuple):
         for part in content:
-            yield from leaves(part)
+            yield from leaf_values(part)
     elif isinstance(content, Tensor) or type(content) in PLAIN:
         yield content
     else:  # subclasses neither: weights_only=True would refuse them
         raise TypeError(f"only tensors and plain data can be saved, not {content!r}")
 
 
-def _from_format_2(held: dict[str, Any]) -> dict[str, Any]:
-    fingerprint = held["data_fingerprint"]
-    return {key: value for key, value in held.items() if key != "data_fingerprint"} | {
+def _from_format_2(content: dict[str, Any]) -> dict[str, Any]:
+    fingerprint = content["data_fingerprint"]
+    return {key: value for key, value in content.items() if key != "data_fingerprint"} | {
         "format": 3,
         "meter": NO_SUMS,
         "train_loss": None,
-        "evaluated_step": held["step"],
+        "evaluated_step": content["step"],
         "decoder": None,
         "fingerprints": {"training images": fingerprint},
         "made_with": {},

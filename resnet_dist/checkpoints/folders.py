@@ -80,25 +80,25 @@ def best(run_dir: Path) -> Path | None:
 
 def best_step(path: Path) -> int:
     """The step of the best evaluation by the time of this checkpoint; -1: there was none."""
-    best = note(path).get("best")
+    best = read_meta(path).get("best")
     step = best.get("step") if isinstance(best, dict) else None
     return step if isinstance(step, int) else -1
 
 
-def note(path: Path) -> dict[str, Any]:
+def read_meta(path: Path) -> dict[str, Any]:
     """meta.json; one that cannot be read speaks against its checkpoint."""
     try:
-        note = json.loads((path / "meta.json").read_bytes())
+        meta = json.loads((path / "meta.json").read_bytes())
     except (OSError, ValueError):
-        note = None
-    return note if isinstance(note, dict) else {"finite": False, "sound": False}
+        meta = None
+    return meta if isinstance(meta, dict) else {"finite": False, "sound": False}
 
 
 # --------------------------------------------------------------------------------------------------
 # Whether one is whole
 
 
-def damage(path: Path) -> str | None:
+def why_damaged(path: Path) -> str | None:
     """Why the checkpoint folder cannot be what was written; None if it is.
 
     Raises:
@@ -106,7 +106,7 @@ def damage(path: Path) -> str | None:
     """
     try:
         if not (path / "SHA256SUMS").exists():
-            return _damage_in_format_2(path)
+            return _why_damaged_format_2(path)
         sums = (path / "SHA256SUMS").read_bytes().decode("ascii")
         lines = sums.split("\n")[:-1]
         names = [line[66:] for line in lines]
@@ -124,7 +124,7 @@ def damage(path: Path) -> str | None:
     return None
 
 
-def _damage_in_format_2(path: Path) -> str | None:
+def _why_damaged_format_2(path: Path) -> str | None:
     """It had no SHA256SUMS: meta.json held the SHA-256 of state.pt."""
     try:
         expected = json.loads((path / "meta.json").read_bytes()).get("sha256")
@@ -149,7 +149,7 @@ def sha256(path: Path) -> str:
 # What a run that goes on finds
 
 
-def look_over(run_dir: Path) -> list[str]:
+def prepare_to_resume(run_dir: Path) -> list[str]:
     """Before a run goes on: damaged checkpoints are set aside, lost links set. For one rank only.
 
     Returns lines of warning, about them and about values that are not finite.
@@ -177,7 +177,7 @@ def set_damaged_aside(run_dir: Path) -> list[str]:
     damaged: dict[Path, str] = {}
     paths = step_folders(run_dir)
     for path in reversed(paths):
-        why = damage(path)
+        why = why_damaged(path)
         if why is None:
             break
         damaged[path] = why
@@ -207,7 +207,7 @@ def _set_aside(path: Path, why: str) -> str:
 def warn_of_infinite(run_dir: Path) -> list[str]:
     """A line of warning where the newest checkpoint holds a NaN or an infinity; else none."""
     paths = step_folders(run_dir)
-    if not paths or note(paths[-1]).get("finite", True):
+    if not paths or read_meta(paths[-1]).get("finite", True):
         return []
     line = f"warning: {paths[-1]}: not all values are finite, and will hardly become so; "
     sound = max((path for path in paths if _is_sound(path)), default=None)
@@ -254,7 +254,7 @@ def set_links(newest: Path, best_at: int) -> list[str]:
     warnings = []
     try:
         warnings += _point(folder / "latest", newest)
-        if note(best).get("step") == best_at:
+        if read_meta(best).get("step") == best_at:
             warnings += _point(folder / "best", best)
         elif best_at >= 0:
             warnings += [
@@ -283,7 +283,7 @@ def _make_way(link: Path) -> list[str]:
     """
     if not os.path.isdir(link) or os.path.islink(link):
         return []
-    step = note(link).get("step")
+    step = read_meta(link).get("step")
     new = link.with_name(name_of(step) if isinstance(step, int) else link.name)
     if os.path.lexists(new):
         new = link.with_name(f"copied-{beside(link).name.removeprefix(PARTIAL)}")
@@ -308,4 +308,4 @@ def remove_old(run_dir: Path, retention: Retention, written: Path, best_at: int)
 
 
 def _is_sound(path: Path) -> bool:
-    return bool(note(path).get("sound", True))  # format 2 did not say
+    return bool(read_meta(path).get("sound", True))  # format 2 did not say

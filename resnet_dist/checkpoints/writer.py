@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from resnet_dist.checkpoints import folders
-from resnet_dist.checkpoints.content import FORMAT, Checkpoint, leaves
+from resnet_dist.checkpoints.content import FORMAT, Checkpoint, leaf_values
 from resnet_dist.checkpoints.folders import Retention
 from resnet_dist.errors import UserError
 from resnet_dist.files import flush_file, new_folder
@@ -35,7 +35,7 @@ class Saver:
         self.run_dir = run_dir
         self.retention = retention
         self._say = say
-        self._buffers: dict[tuple[Any, ...], Tensor] = {}  # place in the content -> its copy
+        self._buffers: dict[tuple[Any, ...], Tensor] = {}  # key_path in the content -> its copy
         self._written = Event()  # or failed: the newest save
         self._written.set()
         self._failure: str | None = None  # of the newest save
@@ -89,22 +89,24 @@ class Saver:
                 "command goes on from there"
             )
 
-    def copy_to_host(self, value: Any, place: tuple[Any, ...] = ()) -> Any:
+    def copy_to_host(self, value: Any, key_path: tuple[Any, ...] = ()) -> Any:
         """`value` with its tensors in host memory, in buffers that are used again each time.
 
-        place: where in the content of a checkpoint `value` is.
+        key_path: where in the content of a checkpoint `value` is.
         """
         if isinstance(value, dict):
-            return {key: self.copy_to_host(part, (*place, key)) for key, part in value.items()}
+            return {key: self.copy_to_host(part, (*key_path, key)) for key, part in value.items()}
         if isinstance(value, list | tuple):
-            return [self.copy_to_host(part, (*place, number)) for number, part in enumerate(value)]
+            return [
+                self.copy_to_host(part, (*key_path, number)) for number, part in enumerate(value)
+            ]
         if not isinstance(value, Tensor):
             return value
-        buffer = self._buffers.get(place)
+        buffer = self._buffers.get(key_path)
         if buffer is None or (buffer.shape, buffer.dtype) != (value.shape, value.dtype):
             # Pinned, or a copy from the GPU would be waited for. Strides (channels_last) stay.
             buffer = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
-            self._buffers[place] = buffer
+            self._buffers[key_path] = buffer
         return buffer.copy_(value, non_blocking=True)
 
     def _write(self, checkpoint: Checkpoint, copied: torch.cuda.Event | None) -> None:
@@ -151,7 +153,7 @@ def save(
     """
     step, best_step = checkpoint.step, checkpoint.best_step
     final = run_dir / "checkpoints" / folders.name_of(step)
-    if folders.damage(final) is not None or folders.note(final).get("step") != step:
+    if folders.why_damaged(final) is not None or folders.read_meta(final).get("step") != step:
         write(final, checkpoint)
     # A file system without links, or a file that is held open, does not unmake the checkpoint.
     for line in folders.set_links(final, best_step):
@@ -177,7 +179,7 @@ def write(final: Path, checkpoint: Checkpoint) -> None:
         content = checkpoint.to_dict()
         _write_state(folder / "state.pt", content)
         flush_file(folder / "state.pt")
-        _write_flushed(folder / "meta.json", json.dumps(_describe(checkpoint, content), indent=1))
+        _write_flushed(folder / "meta.json", json.dumps(_meta_of(checkpoint, content), indent=1))
         names = ("state.pt", "meta.json")
         sums = "".join(f"{folders.sha256(folder / name)}  {name}\n" for name in names)
         _write_flushed(folder / "SHA256SUMS", sums)
@@ -199,10 +201,10 @@ def _write_state(path: Path, content: dict[str, Any]) -> None:
         raise
 
 
-def _describe(checkpoint: Checkpoint, content: dict[str, Any]) -> dict[str, Any]:
+def _meta_of(checkpoint: Checkpoint, content: dict[str, Any]) -> dict[str, Any]:
     """meta.json. "sound": worth going on from, as far as can be told without the data."""
     loss = checkpoint.mean_loss
-    tensors = [leaf for leaf in leaves(content) if isinstance(leaf, Tensor)]
+    tensors = [leaf for leaf in leaf_values(content) if isinstance(leaf, Tensor)]
     finite = all(_is_finite(tensor) for tensor in tensors)
     finite = finite and (loss is None or math.isfinite(loss))
     # A blind guess has the loss ln(classes), whatever the label smoothing. A network that does

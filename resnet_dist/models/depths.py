@@ -61,7 +61,7 @@ DEPTHS: dict[str, Net] = {
 }
 
 
-def no_counterpart(net: Net) -> str | None:
+def why_no_counterpart(net: Net) -> str | None:
     """Why torchvision and timm cannot hold this network, or None if they can.
 
     Both have VGG and, of the residual nets, one form: ImageNet's, option B, the stride in the 3x3.

@@ -32,13 +32,13 @@ class KeyedDropout(nn.Module):
 
 
 def set_dropout_keys(
-    layers: Iterable[KeyedDropout], seed: int, step: int, places: range, device: torch.device
+    layers: Iterable[KeyedDropout], seed: int, step: int, positions: range, device: torch.device
 ) -> None:
-    """Before a forward pass, on `device`, of the images at `places` of the global batch of `step`.
+    """Sets the keys for the next forward pass: of the images at `positions` in the batch of `step`.
 
     No sync: a copy of keys from the host's pageable memory might wait for the GPU.
     """
-    items = torch.arange(places.start, places.stop, device=device)
+    items = torch.arange(positions.start, positions.stop, device=device)
     drawn = keys("dropout", seed, step, items)
     for layer in layers:
         layer.keys = drawn

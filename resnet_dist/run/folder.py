@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from resnet_dist.checkpoints import folders
-from resnet_dist.config import Config, leaves, to_yaml
+from resnet_dist.config import Config, flat_settings, to_yaml
 from resnet_dist.config_file import config_from_dict, load_config
 from resnet_dist.errors import UserError, as_yaml
 from resnet_dist.files import replace_file
@@ -132,10 +132,10 @@ def _first_step(line: str) -> int:
 
 def differing_settings(before: Config, now: Config) -> list[str]:
     """What changes what is computed: "optim.base_lr 0.1 -> 0.2"."""
-    saved = leaves(before)
+    saved = flat_settings(before)
     return [
         f"{key} {as_yaml(saved[key])} -> {as_yaml(value)}"
-        for key, value in leaves(now).items()
+        for key, value in flat_settings(now).items()
         if value != saved[key] and not key.startswith(FREE_TO_CHANGE)
     ]
 
@@ -159,7 +159,7 @@ def _made_as(run_dir: Path) -> tuple[int | None, Config | None]:
     config.yaml is new before a step is done under it, so a checkpoint knows better.
     """
     for path in reversed(folders.step_folders(run_dir)):
-        note = folders.note(path)
+        note = folders.read_meta(path)
         if isinstance(note.get("config"), dict):  # format 2 had none, and the file may be damaged
             return note.get("step"), config_from_dict(note["config"], f"{path}/meta.json")
     path = run_dir / "config.yaml"

@@ -10,7 +10,7 @@ from resnet_dist.checkpoints.content import Checkpoint
 from resnet_dist.config import Config
 from resnet_dist.distributed import World
 from resnet_dist.errors import UserError
-from resnet_dist.models.depths import DEPTHS, no_counterpart
+from resnet_dist.models.depths import DEPTHS, why_no_counterpart
 from resnet_dist.models.parts import head_name
 
 TORCHVISION = "torchvision:"
@@ -41,7 +41,7 @@ def _read(network: nn.Module, config: Config, classes: tuple[str, ...]) -> dict[
     """The tensors to load: all but, perhaps, the head's."""
     origin, name = str(config.model.init_from), config.model.name
     if origin.startswith(TORCHVISION):
-        why_not = no_counterpart(DEPTHS[name])
+        why_not = why_no_counterpart(DEPTHS[name])
         if why_not is not None:
             raise _refusal(config, f"torchvision has no {name}: {why_not}", "give a checkpoint")
         found = _read_torchvision(config)

@@ -94,7 +94,7 @@ class OutcomeFile:
         self._write(Outcome.RUNNING)
         return self
 
-    def goes_on_from(self, step: int) -> None:
+    def resumes_from(self, step: int) -> None:
         """The run has been built, and its next step is `step`."""
         self._step = step
         self._write(Outcome.RUNNING)

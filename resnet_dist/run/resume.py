@@ -28,15 +28,18 @@ class Previous:
     warnings: tuple[str, ...]  # about checkpoints that are passed over, or hold infinities
 
 
-def look_back(config: Config, world: World) -> Previous:
-    """A collective: every rank reads the newest checkpoint. `compared` says what has changed."""
-    warnings = world.on_main(lambda: folders.look_over(config.run_dir))
+def find_previous(config: Config, world: World) -> Previous:
+    """Reads the newest checkpoint on every rank; `with_changes` adds what has changed since.
+
+    A collective.
+    """
+    warnings = world.on_main(lambda: folders.prepare_to_resume(config.run_dir))
     path = world.on_main(lambda: folders.latest(config.run_dir))
     checkpoint = None if path is None else world.on_all(lambda: Checkpoint.load(path))
     return Previous(path, checkpoint, (), tuple(warnings))
 
 
-def compared(
+def with_changes(
     previous: Previous, config: Config, facts: Facts, world: World, anyway: bool
 ) -> Previous:
     """With `changes`, of changes_since, which raises where they are not wished. A collective."""
@@ -84,7 +87,9 @@ def _differing_data(
     ]
 
 
-def take_over(saved: Checkpoint, config: Config, state: TrainState) -> tuple[Checkpoint, list[str]]:
+def adapt_checkpoint(
+    saved: Checkpoint, config: Config, state: TrainState
+) -> tuple[Checkpoint, list[str]]:
     """`saved` as it fits `state`, of a config that has changed; lines of warning."""
     warnings = []
     momentum = saved.optimizer["state"]
@@ -118,14 +123,14 @@ def made_with(world: World) -> dict[str, str]:
     return facts
 
 
-def not_bit_for_bit(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+def environment_warning(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     """A line of warning if two `made_with` differ in what both say."""
     both = [key for key in before if key in now]  # an older version said nothing
     differing = [f"{key} {before[key]} -> {now[key]}" for key in both if before[key] != now[key]]
     return [f"warning: not bit for bit from here on: {', '.join(differing)}"] if differing else []
 
 
-def another_bn_batch(before: int, plan: Plan) -> list[str]:
+def bn_batch_warning(before: int, plan: Plan) -> list[str]:
     """A line of warning if BN now averages over another number of images, and how to keep it."""
     if before == plan.bn_batch_size:
         return []
@@ -139,7 +144,7 @@ def another_bn_batch(before: int, plan: Plan) -> list[str]:
     return [line]
 
 
-def describe(path: Path, saved: Checkpoint, plan: Plan) -> str:
+def describe_resume(path: Path, saved: Checkpoint, plan: Plan) -> str:
     """The line that says from where a run goes on."""
     text = f"resumes at step {saved.step} (epoch {plan.epoch_at(saved.step):.2f}) from {path}"
     if saved.made_with:  # else an older version wrote it

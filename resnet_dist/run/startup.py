@@ -9,21 +9,21 @@ import torch
 
 
 class Startup:
-    """Called at the end of each part; what comes after the first step is ignored."""
+    """Called at the end of each phase; what comes after the first step is ignored."""
 
     def __init__(self, began: float):
         """began: on the clock of time.monotonic()."""
         self._began = began
         self._tenths = 0  # of a second, at the last mark
-        self._parts: dict[str, int] = {}  # tenths of a second; in the order of their first mark
+        self._phases: dict[str, int] = {}  # tenths of a second; in the order of their first mark
         self._is_over = False
 
-    def mark(self, part: str) -> None:
-        """Since the last mark it was `part`, which may come in pieces."""
+    def mark(self, phase: str) -> None:
+        """Since the last mark it was `phase`, which may come in pieces."""
         if not self._is_over:
-            # The times are rounded, not what lies between them: so the parts add up to the total.
+            # The times are rounded, not what lies between them: so the phases add up to the total.
             tenths = round(10 * (time.monotonic() - self._began))
-            self._parts[part] = self._parts.get(part, 0) + tenths - self._tenths
+            self._phases[phase] = self._phases.get(phase, 0) + tenths - self._tenths
             self._tenths = tenths
 
     def end(self, device: torch.device, say: Callable[[str], None]) -> None:
@@ -34,8 +34,8 @@ class Startup:
             torch.cuda.synchronize(device)  # CPU-GPU sync point, once in a process
         self.mark("first step")
         self._is_over = True
-        parts = ", ".join(f"{part} {tenths / 10:.1f}" for part, tenths in self._parts.items())
-        say(f"first step {self._tenths / 10:.1f} s after the start: {parts}")
+        phases = ", ".join(f"{phase} {tenths / 10:.1f}" for phase, tenths in self._phases.items())
+        say(f"first step {self._tenths / 10:.1f} s after the start: {phases}")
 
 
 def process_began() -> float:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit, urlunsplit
 
-from resnet_dist.config import Config, leaves
+from resnet_dist.config import Config, flat_settings
 from resnet_dist.errors import not_installed
 from resnet_dist.files import replace_file
 
@@ -120,7 +120,7 @@ class Mirror(threading.Thread):
         known = client.get_run(record.run_id).data.params
         params = [
             Param(key, str(value)[:PARAM_CHARACTERS])
-            for key, value in leaves(self.config).items()
+            for key, value in flat_settings(self.config).items()
             if key not in known
         ]
         for start in range(0, len(params), PARAMS_PER_CALL):

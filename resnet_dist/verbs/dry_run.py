@@ -28,7 +28,7 @@ def dry_run(
             val_images = val_images or count_images(data.format, Path(data.root), "val")
         except UserError as error:
             raise UserError(f"{error} (--train-images N plans without the data)") from None
-    train_images -= config.held_out_of(train_images)
+    train_images -= config.holdout_images_of(train_images)
     plan = Plan.of(config, world_size, train_images, val_images, local_world_size)
     text = to_yaml(config) + "\n" + describe_plan(plan)
     differing = check_run_folder(config, anyway=True)  # the plan is worth reading all the same

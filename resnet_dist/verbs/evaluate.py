@@ -5,7 +5,7 @@ from pathlib import Path
 
 from resnet_dist import distributed
 from resnet_dist.data.index.index import Index
-from resnet_dist.data.load.source import load_index, make_loader
+from resnet_dist.data.load.build import load_index, make_loader
 from resnet_dist.data.view.protocol import CENTER_CROP, Protocol
 from resnet_dist.data.view.requests import eval_requests
 from resnet_dist.determinism import fix_algorithms

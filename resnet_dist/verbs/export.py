@@ -25,7 +25,7 @@ from resnet_dist.config_file import config_from_dict
 from resnet_dist.errors import UserError
 from resnet_dist.files import replacing
 from resnet_dist.models.build import build_model
-from resnet_dist.models.depths import DEPTHS, Net, no_counterpart
+from resnet_dist.models.depths import DEPTHS, Net, why_no_counterpart
 
 # torch.export takes for granted that a map which is one pixel in its example always is: at 64
 # pixels no stage's map is.
@@ -58,7 +58,7 @@ def export(path: Path, target: str, output: Path | None = None) -> str:
     config = config_from_dict(saved.config, str(path))
     name = config.model.name
     if target in LIBRARIES:
-        why_not = no_counterpart(DEPTHS[name])
+        why_not = why_no_counterpart(DEPTHS[name])
         if why_not is not None:
             raise UserError(
                 f"{path}: {LIBRARIES[target]} has no {name}: {why_not}; use --to onnx or --to pt2"

@@ -73,11 +73,11 @@ def error_figure(curves: Sequence[ErrorCurves]) -> Figure:
     axes[0].set_ylim(0, _top(curves))
     axes[0].set_ylabel("error (%)", fontsize=12)
     windows = span(round(curve.window_steps) for curve in curves)
-    note = (
+    caption = (
         f"thin: training error of the minibatches, moving average over {WINDOW_EPOCHS:g} epochs "
         f"({windows} iter.);  bold: validation error"
     )
-    figure.supxlabel(note, fontsize=8.5, color="0.35")
+    figure.supxlabel(caption, fontsize=8.5, color="0.35")
     return figure
 
 
@@ -97,8 +97,10 @@ def response_figure(responses: Mapping[str, Sequence[float]]) -> Figure:
         ax.set_ylabel("std", fontsize=12)
         _finish(ax)
     figure.legend(*original.get_legend_handles_labels(), loc="outside right upper", fontsize=10)
-    note = "standard deviation of each layer's BN output, before the nonlinearity and the addition"
-    figure.supxlabel(note, fontsize=8.5, color="0.35")
+    caption = (
+        "standard deviation of each layer's BN output, before the nonlinearity and the addition"
+    )
+    figure.supxlabel(caption, fontsize=8.5, color="0.35")
     return figure
 
 

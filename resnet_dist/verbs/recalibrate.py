@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from resnet_dist.data.load.source import load_index, make_loader
+from resnet_dist.data.load.build import load_index, make_loader
 from resnet_dist.data.view.order import epoch_order, slice_of
 from resnet_dist.data.view.requests import train_request
 from resnet_dist.distributed import World

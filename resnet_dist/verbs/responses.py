@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from resnet_dist import distributed
 from resnet_dist.config import Config
 from resnet_dist.data.index.index import Index
+from resnet_dist.data.load.build import make_loader
 from resnet_dist.data.load.dali import Batch
-from resnet_dist.data.load.source import make_loader
 from resnet_dist.data.view.augment import Request, eval_windows
 from resnet_dist.distributed import World
 from resnet_dist.errors import UserError
@@ -124,7 +124,7 @@ def main_path_norms(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def describe(measured: Sequence[Responses]) -> str:
+def describe_responses(measured: Sequence[Responses]) -> str:
     """A row per checkpoint."""
     rows = [("checkpoint", "layers", "images", "mean std", "median std", "smallest", "largest")]
     for responses in measured:

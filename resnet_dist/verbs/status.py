@@ -32,7 +32,7 @@ def status(
         raise UserError(f"{run_dir}: no {OUTCOME}: not started yet, or by an older version alone")
     at = "" if ending.step is None else f" at step {ending.step}"
     said = ending.outcome.value.replace("_", " ")
-    if ending.outcome is Outcome.RUNNING and not _is_held(run_dir):
+    if ending.outcome is Outcome.RUNNING and not _is_locked(run_dir):
         said = "killed"
         at = "" if ending.step is None else f", having started at step {ending.step}"
     line = f"{run_dir}: {said}{at}, {ending.time} (start {ending.start})"
@@ -50,7 +50,7 @@ def _run_dir(name: str, overrides: Sequence[str], run_root: Path) -> Path:
     raise UserError(f"{name}: no run folder, nor a name in {run_root}; give --run-root")
 
 
-def _is_held(run_dir: Path) -> bool:
+def _is_locked(run_dir: Path) -> bool:
     """Whether a process trains there; False where nobody can tell."""
     try:
         descriptor = os.open(lock_of(run_dir), os.O_RDONLY)

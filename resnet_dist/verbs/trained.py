@@ -11,8 +11,8 @@ from resnet_dist.checkpoints import writer
 from resnet_dist.checkpoints.content import Checkpoint
 from resnet_dist.config import Config
 from resnet_dist.config_file import config_from_dict
+from resnet_dist.data.load.build import agreed_decoding
 from resnet_dist.data.load.decoding import Decoding
-from resnet_dist.data.load.source import agreed_decoding
 from resnet_dist.distributed import World
 from resnet_dist.errors import UserError
 from resnet_dist.models.build import build_model

@@ -139,12 +139,12 @@ def test_an_exploding_run_does_not_push_out_the_good_checkpoints(
     names = sorted(p.name for p in (config.run_dir / "checkpoints").glob("step-*"))
     assert names == [f"step-0000000{step}" for step in (2, 3, 6, 7)]
     # The next try is told, and how to go back.
-    (line,) = folders.look_over(config.run_dir)
+    (line,) = folders.prepare_to_resume(config.run_dir)
     assert "step-00000007: not all values are finite" in line
     assert "the newest sound one is step-00000003" in line
     way_back = line.partition("to go back to it: ")[2].partition(", and the same")[0]
     subprocess.run(way_back, shell=True, check=True)
-    assert folders.look_over(config.run_dir) == []
+    assert folders.prepare_to_resume(config.run_dir) == []
     newest = folders.latest(config.run_dir)
     assert newest is not None
     assert Checkpoint.load(newest).step == 3
@@ -238,9 +238,9 @@ def test_a_bit_flipped_anywhere_is_found(tiny_config: Callable[..., Config], nam
             flipped = bytearray(whole)
             flipped[place] ^= 1 << bit
             (path / name).write_bytes(flipped)
-            assert folders.damage(path) is not None, (place, bit)
+            assert folders.why_damaged(path) is not None, (place, bit)
     (path / name).write_bytes(whole)
-    assert folders.damage(path) is None
+    assert folders.why_damaged(path) is None
 
 
 @pytest.mark.parametrize("name", ["state.pt", "meta.json", "SHA256SUMS"])
@@ -249,7 +249,7 @@ def test_a_file_cut_anywhere_is_found(tiny_config: Callable[..., Config], name: 
     whole = (path / name).read_bytes()
     for length in range(0, len(whole), 17 if name == "state.pt" else 1):
         (path / name).write_bytes(whole[:length])
-        assert folders.damage(path) is not None, length
+        assert folders.why_damaged(path) is not None, length
 
 
 def test_damage_is_named(tiny_config: Callable[..., Config], tmp_path: Path) -> None:
@@ -267,20 +267,20 @@ def test_a_damaged_checkpoint_is_passed_over(
 ) -> None:
     config = tiny_config()
     paths = [save(small_state(step), config) for step in (1, 2, 3)]
-    assert folders.look_over(config.run_dir) == []
+    assert folders.prepare_to_resume(config.run_dir) == []
     for path in paths[1:]:
         spoil(path)
-    warnings = folders.look_over(config.run_dir)
+    warnings = folders.prepare_to_resume(config.run_dir)
     assert [str(path) in line for path, line in zip(paths[:0:-1], warnings, strict=True)] == [
         True
     ] * 2
     assert folders.latest(config.run_dir) == paths[0]
     assert Checkpoint.load(config.run_dir).step == 1
-    assert folders.look_over(config.run_dir) == []
+    assert folders.prepare_to_resume(config.run_dir) == []
     again = save(small_state(3), config)  # its name is free
     assert Checkpoint.load(again).step == 3
     spoil(paths[0])  # older than a whole one: left alone
-    assert folders.look_over(config.run_dir) == []
+    assert folders.prepare_to_resume(config.run_dir) == []
 
 
 def test_the_same_step_again_is_written_once(tiny_config: Callable[..., Config]) -> None:
@@ -381,7 +381,7 @@ def test_another_format_is_refused_by_name(tiny_config: Callable[..., Config], n
     (path / "more.pt").write_bytes(b"more")
     with open(path / "SHA256SUMS", "a") as sums:
         sums.write(f"{extra}  more.pt\n")
-    assert folders.look_over(config.run_dir) == []
+    assert folders.prepare_to_resume(config.run_dir) == []
     with pytest.raises(UserError, match=f"format {number}; this version reads 2 to 3: use the ver"):
         Checkpoint.load(path)
 
@@ -436,16 +436,16 @@ def test_format_2_is_read(tmp_path: Path) -> None:
     # Written again, it is of today's format.
     writer.write(tmp_path / "new", content)
     assert note(tmp_path / "new")["format"] == 3
-    assert folders.damage(tmp_path / "new") is None
+    assert folders.why_damaged(tmp_path / "new") is None
 
 
 @pytest.mark.parametrize("name", ["state.pt", "meta.json"])
 def test_damage_in_format_2_is_found(tmp_path: Path, name: str) -> None:
     path = tmp_path / "step-00000007"
     shutil.copytree(FORMAT_2, path)
-    assert folders.damage(path) is None
+    assert folders.why_damaged(path) is None
     os.truncate(path / name, (path / name).stat().st_size - 5)
-    assert folders.damage(path) is not None
+    assert folders.why_damaged(path) is not None
 
 
 def as_format_2(path: Path) -> None:

@@ -43,8 +43,8 @@ def names_in(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def look_over(config: Config) -> list[str]:
-    return folders.look_over(config.run_dir)
+def prepare_to_resume(config: Config) -> list[str]:
+    return folders.prepare_to_resume(config.run_dir)
 
 
 def a_file(folder: Path) -> None:
@@ -74,7 +74,7 @@ def test_what_cannot_be_listed_is_not_empty(config: Config, make: Callable[[Path
     config.run_dir.mkdir(parents=True)
     make(config.run_dir / "checkpoints")
     with pytest.raises(UserError, match=r"checkpoints: cannot be listed: .*move it away to start"):
-        look_over(config)
+        prepare_to_resume(config)
     with pytest.raises(UserError, match="cannot be listed"):
         folders.latest(config.run_dir)
     with pytest.raises(UserError, match="cannot be listed"):
@@ -128,13 +128,13 @@ def test_a_run_that_was_copied_with_links_followed_goes_on(config: Config) -> No
     followed.rename(folder)
     assert not (folder / "latest").is_symlink()
     assert Checkpoint.load(config.run_dir).step == Checkpoint.load(folder / "best").step
-    lines = look_over(config)
+    lines = prepare_to_resume(config)
     assert ["a folder, not a link" in line for line in lines] == [True] * 2
     assert (folder / "latest").readlink() == Path("step-00000006")
     assert (folder / "best").is_symlink()
     copies = [name for name in names_in(folder) if name.startswith("copied-")]
     assert [name.split("-")[1] for name in copies] == ["best", "latest"]  # nothing is thrown away
-    assert look_over(config) == []
+    assert prepare_to_resume(config) == []
 
 
 def test_a_copy_in_the_place_of_a_link_does_not_stop_a_save(config: Config) -> None:
@@ -169,7 +169,7 @@ def test_copies_of_links_alone_are_checkpoints(config: Config, names: list[str])
     for step in path.parent.glob("step-*"):
         shutil.rmtree(step)
     assert Checkpoint.load(config.run_dir).step == (2 if names == ["latest"] else 1)
-    look_over(config)
+    prepare_to_resume(config)
     newest = folders.latest(config.run_dir)
     assert newest == path
     assert Checkpoint.load(newest).step == 2
@@ -197,7 +197,7 @@ def test_without_links_there_are_checkpoints_all_the_same(
     line, *saved = said
     assert saved == ["saved step 1", "saved step 3"]
     assert line == f"warning: {folder}: latest and best are not set: Operation not permitted"
-    assert look_over(config) == [line]
+    assert prepare_to_resume(config) == [line]
     assert names_in(folder) == ["step-00000002", "step-00000003"]
     assert Checkpoint.load(config.run_dir).step == 2
 
@@ -209,7 +209,7 @@ def test_links_that_were_lost_are_found_and_set_again(config: Config) -> None:
     for name in ("latest", "best"):
         (path.parent / name).unlink()
     assert Checkpoint.load(config.run_dir).step == 2
-    assert look_over(config) == []
+    assert prepare_to_resume(config) == []
     assert (path.parent / "latest").readlink() == Path("step-00000003")
     assert (path.parent / "best").readlink() == Path("step-00000002")
     shutil.rmtree(path.parent / "step-00000002")
@@ -271,7 +271,7 @@ def test_a_run_without_a_whole_checkpoint_does_not_start_anew(config: Config, sp
         spoil(path)
     names = names_in(paths[0].parent)
     with pytest.raises(UserError, match=r"none of the 2 checkpoints is whole.*to start anew"):
-        look_over(config)
+        prepare_to_resume(config)
     assert names_in(paths[0].parent) == names
 
 

@@ -139,8 +139,8 @@ def assert_whole_and_alive(run_dir: Path, config: Config, steps: tuple[int, ...]
     folder = run_dir / "checkpoints"
     links = {link for link in ("latest", "best") if os.path.lexists(folder / link)}
     assert links == {"latest", "best"} or steps[0] == 0  # a run's first save
-    assert all(folders.damage(folder / link) is None for link in links)
-    assert folders.look_over(run_dir) == []  # whatever has a name is whole
+    assert all(folders.why_damaged(folder / link) is None for link in links)
+    assert folders.prepare_to_resume(run_dir) == []  # whatever has a name is whole
     newest = folders.latest(run_dir)
     found = None
     if newest is not None:

@@ -16,7 +16,7 @@ import torch
 
 from resnet_dist.bench import checkpoint as bench
 from resnet_dist.checkpoints import folders, writer
-from resnet_dist.checkpoints.content import Checkpoint, leaves
+from resnet_dist.checkpoints.content import Checkpoint, leaf_values
 from resnet_dist.checkpoints.folders import Retention
 from resnet_dist.checkpoints.writer import Saver
 from resnet_dist.config import Config
@@ -60,7 +60,7 @@ def saver(tiny_config: Callable[..., Config]) -> Saver:
 
 def flat(content: Any) -> torch.Tensor:
     """All numbers of the model and the optimizer."""
-    tensors = [leaf for leaf in leaves(content.to_dict()) if isinstance(leaf, torch.Tensor)]
+    tensors = [leaf for leaf in leaf_values(content.to_dict()) if isinstance(leaf, torch.Tensor)]
     return torch.cat([tensor.flatten().double() for tensor in tensors])
 
 

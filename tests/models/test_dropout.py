@@ -21,10 +21,10 @@ from tests.support.host_sync import no_host_sync
 from tests.support.multirank import run_ranks
 
 
-def masks(seed: int, step: int, places: range, layer: int = 1, p: float = 0.5) -> Tensor:
+def masks(seed: int, step: int, positions: range, layer: int = 1, p: float = 0.5) -> Tensor:
     dropout = KeyedDropout(layer, p)
-    set_dropout_keys([dropout], seed, step, places, torch.device("cpu"))
-    return dropout(torch.ones(len(places), 4096))
+    set_dropout_keys([dropout], seed, step, positions, torch.device("cpu"))
+    return dropout(torch.ones(len(positions), 4096))
 
 
 def test_masks_are_random_and_scaled() -> None:
@@ -50,7 +50,7 @@ def test_every_part_of_the_key_counts() -> None:
 
 
 class Dropping(nn.Module):
-    """A network that keeps the masks it was given, in the place of VGG, whose head is 120 M."""
+    """A network that keeps the masks it was given, in the position of VGG, whose head is 120 M."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from resnet_dist import cli, distributed
-from resnet_dist.config import Config, leaves
+from resnet_dist.config import Config, flat_settings
 from resnet_dist.config_file import load_config
 from resnet_dist.errors import UserError
 from resnet_dist.job import build, tags
@@ -46,11 +46,11 @@ def another(value: Any) -> Any:
     return "another" if isinstance(value, str) or value is None else ("another", value)
 
 
-@pytest.mark.parametrize("key", leaves(Config()))
+@pytest.mark.parametrize("key", flat_settings(Config()))
 def test_every_setting_counts_but_for_those_that_change_no_result(key: str) -> None:
     section, _, name = key.rpartition(".")
     now = Config()
-    value = another(leaves(now)[key])
+    value = another(flat_settings(now)[key])
     if section:
         now = replace(now, **{section: replace(getattr(now, section), **{name: value})})
     else:

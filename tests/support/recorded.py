@@ -140,7 +140,7 @@ def _pass(request: Request, batch: Batch) -> Pass:
 
 
 def global_batches(ranks: list[Run]) -> dict[int, Pass]:
-    """Step -> its global batch in the order of places: pass after pass, in each rank after rank."""
+    """Maps each step to its global batch, in the order of positions: by pass, then by rank."""
     return {
         step: Pass.joined([p for turn in zip(*(r.steps[step] for r in ranks), strict=True)
                            for p in turn])

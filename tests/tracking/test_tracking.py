@@ -17,7 +17,7 @@ from urllib.request import urlopen
 import pytest
 
 from resnet_dist import cli
-from resnet_dist.config import Config, leaves, to_yaml
+from resnet_dist.config import Config, flat_settings, to_yaml
 from resnet_dist.errors import UserError
 from resnet_dist.run.interrupt import Interrupt
 from resnet_dist.run.outcome import Outcome
@@ -82,7 +82,7 @@ def test_a_run_in_mlflow(tiny_config: Callable[..., Config], tmp_path: Path) -> 
     client = mlflow_client(record.tracking_uri)
     run = client.get_run(record.run_id)
     assert (run.info.status, run.info.run_name) == ("FINISHED", "tiny")
-    assert run.data.params == {key: str(value) for key, value in leaves(config).items()}
+    assert run.data.params == {key: str(value) for key, value in flat_settings(config).items()}
     assert TAGS.items() <= run.data.tags.items()
     history = client.get_metric_history(record.run_id, "train/loss")
     assert [(point.step, point.value) for point in history] == [(10, 0.1), (20, 0.05)]

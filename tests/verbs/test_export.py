@@ -26,7 +26,7 @@ from resnet_dist.checkpoints.folders import Retention
 from resnet_dist.config import Config, DataConfig, ModelConfig, TrackingConfig
 from resnet_dist.errors import UserError
 from resnet_dist.models.build import build_model
-from resnet_dist.models.depths import DEPTHS, no_counterpart
+from resnet_dist.models.depths import DEPTHS, why_no_counterpart
 from resnet_dist.state import TrainState
 from resnet_dist.verbs.export import export, timm_state_dict
 
@@ -171,7 +171,7 @@ def test_vgg_has_timms_names(name: str) -> None:
 
 def test_a_network_has_a_counterpart_or_is_refused() -> None:
     timm = pytest.importorskip("timm")
-    with_counterpart = {name for name, net in DEPTHS.items() if no_counterpart(net) is None}
+    with_counterpart = {name for name, net in DEPTHS.items() if why_no_counterpart(net) is None}
     assert with_counterpart == set(DEPTHS) & set(torchvision.models.list_models())
     assert with_counterpart == set(DEPTHS) & set(timm.list_models())
 

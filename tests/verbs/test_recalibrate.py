@@ -14,7 +14,7 @@ from resnet_dist.checkpoints import writer
 from resnet_dist.checkpoints.content import Checkpoint, Facts
 from resnet_dist.checkpoints.folders import Retention
 from resnet_dist.config import Config
-from resnet_dist.data.load.source import load_index, make_loader
+from resnet_dist.data.load.build import load_index, make_loader
 from resnet_dist.data.view.augment import Request, train_windows
 from resnet_dist.data.view.order import epoch_order
 from resnet_dist.errors import UserError

@@ -15,7 +15,7 @@ from resnet_dist.checkpoints.content import Checkpoint, Facts
 from resnet_dist.checkpoints.folders import Retention
 from resnet_dist.config import Config
 from resnet_dist.data.load.batch import Batch
-from resnet_dist.data.load.source import load_index, make_loader
+from resnet_dist.data.load.build import load_index, make_loader
 from resnet_dist.data.view.augment import Request, eval_windows
 from resnet_dist.errors import UserError
 from resnet_dist.models.build import build_model

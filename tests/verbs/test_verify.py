@@ -21,9 +21,9 @@ from resnet_dist.config import Config, DataConfig
 from resnet_dist.data.formats import build_index
 from resnet_dist.data.index.cifar_files import CIFAR_PIXEL_BYTES
 from resnet_dist.data.index.quarantine import QUARANTINE, read_quarantine
+from resnet_dist.data.load.build import load_index
 from resnet_dist.data.load.dali import Loader
 from resnet_dist.data.load.decoding import Decoding
-from resnet_dist.data.load.source import load_index
 from resnet_dist.data.view.augment import Request, eval_windows, train_windows
 
 HEIGHT, WIDTH = 60, 80

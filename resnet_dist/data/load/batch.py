@@ -22,6 +22,6 @@ class Batch:
     images: Tensor  # [B, 3, H, W], channels_last strides, normalised, in the autocast dtype
     labels: Tensor  # int64 [B]; BLANK_LABEL where an image of an evaluation could not be read
     step: int = NO_STEP  # the optimizer step that it is for; NO_STEP in an evaluation
-    places: range = range(
+    positions: range = range(
         0
     )  # [B]: of the images in the step's global batch; empty in an evaluation

@@ -84,7 +84,7 @@ class Loader:
             "device_id": _device_id(device),
             "prefetch_queue_depth": data.prefetch_batches,
         }
-        self._source = "decoded" if isinstance(reader, DecodedCache) else decoding.part
+        self._input_kind = "decoded" if isinstance(reader, DecodedCache) else decoding.extent
         self._feed: Feed | None = None
         if index.pixels is None:
             reader = reader or Reader(index, data.read_threads)
@@ -124,7 +124,7 @@ class Loader:
             work = self._feed.work(requests, ahead=self._data.prefetch_batches)
         if not self._resizes_here(first.windows):
             yield from self._made_by_dali(work, self._graph_for(first.windows))
-        elif self._source == "decoded":
+        elif self._input_kind == "decoded":
             yield from self._resized_here((w, self._cut_out(w)) for w in work)
         else:
             outputs = self._run(work, self._graph_for(first.windows))
@@ -132,17 +132,19 @@ class Loader:
                 (w, [torch.from_dlpack(window) for window in windows]) for w, (windows,) in outputs
             )
 
-    def decoded(self, parts: Iterable[np.ndarray]) -> Iterator[tuple[int, np.ndarray]]:
+    def decoded(self, batches: Iterable[np.ndarray]) -> Iterator[tuple[int, np.ndarray]]:
         """Each image that can be decoded, whole: sample number, uint8 [H, W, 3]. For a CPU.
 
-        parts: sample numbers, int64 [B], that are decoded together.
+        batches: sample numbers, int64 [B], that are decoded together.
         """
         assert self._feed is not None
-        requests = (Request(part, whole_images(self._index.sizes[part])) for part in parts)
+        requests = (
+            Request(samples, whole_images(self._index.sizes[samples])) for samples in batches
+        )
         work = self._feed.work(requests, ahead=self._data.prefetch_batches)
         graph = _Graph(
             decode_graph,
-            {"source": "image", "cut": False, "decoding": Decoding("image")},
+            {"input_kind": "image", "cut": False, "decoding": Decoding("image")},
             lambda one: (one.images,),
         )
         for one, (images,) in self._run(work, graph):
@@ -161,14 +163,14 @@ class Loader:
         normalisation = {"mean": self._mean, "normalisation": {"std": self._std, "dtype": dtype}}
         if self._feed is None:
             return _Graph(raw_graph, normalisation, self._raw_inputs)
-        source = {
-            "source": self._source,
+        decode = {
+            "input_kind": self._input_kind,
             "cut": windows.cut_first,
             "decoding": self._decoding,
         }
         if self._resizes_here(windows):
-            return _Graph(decode_graph, source, self._image_inputs)
-        return _Graph(image_graph, source | normalisation, self._window_inputs)
+            return _Graph(decode_graph, decode, self._image_inputs)
+        return _Graph(image_graph, decode | normalisation, self._window_inputs)
 
     def _made_by_dali(self, work: Iterator[Work], graph: _Graph) -> Iterator[Batch]:
         # The tensors are DALI's memory, whose reuse no stream orders. When torch is done with one,
@@ -182,7 +184,7 @@ class Loader:
                 torch.from_dlpack(images.as_tensor()).permute(0, 3, 1, 2).to(self._dtype),
                 torch.from_dlpack(labels.as_tensor()),
                 one.request.step,
-                one.request.places,
+                one.request.positions,
             )
 
     def _resized_here(self, cut: Iterable[tuple[Work, list[torch.Tensor]]]) -> Iterator[Batch]:
@@ -192,7 +194,7 @@ class Loader:
         def batch() -> Batch:
             work, wait = resizing.popleft()
             images, labels = wait().to(self._dtype), torch.from_numpy(self._labels(work))
-            return Batch(images, labels, work.request.step, work.request.places)
+            return Batch(images, labels, work.request.step, work.request.positions)
 
         try:
             for work, windows in cut:
@@ -206,7 +208,7 @@ class Loader:
 
     def _cut_out(self, work: Work) -> list[torch.Tensor]:
         """The windows of decoded images, uint8 [h, w, 3] each."""
-        return _parts([torch.from_numpy(image) for image in work.images], *self._part(work))
+        return _cut_boxes([torch.from_numpy(image) for image in work.images], *self._box(work))
 
     def _run(self, work: Iterator[Work], graph: _Graph) -> Iterator[tuple[Work, Any]]:
         """Each Work, and what the graph makes of it."""
@@ -247,11 +249,11 @@ class Loader:
             if self._feed is None:
                 break
             is_bad = False
-            for place, why in self._failures([work.at(p) for p in range(len(work.shown))]):
+            for row, why in self._failures([work.at(row) for row in range(len(work.shown))]):
                 if not is_bad and not self._decodes_at_all(work):
                     raise error
                 is_bad = True
-                self._feed.mend(work, place, why)
+                self._feed.mend(work, row, why)
             if is_bad:
                 return
         raise error
@@ -291,28 +293,28 @@ class Loader:
 
     def _image_inputs(self, work: Work) -> tuple[Any, ...]:
         """Images, and the part of each that plays a part, unless it is all."""
-        if self._source == "image" and not work.windows.cut_first:
+        if self._input_kind == "image" and not work.windows.cut_first:
             return (work.images,)
-        start, end = self._part(work)
-        if self._source != "decoded":
+        start, end = self._box(work)
+        if self._input_kind != "decoded":
             return work.images, start, end
-        return ([np.ascontiguousarray(part) for part in _parts(work.images, start, end)],)
+        return ([np.ascontiguousarray(part) for part in _cut_boxes(work.images, start, end)],)
 
-    def _part(self, work: Work) -> tuple[np.ndarray, np.ndarray]:
+    def _box(self, work: Work) -> tuple[np.ndarray, np.ndarray]:
         """int32 [B, 2] each: top left and bottom right of what plays a part in the windows."""
         windows = work.windows
         if windows.cut_first:
             roi = windows.roi.astype(np.int32)
             return np.ascontiguousarray(roi[:, :2]), np.ascontiguousarray(roi[:, 2:])
         sizes = np.where(work.shown[:, None] < 0, BLANK_PX, self._index.sizes[work.shown])
-        return decoded_part(windows.roi, sizes, windows.size_px)
+        return box_to_decode(windows.roi, sizes, windows.size_px)
 
     def _window_inputs(self, work: Work) -> tuple[Any, ...]:
         """Also the window relative to the decoded part, its size after the resize, and what is then
         subtracted from R, G and B."""
         windows = work.windows
-        whole = self._source == "image" and not windows.cut_first
-        corner = np.zeros(4) if whole else np.tile(self._part(work)[0], (1, 2))
+        whole = self._input_kind == "image" and not windows.cut_first
+        corner = np.zeros(4) if whole else np.tile(self._box(work)[0], (1, 2))
         # DALI takes float32: enough once the part's corner is subtracted, 1/1000 pixel at 16,000.
         roi = (windows.roi - corner).astype(np.float32)
         size = np.tile(np.array(windows.size_px, np.float32), (len(roi), 1))
@@ -348,13 +350,13 @@ class Loader:
         return np.where(work.shown < 0, BLANK_LABEL, self._index.labels[work.shown])
 
 
-def _parts(images: Sequence[Any], start: np.ndarray, end: np.ndarray) -> list[Any]:
+def _cut_boxes(images: Sequence[Any], start: np.ndarray, end: np.ndarray) -> list[Any]:
     """images: [h, w, 3] each; start, end: int32 [B, 2], rows first."""
     corners = zip(images, start.tolist(), end.tolist(), strict=True)
     return [image[top:bottom, left:right] for image, (top, left), (bottom, right) in corners]
 
 
-def decoded_part(
+def box_to_decode(
     roi: np.ndarray, sizes: np.ndarray, size_px: tuple[int, int]
 ) -> tuple[np.ndarray, np.ndarray]:
     """The pixels that resampling `roi` touches: int32 start, end, each [B, 2], rows first.

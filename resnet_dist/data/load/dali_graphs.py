@@ -1,6 +1,6 @@
 """NVIDIA DALI's graphs: what becomes of the bytes or pixels that the loader polls in.
 
-`source` is "window" or "image" (what of a file's bytes is decoded) or "decoded" (pixels).
+`input_kind` is "window" or "image" (what of a file's bytes is decoded) or "decoded" (pixels).
 """
 
 from collections.abc import Callable
@@ -20,37 +20,37 @@ def check_graph() -> Any:
 
 
 @pipeline_def
-def decode_graph(poll: Callable[[], Any], source: str, cut: bool, decoding: Decoding) -> Any:
+def decode_graph(poll: Callable[[], Any], input_kind: str, cut: bool, decoding: Decoding) -> Any:
     """Pixels of windows, or of whole images."""
-    dtypes, ndim = _image_types(source, cut)
+    dtypes, ndim = _image_types(input_kind, cut)
     inputs = fn.external_source(
         source=poll, num_outputs=len(ndim), dtype=dtypes, ndim=ndim, no_copy=True
     )
-    return _decoded(source, decoding, *inputs)
+    return _decoded(input_kind, decoding, *inputs)
 
 
 @pipeline_def
 def image_graph(
     poll: Callable[[], Any],
-    source: str,
+    input_kind: str,
     cut: bool,
     decoding: Decoding,
     mean: np.ndarray,
     normalisation: dict[str, Any],
 ) -> tuple[Any, Any]:
-    dtypes, ndim = _image_types(source, cut)
+    dtypes, ndim = _image_types(input_kind, cut)
     *image, roi_start, roi_end, size, window_mean, flip, labels = fn.external_source(
         source=poll,
         num_outputs=len(ndim) + 6,
         dtype=[*dtypes, *[types.FLOAT] * 4, types.INT32, types.INT64],
         ndim=[*ndim, 1, 1, 1, 1, 0, 0],
-        layout=["HWC" if source == "decoded" else "", *[""] * (len(ndim) + 5)],
+        layout=["HWC" if input_kind == "decoded" else "", *[""] * (len(ndim) + 5)],
         no_copy=True,
     )
     # float, not uint8: the resampled values are normalised as they are, where Pillow rounds them
     # to whole grey levels twice.
     images = fn.resize(
-        _decoded(source, decoding, *image),
+        _decoded(input_kind, decoding, *image),
         roi_start=roi_start,
         roi_end=roi_end,
         size=size,
@@ -66,15 +66,15 @@ def image_graph(
     return images, labels.gpu() if _on_gpu() else labels
 
 
-def _image_types(source: str, cut: bool) -> tuple[list[Any], list[int]]:
+def _image_types(input_kind: str, cut: bool) -> tuple[list[Any], list[int]]:
     """Types and dimensions of what `_decoded` takes."""
-    if source == "window" or (source == "image" and cut):
+    if input_kind == "window" or (input_kind == "image" and cut):
         return [types.UINT8, types.INT32, types.INT32], [1, 1, 1]
-    return [types.UINT8], [3 if source == "decoded" else 1]
+    return [types.UINT8], [3 if input_kind == "decoded" else 1]
 
 
-def _decoded(source: str, decoding: Decoding, images: Any, *part: Any) -> Any:
-    if source == "decoded":
+def _decoded(input_kind: str, decoding: Decoding, images: Any, *box: Any) -> Any:
+    if input_kind == "decoded":
         return images.gpu() if _on_gpu() else images
     decoder: dict[str, Any] = {"device": "cpu"}
     if decoding.device == "mixed":
@@ -83,16 +83,16 @@ def _decoded(source: str, decoding: Decoding, images: Any, *part: Any) -> Any:
             "hw_decoder_load": decoding.hw_decoder_load,
             "jpeg_fancy_upsampling": decoding.fancy_upsampling,
         }
-    pixels = _decoded_part(source, decoder, images, *part)
+    pixels = _decode_box(input_kind, decoder, images, *box)
     return pixels.gpu() if _on_gpu() and decoding.device != "mixed" else pixels
 
 
-def _decoded_part(source: str, decoder: dict[str, Any], images: Any, *part: Any) -> Any:
-    if source == "image":
+def _decode_box(input_kind: str, decoder: dict[str, Any], images: Any, *box: Any) -> Any:
+    if input_kind == "image":
         images = fn.decoders.image(images, **decoder)
-        return fn.slice(images, start=part[0], end=part[1], axis_names="HW") if part else images
+        return fn.slice(images, start=box[0], end=box[1], axis_names="HW") if box else images
     # Slices are taken in the frame that EXIF turns the image to, the one `Index.sizes` speaks of.
-    start, end = part
+    start, end = box
     return fn.decoders.image_slice(images, start=start, end=end, axis_names="HW", **decoder)
 
 

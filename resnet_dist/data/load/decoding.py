@@ -19,7 +19,7 @@ class Decoding:
     """One way of decoding. Pixels of two ways differ in the last bits."""
 
     # The crop window and the margin that resampling reaches, or the whole image.
-    part: Literal["window", "image"] = "window"
+    extent: Literal["window", "image"] = "window"
     # "mixed": the GPU, with the CPU's help. "host": the CPU, and the GPU does all else. "cpu": the
     # CPU does everything.
     device: Literal["cpu", "mixed", "host"] = "cpu"
@@ -31,7 +31,7 @@ class Decoding:
     def __str__(self) -> str:
         """As the plan, a checkpoint and messages name it."""
         words = [{"cpu": "cpu", "mixed": "gpu", "host": "cpu before the gpu"}[self.device]]
-        if self.part == "image":
+        if self.extent == "image":
             words += ["whole images"]
         elif self.device != "cpu":
             words += ["windows"]
@@ -77,17 +77,18 @@ BROKEN = ("crash", "hung", "changed", "differs")
 Report = dict[str, Trial]  # str(way) -> what was seen of it, on one kind of machine
 
 
-def ways_left_by(config: Config) -> dict[Decoding, Decoding]:
+def allowed_ways(config: Config) -> dict[Decoding, Decoding]:
     """The ways that the config allows: as it asks for them -> as they are probed."""
-    part, load = config.data.decode, config.data.hw_decoder_load
+    extent, load = config.data.decode, config.data.hw_decoder_load
     return {
         replace(way, hw_decoder_load=load) if load else way: way
         for way in WAYS
-        if part in ("auto", way.part) and (load is None or bool(load) == bool(way.hw_decoder_load))
+        if extent in ("auto", way.extent)
+        and (load is None or bool(load) == bool(way.hw_decoder_load))
     }
 
 
-def is_free(config: Config) -> bool:
+def is_probed(config: Config) -> bool:
     """Whether the config leaves the choice to the probe."""
     return config.data.decode == "auto" and config.data.hw_decoder_load is None
 
@@ -103,7 +104,7 @@ def choose(config: Config, reports: Sequence[Report], recorded: str | None) -> t
     """
     trials = {
         asked: [report.get(str(way), UNTRIED) for report in reports]
-        for asked, way in ways_left_by(config).items()
+        for asked, way in allowed_ways(config).items()
     }
     load = config.data.hw_decoder_load
     for way, seen in trials.items():
@@ -124,7 +125,7 @@ def choose(config: Config, reports: Sequence[Report], recorded: str | None) -> t
     if not broken:
         return safest, "not probed"
     why = f"{broken[0].verdict}: {broken[0].said}"
-    if is_free(config):
+    if is_probed(config):
         return HOST, f"the CPU's decoder, as none of this GPU's is sound ({why})"
     key, nearest = ("data.decode", "auto") if load is None else ("data.hw_decoder_load", None)
     raise config.invalid(key, f"was found broken when this GPU was probed ({why})", nearest)

@@ -20,7 +20,7 @@ from resnet_dist.data.load.reader import Reader
 from resnet_dist.data.view.augment import Request, Windows, unchanged
 from resnet_dist.errors import UserError
 
-MAX_STAND_INS = 100  # tried in one place: where all are bad, it is not the images
+MAX_STAND_INS = 100  # tried for one image: where all are bad, it is not the images
 
 
 @dataclass
@@ -31,19 +31,19 @@ class Work:
     shown: np.ndarray  # int64 [B]: the request's samples, or what stands in for them
     windows: Windows
     images: list[np.ndarray]  # [B], as the reader gives them; none where pixels are in memory
-    # (place, sample) of what was shown and failed: not to be put there again.
+    # (row, sample) of what was shown and failed: not to be put there again.
     failed: set[tuple[int, int]] = field(default_factory=set)
 
-    def at(self, place: int) -> "Work":
-        """The image at `place` alone."""
-        one = slice(place, place + 1)
-        return Work(self.request, self.shown[one], self.windows.at(place), self.images[one])
+    def at(self, row: int) -> "Work":
+        """The image at `row` alone."""
+        one = slice(row, row + 1)
+        return Work(self.request, self.shown[one], self.windows.at(row), self.images[one])
 
-    def put(self, place: int, sample: int, window: Windows, image: np.ndarray) -> None:
+    def put(self, row: int, sample: int, window: Windows, image: np.ndarray) -> None:
         self.shown = self.shown.copy()
-        self.shown[place] = sample
-        self.windows = self.windows.put(place, window)
-        self.images[place] = image
+        self.shown[row] = sample
+        self.windows = self.windows.put(row, window)
+        self.images[row] = image
 
 
 class Feed:
@@ -82,13 +82,13 @@ class Feed:
 
         images = [self.blank if isinstance(one, UnreadableImage) else one.data for one in results]
         work = Work(request, request.samples, request.windows, images)
-        for place, result in enumerate(results):
+        for row, result in enumerate(results):
             if isinstance(result, UnreadableImage):
-                self.mend(work, place, str(result))
+                self.mend(work, row, str(result))
             elif not result.trusted:
-                why = self._why_undecodable(int(request.samples[place]), result)
+                why = self._why_undecodable(int(request.samples[row]), result)
                 if why is not None:
-                    self.mend(work, place, why)
+                    self.mend(work, row, why)
         return work
 
     def _why_undecodable(self, sample: int, image: Image) -> str | None:
@@ -99,27 +99,27 @@ class Feed:
             self._checked[sample] = self._check(image.data)
         return self._checked[sample]
 
-    def mend(self, work: Work, place: int, why: str) -> None:
+    def mend(self, work: Work, row: int, why: str) -> None:
         """Puts something else in the place of a bad image."""
-        sample = int(work.request.samples[place])
-        work.failed.add((place, int(work.shown[place])))
+        sample = int(work.request.samples[row])
+        work.failed.add((row, int(work.shown[row])))
         self.bad.setdefault(sample, why)
         if len(self.bad) > self._max_bad_samples:
             raise UserError(too_many_bad(self.bad, self._index, self._max_bad_samples))
         if work.request.stand_in is None:
             whole = np.array([[0, 0, BLANK_PX, BLANK_PX]], np.float64)
-            work.put(place, BLANK_LABEL, unchanged(whole, work.windows.size_px), self.blank)
+            work.put(row, BLANK_LABEL, unchanged(whole, work.windows.size_px), self.blank)
             return
         for attempt in range(MAX_STAND_INS):
             other, window = work.request.stand_in(sample, attempt)
-            if (place, other) in work.failed:
+            if (row, other) in work.failed:
                 continue
             try:
                 image = self._reader.read(other)
             except UnreadableImage:
                 continue
             if self._why_undecodable(other, image) is None:
-                work.put(place, other, window, image.data)
+                work.put(row, other, window, image.data)
                 return
         raise UserError(
             f"{self._index.paths[sample]}: {why}; nor could any of {MAX_STAND_INS} other images "

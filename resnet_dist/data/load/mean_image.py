@@ -8,7 +8,7 @@ import torch
 
 from resnet_dist.config import Config
 from resnet_dist.data.index.index import Index
-from resnet_dist.data.load.source import make_loader
+from resnet_dist.data.load.build import make_loader
 from resnet_dist.data.view.augment import Request, center_windows
 from resnet_dist.data.view.order import slice_of
 from resnet_dist.distributed import World

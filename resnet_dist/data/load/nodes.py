@@ -53,7 +53,7 @@ def agreed_index(data_format: str, root: Path, split: str, cache_dir: Path, worl
         other = None if mine.fingerprint == fingerprint else "its index has another fingerprint"
         if other is None and world.local_rank == 0 and not world.is_main:
             other = _other_outline(known, root, split, outline)
-            other = other or _other_bytes(mine, shard_bytes)
+            other = other or _why_other_bytes(mine, shard_bytes)
         if other is not None:
             raise UserError(
                 f"{os.uname().nodename}: data.root={root}: not the data of rank 0 in {split}: "
@@ -92,7 +92,7 @@ def _other_outline(
     return f"{len(differing)} {known.outline_noun}, such as {min(differing)}" if differing else None
 
 
-def _other_bytes(index: Index, shard_bytes: Sequence[int]) -> str | None:
+def _why_other_bytes(index: Index, shard_bytes: Sequence[int]) -> str | None:
     """Which of this node's files is not as in the index; None if none is. CIFAR has no files.
 
     Compared are the bytes of each shard; or of up to 10,000 evenly spaced files.

@@ -113,7 +113,7 @@ def report_of(
     )
     failure = None
     for name, trial in (try_ways or probe)(device, missing):
-        say(f"  {describe(name, trial)}")
+        say(f"  {describe_trial(name, trial)}")
         if trial.verdict != "not tried":
             failure = _keep(path, found, {name: trial})
         kept[name] = trial
@@ -233,7 +233,7 @@ def _reason(errors: str) -> str:
     return (lines or ["no reason given"])[-1][:200]
 
 
-def describe(name: str, trial: Trial) -> str:
+def describe_trial(name: str, trial: Trial) -> str:
     speed = "" if trial.images_per_sec is None else f"{trial.images_per_sec:,.0f} images/s, "
     return f"{name:<52} {trial.verdict:<9} {speed}{trial.said}"
 
@@ -258,7 +258,7 @@ def main() -> None:
         say = partial(print, file=sys.stderr, flush=True)
         report = report_of(given.device, given.keep, say, try_ways=try_ways)
     for name, trial in report.items():
-        print(describe(name, trial))
+        print(describe_trial(name, trial))
     if given.output is not None:
         ways = {name: asdict(trial) for name, trial in report.items()}
         content = {"versions": versions_of(given.device), "ways": ways}

@@ -245,7 +245,7 @@ def main() -> None:
         torch.cuda.empty_cache()
     way = WAYS[given.way]
     if given.device.type == "cpu":  # shows that the probe works, and nothing else
-        way = Decoding(way.part)
+        way = Decoding(way.extent)
     ready = partial(print, READY, flush=True)
     trial = try_way(way, given.device, given.images, given.seconds, ready)
     print(json.dumps(asdict(trial)), flush=True)

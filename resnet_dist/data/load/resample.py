@@ -101,7 +101,7 @@ def _resize(
     height, width = out.shape[1:3]
     pixels = torch.empty(height, width, 3, dtype=torch.uint8)
     levels = torch.empty(height, 3 * width)
-    for image, flip, bias, place in zip(images, flips, biases, out, strict=True):
+    for image, flip, bias, row in zip(images, flips, biases, out, strict=True):
         # The operator itself, since torch.nn.functional.interpolate has no `out`.
         torch.ops.aten._upsample_bilinear2d_aa.out(
             image.permute(2, 0, 1)[None],
@@ -112,7 +112,7 @@ def _resize(
         seen = pixels.flip(1) if flip else pixels
         # Rows of 3 W numbers, not pixels of three: only long rows are vectorized.
         levels.copy_(seen.view(height, 3 * width))
-        torch.addcmul(bias, levels, scale, out=place.view(height, 3 * width))
+        torch.addcmul(bias, levels, scale, out=row.view(height, 3 * width))
 
 
 def _serial_threads(count: int) -> ThreadPoolExecutor:

@@ -39,17 +39,17 @@ class Windows:
     # torchvision's resized_crop). False: the image is resized, then the window is cut out.
     cut_first: bool = False
 
-    def at(self, place: int) -> "Windows":
-        """The window at `place` alone."""
-        one = slice(place, place + 1)
+    def at(self, row: int) -> "Windows":
+        """The window at `row` alone."""
+        one = slice(row, row + 1)
         return replace(
             self, roi=self.roi[one], flip=self.flip[one], color_shift=self.color_shift[one]
         )
 
-    def put(self, place: int, one: "Windows") -> "Windows":
-        """The same, with the window `one` at `place`."""
+    def put(self, row: int, one: "Windows") -> "Windows":
+        """The same, with the window `one` at `row`."""
         roi, flip, color_shift = self.roi.copy(), self.flip.copy(), self.color_shift.copy()
-        roi[place], flip[place], color_shift[place] = one.roi[0], one.flip[0], one.color_shift[0]
+        roi[row], flip[row], color_shift[row] = one.roi[0], one.flip[0], one.color_shift[0]
         return replace(self, roi=roi, flip=flip, color_shift=color_shift)
 
 
@@ -63,7 +63,7 @@ class Request(NamedTuple):
     stand_in: Callable[[int, int], tuple[int, Windows]] | None = None
     # In training: the optimizer step, and where the images stand in its global batch.
     step: int = -1
-    places: range = range(0)
+    positions: range = range(0)
 
 
 def train_windows(
@@ -73,13 +73,13 @@ def train_windows(
     sizes = np.maximum(sizes, 1)  # unreadable ones have none, and are not shown
     draws = 3 + 2 * RANDOM_RESIZED_ATTEMPTS
     random = uniforms("window", seed, epoch, samples, draws=draws + 6)
-    flip, place, rest = random[:, 0], random[:, 1:3], random[:, 3:draws]
+    flip, anchor, rest = random[:, 0], random[:, 1:3], random[:, 3:draws]
     if data.train_crop == "scale":
-        roi = _scale(sizes, data.scale_px, data.crop_px, rest[:, 0], place)
+        roi = _scale(sizes, data.scale_px, data.crop_px, rest[:, 0], anchor)
     elif data.train_crop == "random_resized":
-        roi = _random_resized(sizes, data, rest, place)
+        roi = _random_resized(sizes, data, rest, anchor)
     else:
-        roi = _pad(sizes, data.pad_px, data.crop_px, place)
+        roi = _pad(sizes, data.pad_px, data.crop_px, anchor)
     return Windows(
         roi=roi,
         flip=(flip < 0.5) & data.flip,
@@ -100,15 +100,15 @@ def center_windows(sizes: np.ndarray, resize_px: int, crop_px: int) -> Windows:
 
 
 def crop_windows(
-    sizes: np.ndarray, resize_px: int, crop_px: int, place: tuple[float, float]
+    sizes: np.ndarray, resize_px: int, crop_px: int, anchor: tuple[float, float]
 ) -> Windows:
     """Shorter side to resize_px, then a crop_px square. sizes: [B, 2].
 
-    place: down and across; 0 is the top or left end of where the crop can be, 1 the other end.
+    anchor: down and across; 0 is the top or left end of where the crop can be, 1 the other end.
     """
     sizes = np.maximum(sizes, 1)  # unreadable ones have none, and are not shown
     resized = resized_sizes(sizes, np.full(len(sizes), resize_px))
-    corner = np.rint((resized - crop_px) * place)  # as torchvision's center_crop rounds
+    corner = np.rint((resized - crop_px) * anchor)  # as torchvision's center_crop rounds
     return unchanged(_in_original(corner, resized, sizes, crop_px), (crop_px, crop_px))
 
 
@@ -146,7 +146,7 @@ def _pca_shift(std: float, u: np.ndarray) -> np.ndarray:
 
 
 def _scale(
-    sizes: np.ndarray, scale_px: tuple[int, int], crop_px: int, u: np.ndarray, place: np.ndarray
+    sizes: np.ndarray, scale_px: tuple[int, int], crop_px: int, u: np.ndarray, anchor: np.ndarray
 ) -> np.ndarray:
     """Scale augmentation (Simonyan & Zisserman 2015; He et al. 2015, section 3.4).
 
@@ -156,7 +156,7 @@ def _scale(
     low, high = scale_px
     shorter = low + np.floor(u * (high - low + 1))
     resized = resized_sizes(sizes, shorter)
-    corner = np.floor(place * (resized - crop_px + 1))
+    corner = np.floor(anchor * (resized - crop_px + 1))
     roi = np.rint(_in_original(corner, resized, sizes, crop_px))
     roi[:, :2] = np.minimum(roi[:, :2], sizes - 1)
     roi[:, 2:] = np.maximum(roi[:, 2:], roi[:, :2] + 1)
@@ -164,7 +164,7 @@ def _scale(
 
 
 def _random_resized(
-    sizes: np.ndarray, data: DataConfig, u: np.ndarray, place: np.ndarray
+    sizes: np.ndarray, data: DataConfig, u: np.ndarray, anchor: np.ndarray
 ) -> np.ndarray:
     """Area and aspect drawn until they fit, ten times; else the largest central crop that does."""
     height, width = sizes[:, 0, None].astype(float), sizes[:, 1, None].astype(float)
@@ -185,14 +185,14 @@ def _random_resized(
     )
     crop = np.maximum(crop, 1)  # a 1-pixel strip stays one
     corner = np.where(
-        found[:, None], np.floor(place * (sizes - crop + 1)), np.floor((sizes - crop) / 2)
+        found[:, None], np.floor(anchor * (sizes - crop + 1)), np.floor((sizes - crop) / 2)
     )
     return np.concatenate([corner, corner + crop], axis=1)
 
 
-def _pad(sizes: np.ndarray, pad_px: int, crop_px: int, place: np.ndarray) -> np.ndarray:
+def _pad(sizes: np.ndarray, pad_px: int, crop_px: int, anchor: np.ndarray) -> np.ndarray:
     """pad_px zeros on each side, then a random crop: He et al. 2015, section 4.2."""
-    corner = np.floor(place * (sizes + 2 * pad_px - crop_px + 1)) - pad_px
+    corner = np.floor(anchor * (sizes + 2 * pad_px - crop_px + 1)) - pad_px
     return np.concatenate([corner, corner + crop_px], axis=1)
 
 

@@ -24,13 +24,14 @@ def epoch_order(seed: int, epoch: int, images: int) -> np.ndarray:
 
 @lru_cache(maxsize=2)
 def block_order(seed: int, epoch: int, images: int, global_batch_size: int) -> np.ndarray:
-    """int64 [images]: a permutation that reads shards nearly in sequence; seeded by (seed, epoch).
+    """The permutation of an epoch that reads shards almost sequentially: int64 [images].
 
-    Blocks of neighbours are shuffled, and dealt to the places in the global batch: each place goes
-    through a part of them, an image per step. A place's images are then mixed within windows of
-    some steps, which do not begin at the same step for all places, so that reading is even. So a
-    batch comes from as many parts of the data set as it has images; and a block is read whole by
-    the one rank that has its place in the batch, whatever the number of ranks.
+    Blocks of BLOCK_IMAGES neighbouring samples are shuffled, and each position in the global batch
+    is given its own run of blocks, from which it takes one image per step. The images of a position
+    are then shuffled within windows of a few steps; the windows of different positions begin at
+    different steps, which keeps the read rate even. As a result, the images of one batch come from
+    as many blocks as the batch has images, and each block is read by a single rank, however many
+    ranks there are. Seeded by (seed, epoch).
     """
     random = generator("order", seed, epoch)
     blocks = random.permutation(-(-images // BLOCK_IMAGES))
@@ -38,11 +39,11 @@ def block_order(seed: int, epoch: int, images: int, global_batch_size: int) -> n
     sequence = sequence[sequence < images]  # the last block may be a part of one
     steps = images // global_batch_size
     window_steps = max(1, WINDOW_IMAGES // global_batch_size)
-    places = sequence[: steps * global_batch_size].reshape(global_batch_size, steps)
+    positions = sequence[: steps * global_batch_size].reshape(global_batch_size, steps)
     begins = np.arange(global_batch_size) * window_steps // global_batch_size
-    window = (np.arange(steps) + begins[:, None]) // window_steps  # [places, steps]
-    mixed = np.argsort(window + random.random(places.shape), axis=1)
-    sequence[: places.size] = np.take_along_axis(places, mixed, axis=1).T.reshape(-1)
+    window = (np.arange(steps) + begins[:, None]) // window_steps  # [positions, steps]
+    mixed = np.argsort(window + random.random(positions.shape), axis=1)
+    sequence[: positions.size] = np.take_along_axis(positions, mixed, axis=1).T.reshape(-1)
     sequence.flags.writeable = False
     return sequence
 
@@ -63,16 +64,17 @@ def step_samples(
     return epoch, order[start : start + global_batch_size]
 
 
-def slice_of(samples: np.ndarray, part: int, parts: int) -> np.ndarray:
-    """Part `part` of `parts` contiguous slices whose sizes differ by one at most."""
-    count = len(samples)
-    return samples[part * count // parts : (part + 1) * count // parts]
+def slice_of(samples: np.ndarray, number: int, count: int) -> np.ndarray:
+    """Returns slice `number` of `count` contiguous slices whose sizes differ by at most one."""
+    images = len(samples)
+    return samples[number * images // count : (number + 1) * images // count]
 
 
-def holdout(images: int, held: int) -> tuple[np.ndarray, np.ndarray]:
-    """Sample numbers that are trained on, and the `held` ones that are not: rising int64 arrays.
+def holdout(images: int, held_out: int) -> tuple[np.ndarray, np.ndarray]:
+    """Splits the training images: the sample numbers to train on, and the `held_out` others.
 
-    The same for every seed, so that runs of different seeds compare.
+    Both are ascending int64 arrays. The split does not depend on the seed, so runs with different
+    seeds can be compared.
     """
     order = generator("holdout", 0, 0).permutation(images)
-    return np.sort(order[held:]), np.sort(order[:held])
+    return np.sort(order[held_out:]), np.sort(order[:held_out])

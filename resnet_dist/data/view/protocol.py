@@ -19,7 +19,7 @@ from resnet_dist.errors import UserError
 @dataclass(frozen=True)
 class Protocol:
     name: str
-    crops: tuple[tuple[float, float], ...] = ()  # `place` of each, see augment.crop_windows
+    crops: tuple[tuple[float, float], ...] = ()  # `anchor` of each, see augment.crop_windows
     scales_px: tuple[int, ...] = ()  # of the shorter side of the whole image
     mirrored: bool = False
 
@@ -31,7 +31,7 @@ class Protocol:
     def windows(self, data: DataConfig, sizes: np.ndarray) -> list[Windows]:
         """Of the images of one batch; each is then also seen mirrored, or not. sizes: [B, 2]."""
         resize_px, crop_px = data.eval_resize_px, data.eval_crop_px
-        crops = [crop_windows(sizes, resize_px, crop_px, place) for place in self.crops]
+        crops = [crop_windows(sizes, resize_px, crop_px, anchor) for anchor in self.crops]
         return crops + [whole_windows(sizes, px) for px in self.scales_px]
 
     def batches(self, config: Config, sizes: np.ndarray) -> list[np.ndarray]:

@@ -24,10 +24,10 @@ def train_requests(
             config.seed, step, len(index), plan.global_batch_size, in_blocks
         )
         for accumulated in range(plan.accumulation):
-            places = plan.places(rank, accumulated)
-            mine = batch[places.start : places.stop]
+            positions = plan.positions(rank, accumulated)
+            mine = batch[positions.start : positions.stop]
             request = train_request(config, index, epoch, mine)
-            yield request._replace(step=step, places=places)
+            yield request._replace(step=step, positions=positions)
 
 
 def train_request(config: Config, index: Index, epoch: int, samples: np.ndarray) -> Request:

@@ -302,12 +302,12 @@ def test_decoding_only_the_window_changes_nothing(
     path = save(tmp_path / "a.jpg", picture(300, 400, noise=40), subsampling="4:2:0")
     index, seen = index_of([path]), windows(INNER_WINDOWS + BORDER_WINDOWS)
     samples = [0] * len(seen.roi)
-    start, end = dali.decoded_part(seen.roi, index.sizes[samples], px)
+    start, end = dali.box_to_decode(seen.roi, index.sizes[samples], px)
     assert (end - start).prod(axis=1).mean() < 0.5 * 300 * 400  # it does save decoding
 
     part = grey_levels(one_batch(index, samples, seen, px=px))
     monkeypatch.setattr(
-        dali, "decoded_part", lambda roi, sizes, px: (np.zeros_like(sizes), sizes.astype(np.int32))
+        dali, "box_to_decode", lambda roi, sizes, px: (np.zeros_like(sizes), sizes.astype(np.int32))
     )
     whole = grey_levels(one_batch(index, samples, seen, px=px))
     # Measured: 0.0015. The windows' float32 coordinates are relative to different corners.

@@ -18,10 +18,10 @@ from resnet_dist import distributed
 from resnet_dist.config import Config
 from resnet_dist.config_file import load_config
 from resnet_dist.data.load import probe
+from resnet_dist.data.load.build import agreed_decoding, once_per_kind
 from resnet_dist.data.load.decoding import HOST, UNPROBED, WAYS, Decoding, Report, Trial, choose
 from resnet_dist.data.load.probe import report_of, run_apart
 from resnet_dist.data.load.probe_way import BATCHES, KnownJpegs, Lag, compare, repeat
-from resnet_dist.data.load.source import agreed_decoding, once_per_kind
 from resnet_dist.errors import UserError
 from tests.support.multirank import run_ranks
 

@@ -22,12 +22,12 @@ from resnet_dist.config import Config, DataConfig
 from resnet_dist.data.index.headers import UnreadableImage, screen
 from resnet_dist.data.index.index import Index, Shards
 from resnet_dist.data.load.batch import Batch
+from resnet_dist.data.load.build import make_loader
 from resnet_dist.data.load.cache import BLANK_GREY, SPARE_BYTES, EncodedCache, shared_bytes
 from resnet_dist.data.load.dali import Loader
 from resnet_dist.data.load.decoding import HOST, UNPROBED, Decoding
 from resnet_dist.data.load.image_check import ImageCheck
 from resnet_dist.data.load.reader import Reader
-from resnet_dist.data.load.source import make_loader
 from resnet_dist.data.view.augment import Request, eval_windows
 from resnet_dist.data.view.requests import train_request
 from resnet_dist.errors import UserError

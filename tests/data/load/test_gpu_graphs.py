@@ -48,9 +48,9 @@ def normalisation(dtype: Any = types.FLOAT16, **more: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("way", GPU_WAYS, ids=str)
 @pytest.mark.parametrize("cut", [False, True])
 def test_encoded_images(way: Decoding, cut: bool) -> None:
-    assert devices_of(decode_graph, nothing, way.part, cut, way) == ["gpu"]
+    assert devices_of(decode_graph, nothing, way.extent, cut, way) == ["gpu"]
     for mean, dtype in product(MEANS, (types.FLOAT, types.FLOAT16)):
-        devices = devices_of(image_graph, nothing, way.part, cut, way, mean, normalisation(dtype))
+        devices = devices_of(image_graph, nothing, way.extent, cut, way, mean, normalisation(dtype))
         assert devices == ["gpu", "gpu"]
 
 

@@ -11,8 +11,8 @@ from PIL import Image
 
 from resnet_dist import distributed
 from resnet_dist.config import Config
+from resnet_dist.data.load.build import load_index
 from resnet_dist.data.load.mean_image import mean_image
-from resnet_dist.data.load.source import load_index
 from resnet_dist.errors import UserError
 from resnet_dist.job import Job, build
 from resnet_dist.run.interrupt import Interrupt

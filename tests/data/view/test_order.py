@@ -67,7 +67,7 @@ def test_a_block_is_read_by_one_rank_soon_and_a_batch_is_mixed() -> None:
     first_rank = np.full(-(-images // BLOCK_IMAGES), -1)
     first_rank[block[::-1]] = rank  # of the earliest step
     share = (first_rank[block] == rank).mean()
-    assert share > 0.99  # places begin in the middle of a block: 64 of 12,500 are on two ranks
+    assert share > 0.99  # positions begin in the middle of a block: 64 of 12,500 are on two ranks
     step = np.repeat(np.arange(steps), batch)
     seen = [step[(block == b).reshape(-1)] for b in range(100)]
     window_steps = order_module.WINDOW_IMAGES // batch

@@ -15,13 +15,13 @@ from resnet_dist import distributed
 from resnet_dist.checkpoints.content import Checkpoint
 from resnet_dist.config import Config
 from resnet_dist.data.index.quarantine import write_quarantine
-from resnet_dist.data.load.source import agreed_decoding
+from resnet_dist.data.load.build import agreed_decoding
 from resnet_dist.determinism import fix_algorithms
 from resnet_dist.errors import UserError
 from resnet_dist.job import build
 from resnet_dist.run.interrupt import Interrupt
 from resnet_dist.run.outcome import OUTCOME
-from resnet_dist.run.resume import describe, made_with, not_bit_for_bit
+from resnet_dist.run.resume import describe_resume, environment_warning, made_with
 from resnet_dist.train import train
 from tests.support.multirank import run_ranks
 from tests.support.resuming import ONE_EPOCH, newest, refused, resumed, rewrite
@@ -87,7 +87,7 @@ def test_the_line_says_from_where_and_by_whom(trained: Callable[..., Config]) ->
         made_with={"world_size": "4"},
         saved_at="on Monday",
     )
-    assert describe(Path("x"), saved, job.plan) == (
+    assert describe_resume(Path("x"), saved, job.plan) == (
         "resumes at step 5 (epoch 1.67) from x, saved on Monday by 4 ranks"
     )
 
@@ -252,10 +252,10 @@ def test_made_with_is_plain_and_compared_by_name(tmp_path: Path) -> None:
     torch.save(now, tmp_path / "now.pt")
     assert torch.load(tmp_path / "now.pt", weights_only=True) == now
     assert set(now) == {"torch", "dali", "device", "world_size", "threads"}
-    assert not_bit_for_bit(now, now) == []
-    assert not_bit_for_bit({}, now) == []
+    assert environment_warning(now, now) == []
+    assert environment_warning({}, now) == []
     before = now | {"threads": "64", "device": "NVIDIA H100"}
-    assert not_bit_for_bit(before, now) == [
+    assert environment_warning(before, now) == [
         "warning: not bit for bit from here on: "
         f"device NVIDIA H100 -> {now['device']}, threads 64 -> {now['threads']}"
     ]

@@ -23,9 +23,9 @@ from resnet_dist.data.load.decoding import (
     HOST,
     Decoding,
     Report,
+    allowed_ways,
     choose,
-    is_free,
-    ways_left_by,
+    is_probed,
 )
 from resnet_dist.data.load.nodes import agreed_index
 from resnet_dist.data.load.probe import report_of, versions_of
@@ -49,14 +49,16 @@ def load_index(config: Config, split: str, world: World) -> Index:
         UserError: what `agreed_index` raises, or fewer images than data.holdout_images.
     """
     root, cache = Path(config.data.root), _kept_in(config)
-    held = config.data.holdout_images
+    holdout_images = config.data.holdout_images
     with world.patiently(f"data index, {split}") as patient:
-        index = agreed_index(config.data.format, root, "train" if held else split, cache, patient)
+        index = agreed_index(
+            config.data.format, root, "train" if holdout_images else split, cache, patient
+        )
     index = without(index, world.on_main(lambda: set_aside(index, root, read_quarantine(root))))
-    if not held:
+    if not holdout_images:
         return index
-    held = config.held_out_of(len(index))
-    return index.take(holdout(len(index), held)[split == "val"])
+    holdout_images = config.holdout_images_of(len(index))
+    return index.take(holdout(len(index), holdout_images)[split == "val"])
 
 
 def agreed_decoding(
@@ -73,9 +75,9 @@ def agreed_decoding(
         UserError: the config asks for a way that the probe found broken.
     """
     if not _decodes_on_gpu(config, world.device):
-        part = "window" if config.data.decode == "auto" else config.data.decode
-        return Decoding(part), "the CPU's decoder"
-    if recorded == str(HOST) and is_free(config):
+        extent = "window" if config.data.decode == "auto" else config.data.decode
+        return Decoding(extent), "the CPU's decoder"
+    if recorded == str(HOST) and is_probed(config):
         return HOST, "as this run has had it"
     kind = json.dumps(versions_of(world.device))
     say = partial(print, file=sys.stderr, flush=True)
@@ -84,7 +86,7 @@ def agreed_decoding(
         probe = partial(report_of, world.device, _kept_in(config), say, ways)
         return once_per_kind(kind, probe, world)
 
-    ways = ways_left_by(config)
+    ways = allowed_ways(config)
     of_run = [way for asked, way in ways.items() if str(asked) == recorded]
     reports = reports_of(of_run or list(ways.values()))
     if any(report[str(way)].verdict in BROKEN for report in reports for way in of_run):

@@ -12,7 +12,7 @@ from resnet_dist.config_file import load_config
 from resnet_dist.data.formats import build_index
 from resnet_dist.data.index.index_file import StoredPaths, save_index
 from resnet_dist.data.index.quarantine import write_quarantine
-from resnet_dist.data.load.source import load_index
+from resnet_dist.data.load.build import load_index
 from resnet_dist.distributed import start
 from resnet_dist.errors import UserError
 from tests.support.cifar import write_binary, write_python
