@@ -1,8 +1,9 @@
-"""A verb per subcommand. No logic: each verb is a function elsewhere.
+"""The command line: one verb per subcommand. It has no logic; each verb calls a function elsewhere.
 
-Exit codes: 0 done, 2 bad input (one line says what and where), 1 predict: some images could not be
-read; verify: some cannot train. train: 75 stopped on request, and the same command goes on; under a
-launcher, which takes any code but 0 for a crash, a rank that stops exits 0 (`status` says more).
+Exit codes: 0 done; 2 bad input, with one line that says what and where; 1 any other failure (some
+images could not be read by `predict`, or cannot be trained on according to `verify`). `train` exits
+with 75 when it was stopped on request and the same command resumes it. Under a launcher, which
+takes every code but 0 for a crash, a rank that was stopped exits with 0; ask `status` instead.
 """
 
 import argparse
@@ -24,34 +25,34 @@ OTHER_RANKS_LINGER_SECONDS = 5.0
 IMAGENET_IMAGES = 1_281_167
 JPEG_QUALITY = 90
 
-# The verbs import what they need: a dry run works without torch, and `compare` without DALI.
+# Each verb imports what it needs when it runs, so a dry run works without torch.
 
 
 def main(argv: list[str] | None = None) -> None:
     set_up_process()
     parser = _parser()
-    # argparse takes no overrides after an option (`train x.yaml --dry-run seed=1`): they are left.
-    arguments, left = parser.parse_known_args(argv)
-    if left and (not hasattr(arguments, "overrides") or any(text.startswith("-") for text in left)):
-        parser.error(f"unrecognized arguments: {' '.join(left)}")
-    if left:
-        arguments.overrides += left
+    # argparse does not recognize overrides after an option (`train x.yaml --dry-run seed=1`).
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and (not hasattr(arguments, "overrides") or any(text.startswith("-") for text in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.overrides += rest
     try:
         arguments.verb(arguments)
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader, such as `head`, has enough; nor is the rest flushed
+    except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
     except ModuleNotFoundError as error:
-        # On one node, perhaps: its first rank speaks.
+        # The package may be missing on one node only, so the first rank of each node reports it.
         _refuse(not_installed(error), speaks=os.environ.get("LOCAL_RANK", "0") == "0")
     except UserError as error:
-        # The same on every rank: rank 0 speaks for all.
+        # The error is the same on every rank, so rank 0 reports it.
         _refuse(error, speaks=os.environ.get("RANK", "0") == "0")
 
 
 def _refuse(error: UserError, speaks: bool) -> None:
-    # The others linger, as torchrun ends all ranks when the first one leaves.
+    # The other ranks exit later: torchrun kills all ranks when the first one exits.
     if speaks:
         print(f"resnet-dist: {error}", file=sys.stderr, flush=True)
     else:
@@ -60,7 +61,7 @@ def _refuse(error: UserError, speaks: bool) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    if arguments.init_from is not None:  # in quotes: a path may hold what YAML takes for itself
+    if arguments.init_from is not None:  # in quotes, as a path may contain YAML syntax
         text = json.dumps(arguments.init_from, ensure_ascii=False)
         arguments.overrides.append(f"model.init_from={text}")
     config = load_config(arguments.config, arguments.overrides)
@@ -74,7 +75,7 @@ def _train(arguments: argparse.Namespace) -> None:
         return
     if arguments.world_size or arguments.train_images:
         raise UserError("command line: --world-size and --train-images go with --dry-run")
-    with Interrupt() as interrupt:  # before torch: its import takes seconds
+    with Interrupt() as interrupt:  # before importing torch, which takes seconds
         from resnet_dist.train import train
 
         recipe = recipe_name(arguments.config)
@@ -256,10 +257,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
-    train = verbs.add_parser("train", help="train the config; the same command again goes on")
+    train = verbs.add_parser("train", help="train a config; the same command resumes after a stop")
     train.set_defaults(verb=_train)
     train.add_argument("config", metavar="CONFIG.yaml")
-    train.add_argument("overrides", nargs="*", metavar="key.sub=value", help="on top of the file")
+    train.add_argument(
+        "overrides", nargs="*", metavar="key.sub=value", help="settings that override the file"
+    )
     train.add_argument(
         "--init-from",
         metavar="WEIGHTS",
@@ -268,10 +271,10 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--resume-anyway",
         action="store_true",
-        help="go on where settings, data or decoder have changed: from there it is another run",
+        help="resume even though settings, data or decoder have changed",
     )
     train.add_argument(
-        "--dry-run", action="store_true", help="print the merged config and the plan"
+        "--dry-run", action="store_true", help="print the merged config and the plan, then exit"
     )
     train.add_argument(
         "--world-size",
@@ -285,18 +288,20 @@ def _parser() -> argparse.ArgumentParser:
 
     status = verbs.add_parser("status", help="how a run ended, or whether it is running")
     status.set_defaults(verb=_status)
-    status.add_argument("run", metavar="RUN", help="run folder, its name, or its CONFIG.yaml")
+    status.add_argument("run", metavar="RUN", help="a run folder, its name, or its CONFIG.yaml")
     status.add_argument(
-        "overrides", nargs="*", metavar="key.sub=value", help="on top of CONFIG.yaml"
+        "overrides", nargs="*", metavar="key.sub=value", help="settings that override CONFIG.yaml"
     )
     status.add_argument("--run-root", type=Path, default=Path("runs"), metavar="DIR")
     status.add_argument(
         "--exit-code",
         action="store_true",
-        help="0: finished, 75: stopped, the same command goes on, 2: bad input, 1: all else",
+        help="exit with 0: finished, 75: stopped (resumable), 2: bad input, 1: anything else",
     )
-    status.add_argument("--start", metavar="TOKEN", help="that of $RESNET_DIST_START alone counts")
-    # Launchers hand on all that they have given `train`; of these, nothing names the run.
+    status.add_argument(
+        "--start", metavar="TOKEN", help="only the start with this $RESNET_DIST_START counts"
+    )
+    # Launchers pass the arguments of `train` on. These two do not matter here.
     status.add_argument("--init-from", help=argparse.SUPPRESS)
     status.add_argument("--resume-anyway", action="store_true", help=argparse.SUPPRESS)
 
@@ -314,65 +319,72 @@ def _parser() -> argparse.ArgumentParser:
         "--recalibrate-bn",
         type=_positive,
         metavar="N",
-        help="first take the BN statistics of N training images",
+        help="first recompute the BN statistics over N training images",
     )
     evaluate.add_argument(
-        "--save-to", type=Path, metavar="FOLDER", help="keep the checkpoint with these statistics"
+        "--save-to", type=Path, metavar="FOLDER", help="write a checkpoint with these statistics"
     )
 
     predict = verbs.add_parser(
         "predict",
-        help="class and probability of images",
-        epilog="Exit code 1: an image could not be read (a line on stderr each); the others were.",
+        help="classify images",
+        epilog="Exit code 1: some images could not be read (one line each on stderr).",
     )
     predict.set_defaults(verb=_predict)
     predict.add_argument("checkpoint", type=Path, help="RUN/checkpoints/best, or RUN")
     predict.add_argument(
-        "paths", nargs="+", metavar="PATH", help="image files, and folders to search for them"
+        "paths", nargs="+", metavar="PATH", help="image files, or folders to search for images"
     )
     predict.add_argument(
         "--top", type=_positive, default=1, metavar="K", help="the K likeliest classes; default: 1"
     )
-    predict.add_argument("--csv", action="store_true", help="CSV in place of the table")
+    predict.add_argument("--csv", action="store_true", help="print CSV instead of a table")
 
     verify = verbs.add_parser(
         "verify",
-        help="decode every image: what will train, and how",
-        epilog="What cannot be read is written to DATA/bad_samples.tsv, and a run leaves it out. "
-        "Exit code 1: something cannot train.",
+        help="decode every image: which can be trained on, and how",
+        epilog="Unreadable images are listed in DATA/bad_samples.tsv, and runs leave them out. "
+        "Exit code 1: some images cannot be trained on.",
     )
     verify.set_defaults(verb=_verify)
-    verify.add_argument("data", type=Path, metavar="DATA", help="what data.root is set to")
+    verify.add_argument(
+        "data", type=Path, metavar="DATA", help="the folder that data.root is set to"
+    )
     verify.add_argument(
         "--format",
         choices=tuple(FORMATS),
-        help="default: recognized by what is there",
+        help="default: recognized by the files",
     )
     verify.add_argument("--threads", type=_positive, metavar="N", help="default: one per core")
     verify.add_argument("--dry-run", action="store_true", help="do not write bad_samples.tsv")
 
-    compare = verbs.add_parser("compare", help="runs side by side: settings that differ, scores")
+    compare = verbs.add_parser("compare", help="compare runs: differing settings, and scores")
     compare.set_defaults(verb=_compare)
-    compare.add_argument("runs", nargs="+", metavar="RUN", help="run folder, its name, or a run id")
+    compare.add_argument(
+        "runs", nargs="+", metavar="RUN", help="a run folder, its name, or an MLflow run id"
+    )
     compare.add_argument("--run-root", type=Path, default=Path("runs"), metavar="DIR")
     compare.add_argument(
-        "--plot", type=Path, metavar="FIGURE.png", help="draw training and validation error"
+        "--plot", type=Path, metavar="FIGURE.png", help="draw the training and validation error"
     )
 
-    analyze = verbs.add_parser("analyze", help="look into trained networks")
+    analyze = verbs.add_parser("analyze", help="analyze trained networks")
     analyses = analyze.add_subparsers(required=True, metavar="ANALYSIS")
     responses = analyses.add_parser("responses", help="standard deviation of each layer's output")
-    # Overrides stand among the checkpoints: argparse cannot tell two lists apart.
+    # Overrides are mixed with the checkpoints, as argparse cannot tell two lists apart.
     responses.set_defaults(verb=_analyze_responses, overrides=[])
     responses.add_argument(
-        "checkpoints", nargs="+", metavar="CHECKPOINT", help="and key.sub=value for all of them"
+        "checkpoints",
+        nargs="+",
+        metavar="CHECKPOINT",
+        help="checkpoints, and key.sub=value settings for all of them",
     )
-    responses.add_argument("--output", type=Path, metavar="FIGURE.png", help="draw them")
+    responses.add_argument("--output", type=Path, metavar="FIGURE.png", help="draw a figure")
     responses.add_argument(
-        "--images", type=_positive, metavar="N", help="so many validation images; default: all"
+        "--images", type=_positive, metavar="N", help="use N validation images; default: all"
     )
 
-    export = verbs.add_parser("export", help="the network in another program's form")
+    export = verbs.add_parser("export", help="convert a network for other programs")
     export.set_defaults(verb=_export)
     export.add_argument("checkpoint", type=Path, help="RUN/checkpoints/best, or RUN")
     export.add_argument(
@@ -382,20 +394,20 @@ def _parser() -> argparse.ArgumentParser:
         "--output", type=Path, metavar="FILE", help="default: RUN/export/MODEL-stepN.EXT"
     )
 
-    _add_bench(verbs.add_parser("bench", help="measure the loading of data on this machine"))
+    _add_bench(verbs.add_parser("bench", help="measure this machine: loading, saving, determinism"))
 
-    models = verbs.add_parser("models", help="the networks: layers, parameters, multiply-adds")
+    models = verbs.add_parser("models", help="list the networks: layers, parameters, multiply-adds")
     models.set_defaults(verb=_models)
 
-    prepare = verbs.add_parser("prepare", help="make a data set ready")
+    prepare = verbs.add_parser("prepare", help="prepare a data set")
     data_sets = prepare.add_subparsers(required=True, metavar="DATA_SET")
     digits = data_sets.add_parser("digits", help="scikit-learn's digits as an image folder")
     digits.set_defaults(verb=_prepare_digits)
     digits.add_argument("root", type=Path)
     shards = data_sets.add_parser(
         "shards",
-        help="ImageNet's tars or parquet, image folders, CIFAR, other shards, as shards",
-        epilog="After a kill, the same command goes on; the bytes are the same.",
+        help="convert ImageNet's tars or parquet, image folders, lists or other shards to shards",
+        epilog="After a kill, the same command resumes and writes the same bytes.",
     )
     shards.set_defaults(verb=_prepare_shards)
     shards.add_argument("source", type=Path, metavar="SOURCE")
@@ -406,54 +418,65 @@ def _parser() -> argparse.ArgumentParser:
     shards.add_argument("--workers", type=_positive, metavar="N", help="default: one per core")
     limit = shards.add_mutually_exclusive_group()
     limit.add_argument(
-        "--longest-px", type=_positive, metavar="N", help="make larger images smaller, as JPEG"
+        "--longest-px", type=_positive, metavar="N", help="shrink larger images, as JPEG"
     )
-    limit.add_argument("--shortest-px", type=_positive, metavar="N", help="likewise")
+    limit.add_argument(
+        "--shortest-px", type=_positive, metavar="N", help="the same, by the shorter side"
+    )
     shards.add_argument(
         "--quality",
         type=int,
         choices=range(1, 101),
         metavar="1..100",
-        help=f"of these JPEGs; default: {JPEG_QUALITY}",
+        help=f"JPEG quality of shrunk images; default: {JPEG_QUALITY}",
     )
     return parser
 
 
 def _add_bench(bench: argparse.ArgumentParser) -> None:
     benches = bench.add_subparsers(required=True, metavar="BENCH")
-    loader = benches.add_parser("loader", help="ours, torchvision's and DALI's, side by side")
+    loader = benches.add_parser("loader", help="compare our loader with torchvision's and DALI's")
     loader.set_defaults(verb=_bench_loader)
     loader.add_argument("data", type=Path, metavar="DATA", help="a folder of photos, or data.root")
     loader.add_argument("--batch-size", type=_positive, default=64, metavar="N", help="default: 64")
     loader.add_argument("--threads", type=_positive, metavar="N", help="default: cores per GPU")
     loader.add_argument("--runs", type=_positive, default=7, metavar="N", help="default: 7")
     loader.add_argument(
-        "--images", type=_positive, metavar="N", help="in a run; default: 2000 per thread"
+        "--images", type=_positive, metavar="N", help="images per run; default: 2000 per thread"
     )
     loader.add_argument(
-        "--shards", type=Path, metavar="DATA", help="the same photos; default: they are made"
+        "--shards",
+        type=Path,
+        metavar="DATA",
+        help="the same photos as shards; default: made from DATA",
     )
     loader.add_argument(
-        "--tune", action="store_true", help="find the fastest settings; prints them as YAML"
+        "--tune", action="store_true", help="find the fastest settings and print them as YAML"
     )
     loader.add_argument(
         "--run-root",
         metavar="RUNS",
-        help="where runs keep what the probe of a GPU's decoders saw; default: it is probed anew",
+        help="where runs keep the report on this GPU's decoders; default: probe them now",
     )
     loader.add_argument(
-        "--no-peers", action="store_true", help="ours alone; with --runs 1 it takes a minute"
+        "--no-peers",
+        action="store_true",
+        help="measure ours only; with --runs 1 that takes a minute",
     )
 
-    memory = benches.add_parser("memory", help="memory held in each epoch of loading")
+    memory = benches.add_parser("memory", help="measure the memory used in each epoch of loading")
     memory.set_defaults(verb=_bench_memory)
     memory.add_argument("config", metavar="CONFIG.yaml")
-    memory.add_argument("overrides", nargs="*", metavar="key.sub=value", help="on top of the file")
+    memory.add_argument(
+        "overrides", nargs="*", metavar="key.sub=value", help="settings that override the file"
+    )
     memory.add_argument("--epochs", type=_positive, default=10, metavar="N", help="default: 10")
 
-    index = benches.add_parser("index", help="what an index costs each process of a node")
+    index = benches.add_parser("index", help="measure what an index costs each process of a node")
     index.set_defaults(verb=_bench_index)
-    order = benches.add_parser("order", help="how well batches from shards are mixed, and read")
+    order = benches.add_parser(
+        "order", help="measure how well shards are mixed and how they are read"
+    )
     order.set_defaults(verb=_bench_order)
     for one in (index, order):
         one.add_argument(
@@ -463,18 +486,24 @@ def _add_bench(bench: argparse.ArgumentParser) -> None:
             metavar="N",
             help=f"default: ImageNet's {IMAGENET_IMAGES:,}",
         )
-    deterministic = benches.add_parser("deterministic", help="what train.deterministic costs")
+    deterministic = benches.add_parser(
+        "deterministic", help="measure what train.deterministic costs"
+    )
     deterministic.set_defaults(verb=_bench_deterministic)
     deterministic.add_argument("--runs", type=_positive, default=7, metavar="N", help="default: 7")
     deterministic.add_argument(
-        "--steps", type=_positive, default=20, metavar="N", help="in a run; default: 20"
+        "--steps", type=_positive, default=20, metavar="N", help="steps per run; default: 20"
     )
-    saving = benches.add_parser("checkpoint", help="what saving costs training, and its parts")
+    saving = benches.add_parser("checkpoint", help="measure what saving checkpoints costs training")
     saving.set_defaults(verb=_bench_checkpoint)
-    saving.add_argument("folder", type=Path, metavar="FOLDER", help="where checkpoints would go")
+    saving.add_argument(
+        "folder", type=Path, metavar="FOLDER", help="a folder on the disk for checkpoints"
+    )
     saving.add_argument("--runs", type=_positive, default=40, metavar="N", help="default: 40")
     for one in (loader, memory, index, order, deterministic, saving):
-        one.add_argument("--output", type=Path, metavar="FILE.json", help="keep the figures")
+        one.add_argument(
+            "--output", type=Path, metavar="FILE.json", help="write the figures to a file"
+        )
 
 
 def _positive(text: str) -> int:

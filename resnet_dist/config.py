@@ -1,7 +1,8 @@
-"""What a run is, and nothing that can be computed from it.
+"""The settings of a run, and nothing that can be computed from them.
 
-A config is closed: frozen dataclasses, one leaf per setting, units in the names. config_file.py
-reads it from YAML; every derived number is plan.py's. No torch here: a login node checks configs.
+Frozen dataclasses with one field per setting and units in the names; unknown settings are refused.
+config_file.py reads them from YAML, plan.py computes every derived number. No torch here: a login
+node checks configs.
 """
 
 import difflib
@@ -20,21 +21,22 @@ from resnet_dist.models.depths import DEPTHS, PARTS
 @dataclass(frozen=True)
 class ModelConfig:
     name: str = "resnet50"
-    # Last BN gamma of each residual block starts at zero: Goyal et al. 2017, section 5.1.
+    # Start the last BN gamma of each residual block at zero: Goyal et al. 2017, section 5.1.
     zero_init_last_gamma: bool = False
-    # Who shares BN statistics: all ranks, the ranks of one node, or nobody.
+    # Which ranks share BN statistics: all of them, those of a node, or none.
     sync_batchnorm: Literal["world", "node", "none"] = "world"
-    # Fine-tuning: a checkpoint or run folder, or torchvision:FILE. The head is kept if it fits.
+    # Fine-tuning: a checkpoint, a run folder or torchvision:FILE. Its head is used if it fits.
     init_from: str | None = None
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    format: str = "folder"  # a row of data/formats.py
+    format: str = "folder"  # one of the rows in data/formats.py
     root: str = "data/imagenet"
-    # scale: shorter side uniform in scale_px, then a crop_px crop (He et al. 2015, section 3.4).
-    # random_resized: area and aspect drawn, resized to crop_px (Szegedy et al. 2015).
-    # pad: pad_px zeros on each side, then a crop_px crop (He et al. 2015, section 4.2).
+    # scale: shorter side uniform in scale_px, then a random crop (He et al. 2015, section 3.4).
+    # random_resized: a box of random area and aspect, resized (Szegedy et al. 2015).
+    # pad: pad_px zeros on each side, then a random crop (He et al. 2015, section 4.2).
+    # The crop has crop_px in all three.
     train_crop: Literal["scale", "random_resized", "pad"] = "scale"
     crop_px: int = 224
     scale_px: tuple[int, int] = (256, 480)
@@ -44,62 +46,62 @@ class DataConfig:
     flip: bool = True
     eval_resize_px: int = 256
     eval_crop_px: int = 224
-    # Of the training images, on the 0..1 scale (ImageNet's, as torchvision writes them).
+    # Mean and standard deviation of R, G, B on the 0..1 scale; torchvision's values for ImageNet.
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    # The mean image of the training set in place of `mean` (He et al. 2015, sections 3.4 and 4.2).
+    # Subtract the training set's mean image instead of `mean` (He et al. 2015, sections 3.4, 4.2).
     per_pixel_mean: bool = False
-    # Noise along the principal components of RGB; 0.1 is Krizhevsky et al. 2012, section 4.1.
+    # Colour noise along the principal components of RGB (Krizhevsky et al. 2012, section 4.1: 0.1).
     pca_color_std: float = 0.0
-    # So many training images, the same for every seed, are the val images: the paper's 45k/5k.
+    # Validate on this many training images, the same for every seed: 5,000 in the paper (45k/5k).
     holdout_images: int = 0
-    # Images that cannot be read are replaced (in val: counted wrong); past so many, the run stops.
+    # Unreadable images are replaced (in evaluations: counted wrong); with more, the run stops.
     max_bad_samples: int = 100
-    # How, not what: `resnet-dist bench loader --tune` measures the best on a machine.
-    # null: the node's cores, shared out over its ranks, at most 16.
+    # The next three change the speed only; `resnet-dist bench loader --tune` finds good values.
+    # null: the node's cores divided by its ranks, at most 16.
     decode_threads: int | None = None
     read_threads: int = 8
     prefetch_batches: int = 2
-    # What is decoded: the crop window and its margin, or the whole image. auto: windows on a CPU;
-    # on a GPU the fastest way that a probe (data/load/probe.py), once per GPU and versions, finds
-    # sound.
+    # Decode only the crop window with its margin, or the whole image. auto: the window on a CPU; on
+    # a GPU the fastest way that decodes correctly, which data/load/probe.py finds out once per GPU
+    # model and library versions.
     decode: Literal["auto", "window", "image"] = "auto"
-    # Share of the images for the GPU's own JPEG decoder (A100 and later), not its CUDA cores; 0 is
-    # without it, null what the probe finds best.
+    # Share of images for the GPU's hardware JPEG decoder (A100 and later) instead of CUDA cores. 0:
+    # do not use it; null: what the probe finds fastest.
     hw_decoder_load: float | None = None
-    # Kept in memory that the ranks of a node share: nothing, files' bytes, or decoded pixels.
+    # What is kept in memory shared by the ranks of a node: nothing, encoded files or pixels.
     cache: Literal["none", "encoded", "decoded"] = "none"
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    # For 256 images: peak_lr = base_lr * global_batch_size / 256 (Goyal et al. 2017).
+    # lr for 256 images: the peak is base_lr * global_batch_size / 256 (Goyal et al. 2017).
     base_lr: float = 0.1
     momentum: float = 0.9
     nesterov: bool = False
     weight_decay: float = 1e-4
-    # Goyal et al. 2017 leave BN and biases out of weight decay; the 2015 paper does not.
+    # Whether weight decay applies to BN and biases: yes in He et al. 2015, no in Goyal et al. 2017.
     decay_norm_and_bias: bool = False
     label_smoothing: float = 0.0
     clip_grad_norm: float | None = None
-    # lr times this, by part of the network: {stem: 0, layer1: 0, fc: 10}. 0 freezes the part, its
-    # BN statistics too.
+    # Factors on the lr of parts of the network: {stem: 0, layer1: 0, fc: 10}. 0 freezes the part,
+    # including its BN statistics.
     lr_scales: dict[str, float] = field(default_factory=dict)
     schedule: Literal["step", "cosine", "polynomial", "plateau"] = "step"
-    # Linear from 0 to the peak.
+    # Linear warm-up from 0 to the peak.
     warmup_epochs: float | None = 0.0
     warmup_iterations: int | None = None
-    # A tenth of the peak until the training error is below this: He et al. 2015, section 4.2, for
-    # ResNet-110. It takes the place of the linear warm-up.
+    # Instead of a linear warm-up: a tenth of the peak until the training error falls below this
+    # (He et al. 2015, section 4.2, for ResNet-110).
     warmup_until_train_error_pct: float | None = None
-    # step: lr *= gamma at each of these.
+    # step: the lr is multiplied by gamma at each of these.
     milestones_epochs: tuple[float, ...] | None = (30.0, 60.0, 80.0)
     milestones_iterations: tuple[int, ...] | None = None
-    # step and plateau: the factor of one drop.
+    # step and plateau: the factor of each drop.
     gamma: float = 0.1
     # polynomial: lr = peak * (1 - progress) ** power.
     power: float = 2.0
-    # plateau: a drop after so many evaluations without a new best acc1.
+    # plateau: drop after this many evaluations without a new best acc1.
     plateau_patience_evals: int = 5
 
 
@@ -107,31 +109,31 @@ class OptimConfig:
 class TrainConfig:
     epochs: float | None = 90.0
     iterations: int | None = None
-    # Images per optimizer step over all ranks; the plan finds the accumulation that keeps it.
+    # Images per optimizer step, over all ranks. If they do not fit at once, gradients accumulate.
     global_batch_size: int = 256
-    # The most images one rank takes through the network at once: what fits in its memory.
+    # Most images that a rank takes through the network at once: what fits in its memory.
     max_local_batch_size: int = 128
-    # fp32 is IEEE float32 on every device. tf32: a GPU rounds the factors of float32 products to
-    # ten bits of mantissa; a CPU does not.
+    # fp32: IEEE float32 on every device. tf32: a GPU rounds the factors of float32 products to ten
+    # bits of mantissa; on a CPU it is the same as fp32.
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
-    # The same command gives the same bits: kernels, autotuning and the order of sums are fixed.
+    # The same command gives the same bits: fixed kernels, no autotuning, sums in a fixed order.
     deterministic: bool = False
-    # Weights averaged over the steps, w = d * w + (1 - d) * weights, are what is evaluated (so the
-    # best), exported, predicted with and fine-tuned from; null: the weights themselves.
+    # Decay d of an average of the weights, avg = d * avg + (1 - d) * weights, after every step. The
+    # average is what is evaluated, exported, predicted with and fine-tuned from. null: no average.
     ema_decay: float | None = None
     log_every_steps: int = 50
     eval_every_epochs: float | None = 1.0
     eval_every_iterations: int | None = None
     save_every_epochs: float | None = 1.0
     save_every_iterations: int | None = None
-    # Newest checkpoints that stay on disk; the best stays besides, and one every so many epochs.
+    # Newest checkpoints to keep on disk; the best is kept too, and one every keep_every_epochs.
     keep_checkpoints: int = 2
     keep_every_epochs: float | None = None
 
 
 @dataclass(frozen=True)
 class TrackingConfig:
-    # Run folders, MLflow's database and its artifacts live below it. All nodes must share it.
+    # Folder of all runs, of MLflow's database and of its artifacts. All nodes must share it.
     run_root: str = "runs"
     experiment: str = "resnet-dist"
     mlflow: bool = True
@@ -139,7 +141,7 @@ class TrackingConfig:
 
 @dataclass(frozen=True)
 class Config:
-    # The run folder's. One that was copied or renamed goes on under its new name.
+    # Name of the run folder. A run that was copied or renamed resumes under its new name.
     name: str = "run"
     seed: int = 0
     model: ModelConfig = ModelConfig()
@@ -147,7 +149,7 @@ class Config:
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
     tracking: TrackingConfig = TrackingConfig()
-    # Which file or override set a leaf: for messages only.
+    # Setting -> the file or override that set it; for messages only.
     origins: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -156,26 +158,28 @@ class Config:
 
     @property
     def neighbours_kept(self) -> int:
-        """How many neighbouring images of the global batch always go through the network in one
-        pass of one rank: 2 for a method that mixes an image with its neighbour."""
+        """Number of neighbouring images of the global batch that always stay in one local batch.
+
+        2 for a method that mixes an image with its neighbour.
+        """
         return 1
 
     def holdout_images_of(self, train_images: int) -> int:
-        """data.holdout_images. Raises UserError where that leaves none to train on."""
-        held = self.data.holdout_images
-        if held >= train_images:
+        """Returns data.holdout_images. Raises UserError if that leaves none to train on."""
+        holdout_images = self.data.holdout_images
+        if holdout_images >= train_images:
             why = f"leaves none of the {train_images:,} training images to train on"
             raise self.invalid("data.holdout_images", why, train_images // 10)
-        return held
+        return holdout_images
 
     def invalid(self, key: str, why: str, nearest: object) -> UserError:
-        """The one line for an impossible value of `key`: file, key, value, reason, way out."""
+        """Returns the error for an impossible value of `key`, with the nearest valid value."""
         origin = self.origins.get(key, "defaults")
         return invalid_value(origin, key, flat_settings(self)[key], why, nearest)
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """Nested plain values, ready for YAML or a checkpoint."""
+    """Returns the config as nested plain values, for YAML or a checkpoint."""
     nested: dict[str, Any] = {}
     for key, value in flat_settings(config).items():
         section, _, name = key.rpartition(".")
@@ -185,11 +189,12 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 
 def to_yaml(config: Config) -> str:
+    """Returns the config as YAML that load_config reads back."""
     return yaml.safe_dump(to_dict(config), sort_keys=False, default_flow_style=None)
 
 
 def flat_settings(config: Config) -> dict[str, Any]:
-    """Every setting by its dotted key, in the order of the dataclasses."""
+    """Returns every setting by its dotted key, in the order of the dataclasses."""
     return dict(_flat_settings(config, ""))
 
 
@@ -204,7 +209,7 @@ def _flat_settings(section: Any, prefix: str) -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{item.name}", value
 
 
-# One quantity, two units, of which one is None: an iteration is an optimizer step.
+# Quantities with two units, epochs and iterations (optimizer steps); one of the two is None.
 UNITS = {
     "optim.warmup_epochs": "optim.warmup_iterations",
     "optim.milestones_epochs": "optim.milestones_iterations",
@@ -215,9 +220,9 @@ UNITS = {
 
 
 # --------------------------------------------------------------------------------------------------
-# Impossible values: those that the config alone shows; plan.py finds those that need the world.
+# Impossible values, as far as the config alone can tell; plan.py checks what needs the world.
 
-_AT_LEAST: dict[str, float] = {  # key -> smallest legal value
+_AT_LEAST: dict[str, float] = {  # key -> smallest valid value
     "seed": 0,
     "data.crop_px": 1,
     "data.pad_px": 0,
@@ -256,7 +261,7 @@ _AT_MOST: dict[str, float] = {
     "optim.gamma": 1,
     "optim.warmup_until_train_error_pct": 100,
 }
-_ABOVE_ZERO: dict[str, float] = {  # key -> a sane small value to name
+_ABOVE_ZERO: dict[str, float] = {  # key -> an example of a small, sensible value
     "train.epochs": 1,
     "train.eval_every_epochs": 1,
     "train.save_every_epochs": 1,
@@ -268,7 +273,7 @@ _ABOVE_ZERO: dict[str, float] = {  # key -> a sane small value to name
 
 
 def impossible(config: Config) -> Iterator[tuple[str, str, object]]:
-    """(key, why, nearest valid value) of each impossible value."""
+    """Yields (key, reason, nearest valid value) of each impossible value."""
     flat = flat_settings(config)
     for key, least in _AT_LEAST.items():
         if flat[key] is not None and flat[key] < least:
@@ -316,10 +321,14 @@ def impossible(config: Config) -> Iterator[tuple[str, str, object]]:
         if data.pca_color_std:
             yield "data.pca_color_std", f"is for photos, not for data.format={data.format}", 0.0
         if data.cache != "none":
-            yield "data.cache", f"is not for data.format={data.format}, all in memory", "none"
+            yield (
+                "data.cache",
+                f"does not apply to data.format={data.format}, which is in memory anyway",
+                "none",
+            )
         for key in ("crop_px", "eval_resize_px", "eval_crop_px"):
             if flat[f"data.{key}"] != 32:
-                yield f"data.{key}", "must be CIFAR's own size", 32
+                yield f"data.{key}", "must be the size of CIFAR's images", 32
     for key in ("mean", "std"):
         low, high = min(flat[f"data.{key}"]), max(flat[f"data.{key}"])
         if low < 0 or high > 1 or (key == "std" and low == 0):
@@ -333,11 +342,11 @@ def impossible(config: Config) -> Iterator[tuple[str, str, object]]:
     for key in ("optim.milestones_epochs", "optim.milestones_iterations"):
         given = flat[key]
         if given is not None and list(given) != sorted(set(given)):
-            yield key, "must rise", tuple(sorted(set(given)))
+            yield key, "must be increasing", tuple(sorted(set(given)))
     if optim.warmup_until_train_error_pct is not None and (
         optim.warmup_epochs or optim.warmup_iterations
     ):
-        why = "takes the place of the linear warm-up: give one of them"
+        why = "replaces the linear warm-up: give only one of them"
         yield "optim.warmup_until_train_error_pct", why, None
     for part, scale in optim.lr_scales.items():
         if scale < 0:
@@ -351,7 +360,7 @@ def impossible(config: Config) -> Iterator[tuple[str, str, object]]:
         why = f"{model.name} has no part {part}, only {', '.join(parts)}"
         yield "optim.lr_scales", why, {near: optim.lr_scales[part]}
     if all(optim.lr_scales.get(part) == 0 for part in parts):
-        why = "freezes all parts: nothing is left to train"
+        why = "freezes all parts, so there is nothing to train"
         yield "optim.lr_scales", why, dict.fromkeys(parts[:-1], 0.0)
     if net.shortcut == "none" and model.zero_init_last_gamma:
         why = f"is for residual blocks, and {model.name} has none"

@@ -1,7 +1,7 @@
-"""A config from YAML: `base:` inheritance, then `key.sub=value` overrides; strict about both.
+"""Reads a config from YAML: `base:` inheritance first, then `key.sub=value` overrides.
 
-An unknown key, a wrong type or an impossible value is one line that names the file, the key, the
-value and the nearest valid one.
+An unknown key, a wrong type or an impossible value is an error of one line with the file, the key,
+the value and the nearest valid one.
 """
 
 import difflib
@@ -20,27 +20,28 @@ from resnet_dist.errors import UserError, as_yaml, invalid_value
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Reads a YAML file, its bases, then the overrides ("optim.base_lr=0.2").
+    """Reads a YAML file with its bases, then applies the overrides ("optim.base_lr=0.2").
 
     Raises:
-        UserError: an unreadable file, an unknown key, a wrong type or an impossible value.
+        UserError: a file cannot be read, a key is unknown, a type is wrong, or a value is
+            impossible.
     """
     return _build(_merge(_read_file(Path(path), ()), _read_overrides(overrides)))
 
 
 def config_from_dict(nested: dict[str, Any], origin: str, overrides: Sequence[str] = ()) -> Config:
-    """The inverse of `to_dict`, with overrides on top; `origin` names the source in messages."""
+    """The inverse of `to_dict`, plus overrides. origin: where `nested` is from, for messages."""
     return _build(_merge(_flatten(nested, origin), _read_overrides(overrides)))
 
 
 def recipe_name(path: str) -> str:
-    """configs/imagenet/resnet50.yaml -> imagenet/resnet50."""
+    """Returns imagenet/resnet50 for configs/imagenet/resnet50.yaml."""
     parts = Path(path).with_suffix("").parts
     return "/".join(parts[parts.index("configs") + 1 :]) if "configs" in parts else parts[-1]
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader with YAML 1.2's numbers (1e-4 is a float; 1:30, 010 and dates are text)."""
+    """SafeLoader with the numbers of YAML 1.2: 1e-4 is a float; 1:30, 010 and dates are text."""
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -62,12 +63,12 @@ _Loader.add_implicit_resolver(
 
 
 def _mapping_without_duplicates(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    """A key that stands twice is a mistake; PyYAML would take the last."""
+    """Refuses a key that is given twice; PyYAML would silently take the last one."""
     keys = [loader.construct_object(key, deep=True) for key, _ in node.value]
     for number, key in enumerate(keys):
         if key in keys[:number]:
             raise yaml.constructor.ConstructorError(
-                problem=f"the key {key!r} stands twice",
+                problem=f"the key {key!r} is given twice",
                 problem_mark=node.value[number][0].start_mark,
             )
     return loader.construct_mapping(node, deep=True)
@@ -84,14 +85,21 @@ def _parse_yaml(text: str, origin: str) -> Any:
         where = f"{origin}:{mark.line + 1}" if mark else origin
         problem = getattr(error, "problem", None) or str(error)
         raise UserError(f"{where}: not valid YAML: {' '.join(problem.split())}") from None
-    except (ValueError, RecursionError, TypeError) as error:  # PyYAML lets some of its own out
+    except (
+        ValueError,
+        RecursionError,
+        TypeError,
+    ) as error:  # PyYAML lets some of its internal errors out
         raise UserError(f"{origin}: not valid YAML: {' '.join(str(error).split())}") from None
 
 
 def _read_file(path: Path, children: tuple[Path, ...]) -> dict[str, tuple[Any, str]]:
-    """Dotted key -> (value, file), the bases of `path` first; `children` led here by `base:`."""
+    """Returns dotted key -> (value, file), with the bases of `path` merged in.
+
+    children: the files whose `base:` led here, to detect cycles.
+    """
     if path.resolve() in children:
-        raise UserError(f"{path}: base: leads back to itself; remove it in one of the files")
+        raise UserError(f"{path}: base: leads back to this file; remove it in one of them")
     try:
         text = path.read_text()
     except (OSError, UnicodeDecodeError) as error:
@@ -102,7 +110,7 @@ def _read_file(path: Path, children: tuple[Path, ...]) -> dict[str, tuple[Any, s
     if content is None:
         content = {}
     if not isinstance(content, dict):
-        raise UserError(f"{path}: must hold keys and values, as in 'name: quickstart'")
+        raise UserError(f"{path}: must contain keys and values, as in 'name: quickstart'")
     base = content.pop("base", None)
     found: dict[str, tuple[Any, str]] = {}
     if base is not None:
@@ -115,15 +123,15 @@ def _read_file(path: Path, children: tuple[Path, ...]) -> dict[str, tuple[Any, s
 def _merge(
     found: dict[str, tuple[Any, str]], new: dict[str, tuple[Any, str]]
 ) -> dict[str, tuple[Any, str]]:
-    """`new` on top of `found`: a quantity in one unit replaces it in the other."""
+    """Merges `new` over `found`. A quantity in one unit replaces it in the other unit."""
     merged = dict(found)
     for epochs, iterations in UNITS.items():
         given = [key for key in (epochs, iterations) if new.get(key, (None,))[0] is not None]
         if len(given) == 2:
             value, origin = new[iterations]
             raise UserError(
-                f"{origin}: {iterations}={as_yaml(value)}: stands beside {epochs}="
-                f"{as_yaml(new[epochs][0])}; give one unit for one quantity"
+                f"{origin}: {iterations}={as_yaml(value)}: conflicts with {epochs}="
+                f"{as_yaml(new[epochs][0])}; give the quantity in one unit only"
             )
         if given:
             for key in (epochs, iterations):
@@ -131,7 +139,7 @@ def _merge(
         for key, other in ((epochs, iterations), (iterations, epochs)):
             if key in new and not given:
                 raise UserError(
-                    f"{new[key][1]}: {key}=null: one unit is needed; give {other} in its place"
+                    f"{new[key][1]}: {key}=null: a unit is needed; give {other} instead"
                 )
     return merged | new
 
@@ -141,7 +149,7 @@ def _read_overrides(overrides: Sequence[str]) -> dict[str, tuple[Any, str]]:
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals:
-            raise UserError(f"command line: {text!r} is no override; write key.sub=value")
+            raise UserError(f"command line: {text!r} is not an override; write key.sub=value")
         found |= _flatten({key.strip(): _parse_yaml(value, "command line")}, "command line")
     return found
 
@@ -182,7 +190,7 @@ def _unknown(key: str, value: Any, origin: str) -> UserError:
             f"{origin}: {key}={as_yaml(value)}: is a section; write one of its keys, "
             f"such as {key}.{fields(_SECTIONS[key])[0].name}"
         )
-    # A misspelt key first, then a right name in the wrong section.
+    # First try a misspelt key, then a correct name in the wrong section.
     near = difflib.get_close_matches(key, _SCHEMA, n=1, cutoff=0.75)
     near = near or [known for known in _SCHEMA if known.split(".")[-1] == key.split(".")[-1]]
     near = near or difflib.get_close_matches(key, _SCHEMA, n=1, cutoff=0.0)
@@ -194,7 +202,11 @@ def _unknown(key: str, value: Any, origin: str) -> UserError:
 
 
 def _typed(value: Any, kind: Any, key: str, origin: str) -> Any:
-    """`value` as `kind`, or the line that says why not. An int is a float; a bool is no number."""
+    """Returns `value` as type `kind`. An int is accepted as a float; a bool is not a number.
+
+    Raises:
+        UserError: it has another type.
+    """
     if get_origin(kind) is Literal:
         options = get_args(kind)
         if value not in options:
@@ -217,7 +229,9 @@ def _typed(value: Any, kind: Any, key: str, origin: str) -> Any:
         if kinds[-1] is Ellipsis:
             kinds = (kinds[0],) * len(value)
         if len(value) != len(kinds):
-            raise invalid_value(origin, key, tuple(value), f"must have {len(kinds)} parts", default)
+            raise invalid_value(
+                origin, key, tuple(value), f"must have {len(kinds)} elements", default
+            )
         return tuple(_typed(v, k, key, origin) for v, k in zip(value, kinds, strict=True))
     if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
         if not math.isfinite(value):
@@ -230,7 +244,7 @@ def _typed(value: Any, kind: Any, key: str, origin: str) -> Any:
 
 
 def _nearest_of_type(value: Any, kind: Any, key: str) -> Any:
-    """What the user may have meant: 64 for "64", 3 for 2.9, true for "True"; else the default."""
+    """Guesses what the user meant: 64 for "64", 3 for 2.9, true for "True"; else the default."""
     try:
         if kind is str and isinstance(value, int | float):
             return f'"{as_yaml(value)}"'
@@ -247,7 +261,7 @@ def _schema() -> dict[str, Any]:
     kinds: dict[str, Any] = {}
     for name, kind in get_type_hints(Config).items():
         if is_dataclass(kind):
-            kinds.update({f"{name}.{leaf}": k for leaf, k in get_type_hints(kind).items()})
+            kinds.update({f"{name}.{key}": k for key, k in get_type_hints(kind).items()})
         elif name != "origins":
             kinds[name] = kind
     return kinds

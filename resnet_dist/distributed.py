@@ -1,7 +1,7 @@
-"""The world: who am I, how many are we, and the few verbs that all ranks say together.
+"""The process group: which rank this is, how many there are, and the collectives they share.
 
-One environment contract: RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT,
-which torchrun sets and every other launcher exports. Without them the world is one process.
+The environment is the one that torchrun sets and every other launcher exports: RANK, LOCAL_RANK,
+WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT. Without it the world is one process.
 """
 
 import os
@@ -23,25 +23,32 @@ from resnet_dist.determinism import is_deterministic
 from resnet_dist.errors import RankFailure, UserError
 
 T = TypeVar("T")
-# How long ranks wait for one that reads, or saves, on a disk that hangs. Over NCCL, too, whose own
-# ten minutes end all processes without a save.
+# How long ranks wait for one that reads from, or saves to, a hanging disk. Applies to NCCL too: its
+# default of ten minutes would kill all processes without a save.
 LIMIT = timedelta(minutes=30)
-# The same for one that looks at 1.28 M files on a slow disk.
+# How long they wait for one that reads the headers of 1.28 M files from a slow disk.
 PATIENCE = timedelta(hours=2)
 
 
 @dataclass(frozen=True)
 class World:
-    """Made once by `start` and passed along. Methods are collectives: every rank calls them."""
+    """This rank's view of the process group, made once by `start` and passed along.
+
+    Its methods are collectives: every rank must call them.
+    """
 
     rank: int
     local_rank: int
     size: int
     local_size: int
     device: torch.device
-    group: dist.ProcessGroup | None = None  # for tensors on `device`; None: the default, gloo
-    host_group: dist.ProcessGroup | None = None  # for flags and objects; None: the default, gloo
-    patient_group: dist.ProcessGroup | None = None  # in place of host_group in `patiently`
+    group: dist.ProcessGroup | None = (
+        None  # for tensors on `device`; None: the default group (gloo)
+    )
+    host_group: dist.ProcessGroup | None = (
+        None  # for flags and objects; None: the default group (gloo)
+    )
+    patient_group: dist.ProcessGroup | None = None  # replaces host_group inside `patiently`
 
     @property
     def is_main(self) -> bool:
@@ -52,14 +59,14 @@ class World:
         return sum_over_ranks(tensor, self.group) if self.size > 1 else tensor
 
     def any(self, flag: bool) -> bool:
-        """True on every rank if it is true on one. Over gloo: the GPU is not waited for."""
+        """Returns True on every rank if `flag` is True on any. Uses gloo: no wait for the GPU."""
         return self.start_any(flag)()
 
     def start_any(self, flag: bool) -> Callable[[], bool]:
-        """Starts `any`; what is returned waits for the answer, on every rank, and gives it.
+        """Starts `any` without waiting. Returns a function that waits for the answer.
 
-        Meanwhile the ranks may do other things together: gloo tells collectives apart by the order
-        in which they are started, which is the same on every rank.
+        Every rank must call that function too. Other collectives may run in between: gloo matches
+        collectives by the order in which they start, which is the same on every rank.
         """
         if self.size == 1:
             return lambda: flag
@@ -74,16 +81,19 @@ class World:
 
     @contextmanager
     def patiently(self, what: str, say_every_seconds: float = 30.0) -> Iterator["World"]:
-        """The world for what may take long on some ranks, such as reading headers from a slow disk:
-        the others wait for up to PATIENCE, and rank 0 says that it is still at `what`."""
+        """Gives a world with a longer timeout, for work that may take long on some ranks.
+
+        Such as reading headers from a slow disk: the other ranks wait for up to PATIENCE, and rank
+        0 reports every `say_every_seconds` that `what` is still under way.
+        """
         began, is_done = time.monotonic(), Event()
 
-        def tell() -> None:
+        def report() -> None:
             while not is_done.wait(say_every_seconds):
                 seconds = time.monotonic() - began
                 print(f"{what}: {seconds:.0f} s so far", file=sys.stderr, flush=True)
 
-        thread = Thread(target=tell, daemon=True, name="patience")
+        thread = Thread(target=report, daemon=True, name="patience")
         if self.is_main:
             thread.start()
         try:
@@ -92,21 +102,21 @@ class World:
             is_done.set()
 
     def gather(self, value: T) -> list[T]:
-        """Each rank's value, by rank, on every rank. Over gloo, pickled."""
+        """Returns the values of all ranks, by rank, on every rank. Pickles them and uses gloo."""
         values: list[Any] = [value] * self.size
         if self.size > 1:
             dist.all_gather_object(values, value, self.host_group)
         return values
 
     def on_main(self, function: Callable[[], T]) -> T:
-        """Runs `function` on rank 0 and gives its result, or its error, to every rank."""
+        """Runs `function` on rank 0; returns its result, or raises its error, on every rank."""
         if self.size == 1:
             return function()
         answer: list[Any] = [None, None]  # result, failure
         if self.is_main:
             try:
                 answer[0] = function()
-            except Exception as failure:  # the others must not wait for an answer for ever
+            except Exception as failure:  # otherwise the others would wait for an answer
                 known = isinstance(failure, UserError)
                 text = str(failure) if known else f"rank 0: {type(failure).__name__}: {failure}"
                 dist.broadcast_object_list([None, (known, text)], 0, self.host_group)
@@ -118,8 +128,11 @@ class World:
         return answer[0]
 
     def on_all(self, function: Callable[[], T]) -> T:
-        """Runs `function` on every rank; if it fails on one, that rank raises its error, and all
-        others a UserError that tells of it."""
+        """Runs `function` on every rank and returns this rank's result.
+
+        If it fails on a rank, that rank raises its own error and all others raise a UserError that
+        reports it.
+        """
         if self.size == 1:
             return function()
         result: T | None = None
@@ -128,21 +141,21 @@ class World:
             result = function()
         except UserError as error:
             failure = error
-        except Exception as error:  # the others must not wait for this rank for ever
+        except Exception as error:  # otherwise the others would wait for this rank
             self.gather(RankFailure(f"{type(error).__name__}: {error}"))
             raise
         self.raise_any(failure)
         return cast(T, result)
 
     def raise_any(self, failure: UserError | None) -> None:
-        """Raises the first rank's failure on every rank; None is no failure."""
+        """Raises the first failing rank's error on every rank. failure: None if there is none."""
         for rank, error in enumerate(self.gather(failure)):
             if error is not None:
                 kind = RankFailure if isinstance(error, RankFailure) else UserError
                 raise kind(str(error) if self.size == 1 else f"rank {rank}: {error}")
 
     def node_group(self) -> dist.ProcessGroup | None:
-        """The group of the ranks of this node; None where each node has one rank alone.
+        """Returns the group of the ranks on this node; None if each node has a single rank.
 
         Raises:
             UserError: the nodes have different numbers of ranks.
@@ -151,7 +164,7 @@ class World:
         if set(local_sizes) != {self.local_size}:
             raise UserError(
                 f"model.sync_batchnorm=node: nodes have different numbers of ranks: {local_sizes}; "
-                "give each node as many, or model.sync_batchnorm=world"
+                "use the same number on each, or model.sync_batchnorm=world"
             )
         if self.local_size == 1:
             return None
@@ -163,7 +176,7 @@ class World:
 def sum_over_ranks(tensor: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     """Sums a tensor over the ranks of the group, in place, and returns it.
 
-    In deterministic mode strictly in the order of the ranks.
+    In deterministic mode, the ranks are added strictly in order.
     """
     if is_deterministic():
         return sum_in_rank_order(tensor, group)
@@ -172,34 +185,34 @@ def sum_over_ranks(tensor: Tensor, group: dist.ProcessGroup | None = None) -> Te
 
 
 def sum_in_rank_order(tensor: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-    """((rank 0 + rank 1) + rank 2) + ... of each element, in place; returns the tensor.
+    """Computes ((rank 0 + rank 1) + rank 2) + ... of each element, in place; returns the tensor.
 
-    An all-reduce adds in an order that depends on an element's place in the buffer, on the
-    algorithm (ring, tree, in the switch) and on the network between the ranks. This depends on
-    nothing but the values, and sends as much: each rank gets one part of all ranks' tensors, adds
-    it up, and gives it to all. Any dtype that can be added; shape and dtype are the same on every
-    rank of the group, None being the world.
+    Floating-point addition is not associative, and an all-reduce adds in an order that depends on
+    an element's offset in the buffer, on the algorithm (ring, tree, in-switch) and on the network.
+    This result depends on the values alone, at the same traffic: each rank receives one chunk of
+    every rank's tensor, adds the chunks in order, and sends the result to all. Any dtype that can
+    be added; shape and dtype must be the same on every rank of the group. group: None is the world.
     """
     size = dist.get_world_size(group)
     flat = tensor.detach().flatten()
-    parts = flat.new_zeros(size, -(-len(flat) // size))  # of equal size: padded with zeros
-    parts.view(-1)[: len(flat)] = flat
-    rows = torch.empty_like(parts)  # row r: rank r's values of this rank's part
-    dist.all_to_all_single(rows, parts, group=group)
+    chunks = flat.new_zeros(size, -(-len(flat) // size))  # of equal size, padded with zeros
+    chunks.view(-1)[: len(flat)] = flat
+    rows = torch.empty_like(chunks)  # row r will have rank r's values of this rank's chunk
+    dist.all_to_all_single(rows, chunks, group=group)
     total = rows[0]
-    for row in rows[1:]:  # no rows.sum(0), which may add in any order
+    for row in rows[1:]:  # not rows.sum(0), which may add in any order
         total += row
-    dist.all_gather(list(parts), total, group=group)
-    return tensor.copy_(parts.view(-1)[: len(flat)].view_as(tensor))
+    dist.all_gather(list(chunks), total, group=group)
+    return tensor.copy_(chunks.view(-1)[: len(flat)].view_as(tensor))
 
 
 def reduce_gradients_in_rank_order(model: DistributedDataParallel) -> None:
-    """DDP's mean over the ranks, the same wherever a gradient stands in a bucket.
+    """Makes DDP average gradients in rank order, wherever a gradient is in a bucket.
 
-    DDP makes its buckets anew after the first step, in the order in which gradients came. An
-    all-reduce adds in an order that depends on the place in the buffer. So the first step after a
-    resume would differ in the last bit from the same step of a run that was not stopped: with
-    three ranks or more, since a sum of two has one order.
+    DDP rebuilds its buckets after the first step, in the order in which gradients arrived, and the
+    order of an all-reduce's additions depends on the offset in a bucket. So the first step after a
+    resume would differ in the last bits from the same step of an uninterrupted run (with three or
+    more ranks, as two numbers have only one sum).
     """
     model.register_comm_hook(model.process_group, _mean_in_rank_order)
 
@@ -208,7 +221,7 @@ def _mean_in_rank_order(
     group: dist.ProcessGroup, bucket: dist.GradBucket
 ) -> torch.futures.Future[Tensor]:
     mean = sum_in_rank_order(bucket.buffer(), group).div_(group.size())
-    # The GPU's stream orders what follows; the future only has to say which device that is.
+    # What follows is ordered by the GPU's stream; the future only has to know the device.
     done: torch.futures.Future[Tensor] = torch.futures.Future(
         devices=[mean.device] if mean.is_cuda else None
     )
@@ -217,10 +230,10 @@ def _mean_in_rank_order(
 
 
 def start() -> World:
-    """Joins the process group that the environment names, and takes this rank's device.
+    """Joins the process group given by the environment and selects this rank's device.
 
     Raises:
-        UserError: the environment is half set.
+        UserError: the environment is incomplete, or only some ranks have a GPU.
     """
     size = _from_environment("WORLD_SIZE", 1)
     rank = _from_environment("RANK", 0 if size == 1 else None)
@@ -230,7 +243,7 @@ def start() -> World:
         raise UserError(f"environment: RANK={rank}: must be below WORLD_SIZE={size}")
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        # Some launchers show each rank its own GPU only, as number 0.
+        # Some launchers make only its own GPU visible to each rank, as number 0.
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
     if size == 1:
@@ -240,8 +253,8 @@ def start() -> World:
             if not os.environ.get(name):
                 raise UserError(f"environment: {name} is not set; start the ranks with torchrun")
         dist.init_process_group("gloo", rank=rank, world_size=size, timeout=LIMIT)
-    # The default group is gloo, for flags and objects on the CPU; gradients and BN statistics go
-    # over NCCL, which refuses two ranks on one GPU: there gloo carries them too, slowly.
+    # The default group is gloo, for flags and objects on the CPU. Gradients and BN statistics use
+    # NCCL, except where ranks share a GPU, which NCCL refuses: there they use gloo too, slowly.
     gpus = _gpus_of_all_ranks(device, size)
     group: Any = None
     if device.type == "cuda" and len(set(gpus)) == size:
@@ -251,21 +264,21 @@ def start() -> World:
 
 
 def start_alone(verb: str) -> World:
-    """The world of a verb that runs in one process. Raises UserError under torchrun."""
+    """Returns the world of a verb that runs in one process. Raises UserError under torchrun."""
     if _from_environment("WORLD_SIZE", 1) > 1:
         raise UserError(f"{verb}: runs in one process; start it without torchrun or srun")
     return start()
 
 
-# The group that was left last. Whoever lets go of a gloo group last waits for its threads, and DDP
-# does so while it holds Python's lock (GIL), which such a thread may want: with torch 2.11 a run
-# that was done now and then never ended. Held here, the group outlives DDP, and Python's own
-# reference lets go of it without the lock.
+# Keeps the group alive after `stop`. Destroying a gloo group waits for its threads. If DDP drops
+# the last reference, it does so while holding the GIL, which such a thread may need: with torch
+# 2.11, a finished run sometimes never ended. With a reference here the group outlives DDP, and
+# Python drops the last reference without holding the GIL.
 _left_group: list[dist.ProcessGroup | None] = []
 
 
 def stop() -> None:
-    """Leaves the process group, if there is one."""
+    """Leaves the process group, if this process is in one."""
     if dist.is_initialized():
         _left_group[:] = [dist.group.WORLD]
         dist.destroy_process_group()
@@ -282,7 +295,7 @@ def _from_environment(name: str, default: int | None) -> int:
 
 
 def _gpus_of_all_ranks(device: torch.device, size: int) -> list[str]:
-    """Each rank's host and GPU. Raises UserError where only some ranks have one."""
+    """Returns each rank's host and GPU. Raises UserError if only some ranks have a GPU."""
     mine = [os.uname().nodename, ""]
     if device.type == "cuda":
         mine[1] = str(torch.cuda.get_device_properties(device).uuid)
@@ -292,6 +305,6 @@ def _gpus_of_all_ranks(device: torch.device, size: int) -> list[str]:
     if hosts_without and any(gpu for _, gpu in all_ranks):
         raise UserError(
             f"no working GPU on {', '.join(hosts_without)}, while other ranks have one; "
-            "look at nvidia-smi there, or leave these hosts out"
+            "check nvidia-smi there, or leave these hosts out"
         )
     return [f"{host} {gpu}" for host, gpu in all_ranks]

@@ -1,26 +1,28 @@
-"""The one exception that speaks to the user: one line, no traceback, exit code 2."""
+"""Errors for the user: one line instead of a traceback, and an exit code."""
 
 from typing import Any
 
 
 class UserError(Exception):
-    """What is wrong, where (file, key, sample), and how to mend it, in one line."""
+    """Bad input. The message says in one line what is wrong, where, and how to fix it."""
 
     exit_code = 2
 
 
 class RankFailure(UserError):
-    """A bug, or a machine that fails, met by one rank: the user's input is not to blame. That rank
-    prints the traceback, and all ranks end with this line."""
+    """A bug or a failing machine on one rank; the user's input is not to blame.
+
+    That rank prints the traceback, and all ranks end with this line.
+    """
 
     exit_code = 1
 
 
-# What pip calls a package that Python imports under another name.
+# Python module -> pip package, where the names differ.
 DALI = "nvidia-dali-cuda130 (for CUDA 12 as README.md says)"
 PIP_NAMES = {
     "nvidia": DALI,
-    "nvidia.dali": DALI,  # CUDA's libraries lie in `nvidia` too
+    "nvidia.dali": DALI,  # CUDA's wheels install into `nvidia` too
     "PIL": "pillow",
     "sklearn": "scikit-learn",
     "yaml": "pyyaml",
@@ -28,7 +30,10 @@ PIP_NAMES = {
 
 
 def not_installed(error: ModuleNotFoundError) -> UserError:
-    """The line for a package that is missing. Raises `error` itself if only a part of one is."""
+    """Returns the error for a package that is not installed.
+
+    Raises `error` itself if the package is there but one of its modules is missing.
+    """
     name = error.name or ""
     if not name or ("." in name and name not in PIP_NAMES):
         raise error
@@ -38,7 +43,7 @@ def not_installed(error: ModuleNotFoundError) -> UserError:
 
 
 def invalid_value(origin: str, key: str, value: Any, why: str, nearest: object) -> UserError:
-    """The line for a bad setting: file, key, value, reason, and the nearest valid value."""
+    """Returns the error for a bad setting: file, key, value, reason and nearest valid value."""
     nearest_text = as_yaml(nearest)
     return UserError(
         f"{origin}: {key}={as_yaml(value)}: {why}; the nearest valid value is {nearest_text}"
@@ -46,11 +51,11 @@ def invalid_value(origin: str, key: str, value: Any, why: str, nearest: object) 
 
 
 def as_yaml(value: Any) -> str:
-    """A plain value as it would stand in a config file."""
+    """Formats a plain value as it would be written in a config file."""
     if isinstance(value, tuple | list):
-        return "[" + ", ".join(as_yaml(part) for part in value) + "]"
+        return "[" + ", ".join(as_yaml(item) for item in value) + "]"
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{key}: {as_yaml(part)}" for key, part in value.items()) + "}"
+        return "{" + ", ".join(f"{key}: {as_yaml(item)}" for key, item in value.items()) + "}"
     if value is None:
         return "null"
     return str(value).lower() if isinstance(value, bool) else str(value)

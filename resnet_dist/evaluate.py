@@ -1,4 +1,8 @@
-"""Exact evaluation: each image counts once, on any number of ranks. Sum, count, then divide."""
+"""Exact evaluation: each image counts once, on any number of ranks.
+
+Correct answers, losses and images are summed on the device and over the ranks, and divided once at
+the end; averages of per-rank averages would weight images unequally.
+"""
 
 import math
 from collections.abc import Iterable
@@ -18,7 +22,7 @@ from resnet_dist.tracking.metrics import VAL_ACC1, VAL_ACC5, VAL_LOSS
 
 @dataclass(frozen=True)
 class Score:
-    """Sums over the evaluated images; percentages are properties."""
+    """Sums over the evaluated images; accuracies, in percent, and the mean loss are properties."""
 
     correct1: int
     correct5: int
@@ -47,7 +51,7 @@ class Score:
     def __str__(self) -> str:
         return (
             f"acc1 {self.acc1:.2f} %  acc5 {self.acc5:.2f} %  loss {self.loss:.4f}  "
-            f"({self.correct1:,} of {self.images:,} right)"
+            f"({self.correct1:,} of {self.images:,} correct)"
         )
 
 
@@ -59,19 +63,19 @@ def evaluate(
     precision: str,
     protocol: Protocol = CENTER_CROP,
 ) -> Score:
-    """Scores this rank's batches and adds up over the ranks. Every rank calls it.
+    """Evaluates the network on this rank's batches and sums over the ranks. Every rank calls it.
 
-    An image's score is the mean of the softmax probabilities over its views (Krizhevsky et al.
-    2012, section 4.1), in a view of the whole image of the logits' mean over all positions; the
-    loss is -log of that score for the right class.
+    The prediction for an image is the mean of the softmax probabilities over its views (Krizhevsky
+    et al. 2012, section 4.1); where a view is the whole image, the logits are first averaged over
+    all spatial positions. The loss is -log of the mean probability of the right class.
 
-    batches: `eval_requests` of the protocol. The ranks may hold different numbers of them, even
-    none: they meet at the end alone. With fewer than five classes, acc5 is the accuracy
-    among all of them: 100 %. An image that cannot be read counts, as wrong.
+    batches: loaded for the `eval_requests` of the protocol. Ranks may have different numbers of
+    batches, even none, as they communicate only at the end. With fewer than five classes acc5 is
+    100 %. An image that cannot be read counts as wrong.
     """
     was_training = model.training
     model.eval()
-    # A rank whose data fail tells the others, who would wait for its sums.
+    # If loading fails on one rank, `on_all` tells the others, which would wait for its sums.
     sums = world.on_all(lambda: _sums(model, batches, world.device, precision, protocol))
     model.train(was_training)
     correct1, correct5, total_loss, count = world.sum(sums).tolist()  # CPU-GPU sync point
@@ -85,13 +89,14 @@ def _sums(
     precision: str,
     protocol: Protocol,
 ) -> Tensor:
-    """float64 [4]: right answers, right among five, loss and images, of this rank."""
-    # Average pooling and the linear layer after it commute: only VGG needs another forward pass to
-    # be fully convolutional.
+    """Returns this rank's sums: correct in top 1, correct in top 5, loss, images. float64 [4]."""
+    # On a whole image the network is applied at every position, and the results are averaged. A
+    # ResNet does that as it is, because its average pooling and the linear layer after it commute.
+    # VGG's head does not, so it has a separate, fully convolutional forward pass.
     network = model.dense if protocol.scales_px and isinstance(model, Vgg) else model
     sums = torch.zeros(4, dtype=torch.float64, device=device)
-    log_p: list[Tensor] = []  # of the views of one batch so far, each float64 [B, classes]
-    labels: list[Tensor] = []  # the same in each view, but where it cannot be read: -1
+    log_p: list[Tensor] = []  # of this batch's views so far: [B, classes]
+    labels: list[Tensor] = []  # equal in all views, except -1 in a view that could not be read
     for batch in batches:
         mirror = [batch.images.flip(3)] if protocol.mirrored else []
         for view in [batch.images, *mirror]:
@@ -101,10 +106,11 @@ def _sums(
             labels.append(batch.labels)
         if len(log_p) < protocol.views:
             continue
-        mean = torch.stack(log_p).logsumexp(dim=0) - math.log(protocol.views)  # log of the mean p
+        # log(1/V * sum of p_v) = logsumexp of log p_v - log V, without leaving log space.
+        mean = torch.stack(log_p).logsumexp(dim=0) - math.log(protocol.views)
         label = torch.stack(labels).amin(dim=0)
         log_p, labels = [], []
-        # An image that cannot be read is wrong, and has the loss of a blind guess.
+        # An unreadable image counts as wrong, with the loss of a uniform guess: log(classes).
         right = mean.topk(min(5, mean.shape[1])).indices == label[:, None]  # [B, 5]
         loss_sum = F.nll_loss(mean, label, reduction="sum", ignore_index=BLANK_LABEL)
         loss_sum += (label == BLANK_LABEL).sum() * math.log(mean.shape[1])

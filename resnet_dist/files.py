@@ -1,7 +1,7 @@
-"""Files and folders that are written whole or not at all, whatever is killed or loses its power.
+"""Writes files and folders completely or not at all, even across a kill or a power failure.
 
-What is new stands under another name, is flushed to the disk, and is then renamed; then the folder
-that holds the name is flushed, too, as a file's own fsync does not write its name down.
+New content is written under a temporary name, flushed to the disk, and renamed. Then the parent
+folder is flushed too, since a file's own fsync does not make its name durable.
 """
 
 import os
@@ -12,20 +12,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-PARTIAL = ".partial-"  # how a name begins that is not whole; of a writer that was killed
+PARTIAL = ".partial-"  # prefix of temporary names; one that stays was left by a killed writer
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write to, which takes the place of `path` when the block ends without an error.
+    """Opens a file for writing that replaces `path` when the block ends without an error.
 
-    A folder that is missing is made. Who may read the file is up to the umask.
+    Creates missing folders. The file's permissions follow the umask.
 
     Raises:
-        OSError: it cannot be written. What stood at `path` stands there still.
+        OSError: the file cannot be written. Then `path` is unchanged.
     """
     _make_folder(path.parent)
-    fresh = beside(path)
+    fresh = temporary_name(path)
     try:
         with open(fresh, "xb") as file:
             yield file
@@ -33,7 +33,7 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
             os.fsync(file.fileno())
         os.replace(fresh, path)
     except BaseException:
-        fresh.unlink(missing_ok=True)  # its bytes may be what the disk lacks
+        fresh.unlink(missing_ok=True)  # on a full disk its space is needed
         raise
     flush_folder(path.parent)
 
@@ -46,14 +46,15 @@ def replace_file(path: Path, content: bytes | str) -> None:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill, which is at `path`, where nothing stands yet, when the block ends without
-    an error. Its files are to be flushed by whoever writes them (`flush_file`).
+    """Gives a folder to fill, which is renamed to `path` when the block ends without an error.
+
+    `path` must not exist yet. The caller flushes the files in it (`flush_file`).
 
     Raises:
-        OSError: it cannot be written, and nothing of it stays.
+        OSError: the folder cannot be written. Then nothing of it remains.
     """
     _make_folder(path.parent)
-    fresh = beside(path)
+    fresh = temporary_name(path)
     try:
         fresh.mkdir()
         yield fresh
@@ -66,12 +67,12 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def replace_link(link: Path, target: str) -> None:
-    """Makes `link` a symbolic link to `target`, in place of a file or link that stands there.
+    """Makes `link` a symbolic link to `target`, replacing a file or link of that name.
 
     Raises:
-        OSError: that cannot be done; the old one stands.
+        OSError: it cannot be replaced. Then the old one is unchanged.
     """
-    fresh = beside(link)
+    fresh = temporary_name(link)
     try:
         fresh.symlink_to(target)
         os.replace(fresh, link)
@@ -81,19 +82,19 @@ def replace_link(link: Path, target: str) -> None:
     flush_folder(link.parent)
 
 
-def beside(path: Path) -> Path:
-    """A name that was never used, for what will be renamed to `path`."""
+def temporary_name(path: Path) -> Path:
+    """Returns an unused name in the same folder, for what will be renamed to `path`."""
     return path.with_name(f"{PARTIAL}{path.name}-{uuid.uuid4().hex[:8]}")
 
 
 def flush_file(path: Path) -> None:
-    """Puts what others have written to it on the disk."""
+    """Makes the content of a file durable, whoever has written it."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
 
 
 def flush_folder(folder: Path) -> None:
-    """Puts the names in it on the disk; a file's fsync does not."""
+    """Makes the names in a folder durable, which a file's own fsync does not."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,8 @@
-"""The parts of a training run, built the same on every rank, and the verbs that use them."""
+"""What a training run is built from, the same way on every rank, and what can be done with it.
+
+`build` makes a Job from a config: data, network, optimizer, checkpoint writer. The functions below
+it are the verbs of the training loop: restore, save, and the batches to train and to evaluate on.
+"""
 
 import inspect
 from collections.abc import Callable, Generator
@@ -55,7 +59,7 @@ from resnet_dist.tracking.mirror import TAG_CHARACTERS, git_commit
 
 @dataclass(frozen=True)
 class Job:
-    """What training works on; only `state` changes."""
+    """Everything that training works with; only `state` changes during a run."""
 
     config: Config
     plan: Plan
@@ -67,11 +71,11 @@ class Job:
     val_index: Index
     val_loader: Loader
     saver: Saver
-    facts: Facts  # about data and machine, for checkpoints
+    facts: Facts  # about the data and the machine, recorded in checkpoints
     previous: Previous
-    dropouts: tuple[KeyedDropout, ...] = ()  # of state.model
-    initialized: str | None = None  # what there is to say about model.init_from
-    decoding: str = ""  # how images are decoded, and why so
+    dropouts: tuple[KeyedDropout, ...] = ()  # in state.model
+    initialized: str | None = None  # a line about model.init_from, to print
+    decoding: str = ""  # how images are decoded, and the reason
 
 
 def build(
@@ -81,8 +85,11 @@ def build(
     say: Callable[[str], None] = print,
     startup: Startup | None = None,
 ) -> Job:
-    """resume_anyway: goes on where another config or other data have been, too. say: takes the
-    lines of the Saver. startup: told where the time goes.
+    """Builds everything that a run needs, up to but not including its checkpoint's state.
+
+    Every rank calls it. resume_anyway: accept a run folder that was made with other settings or
+    other data. say: prints what the checkpoint writer reports. startup: measures where the time
+    goes.
 
     Raises:
         UserError: the config does not fit the data, the world, the run folder or model.init_from.
@@ -94,8 +101,8 @@ def build(
     if differing:
         raise UserError(
             f"data.root={config.data.root}: train and val differ in {len(differing)} classes, such "
-            f"as {min(differing)}; they must have the same (shards from elsewhere may need a "
-            "classes.txt that names them, a line each)"
+            f"as {min(differing)}; they must have the same classes (shards that other tools wrote "
+            "may need a classes.txt with one class name per line)"
         )
     startup.mark("data index")
     previous = find_previous(config, world)
@@ -109,7 +116,7 @@ def build(
         decoder=str(decoding),
         made_with=made_with(world),
     )
-    # Before all that takes long: networks, a mean image, caches.
+    # Refuse a changed config here, before anything slow: networks, a mean image, caches.
     previous = with_changes(previous, config, facts, world, resume_anyway)
     images = len(train_index), len(val_index)
     plan = Plan.of(config, world.size, *images, world.local_size)
@@ -120,7 +127,7 @@ def build(
         initialized = load_initial_weights(network, config, train_index.classes, world)
     optimizer = build_optimizer(network, config.optim)
     startup.mark("network and optimizer")
-    # One that the network has been trained with stays, whatever the images.
+    # A network keeps the mean image that it has been trained with, even if the images changed.
     kept = saved.mean_image if saved is not None and config.data.per_pixel_mean else None
     if kept is not None and len(kept) == config.data.crop_px:
         mean: np.ndarray | None = kept.numpy()
@@ -156,9 +163,10 @@ def build(
 
 
 def check_deterministic_form(config: Config, device: torch.device) -> None:
-    """Raises UserError where training would end in its first step, as a layer has none.
+    """Raises UserError if a layer of the network has no deterministic form on this device.
 
-    On a GPU that is VGG's average pooling, but at a size where it changes nothing (models/vgg.py).
+    Otherwise training would fail in its first step. The one such layer is VGG's average pooling on
+    a GPU, except at the size where it has nothing to average (models/vgg.py).
     """
     pools = DEPTHS[config.model.name].form == "vgg" and config.data.crop_px // 2**5 != MAP_PX
     if config.train.deterministic and device.type == "cuda" and pools:
@@ -167,7 +175,7 @@ def check_deterministic_form(config: Config, device: torch.device) -> None:
 
 
 def build_network(config: Config, world: World, num_classes: int) -> nn.Module:
-    """The network of the config, on the device, parts frozen and BN synchronized as asked."""
+    """Returns the config's network on the device, with frozen parts and BN synchronized."""
     seed_weights(config.seed)  # the same on every rank
     model = _build_frozen(config, num_classes)
     if world.size > 1 and config.model.sync_batchnorm == "world":
@@ -175,12 +183,15 @@ def build_network(config: Config, world: World, num_classes: int) -> nn.Module:
     elif world.size > 1 and config.model.sync_batchnorm == "node":
         group = world.node_group()
         model = model if group is None else convert_sync_batchnorm(model, group)
-    # Tensor cores want channels last; the loader delivers images so.
+    # Tensor cores are fastest with channels last, which is also how the loader lays out images.
     return model.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def _build_frozen(config: Config, num_classes: int) -> nn.Module:
-    """Freshly initialized, parts frozen: before other BN is synchronized, and before DDP looks."""
+    """Returns a freshly initialized network whose parts with lr_scale 0 are frozen.
+
+    Freezing comes first: frozen BN must not be synchronized, and DDP must not expect its gradients.
+    """
     model = build_model(config.model.name, num_classes, config.model.zero_init_last_gamma)
     for name, modules in parts(model).items():
         if config.optim.lr_scales.get(name) == 0:
@@ -192,16 +203,18 @@ def _build_frozen(config: Config, num_classes: int) -> nn.Module:
 def _averaged(network: nn.Module, config: Config, num_classes: int) -> AveragedNetwork | None:
     if config.train.ema_decay is None:
         return None
-    with torch.device("meta"):  # nothing to initialize: it gets the network's tensors
+    with torch.device("meta"):  # no storage: it is given copies of the network's tensors
         same = _build_frozen(config, num_classes)
     return AveragedNetwork(network, same, config.train.ema_decay)
 
 
 def distribute(network: nn.Module, world: World) -> nn.Module:
+    """Wraps the network in DDP; a world of one rank needs none."""
     if world.size == 1:
         return network
-    # Running statistics are equal (synchronized BN), or averaged where they are used: DDP need not
-    # send them before each forward. torch 2.14 gave the switch a new name.
+    # DDP would broadcast buffers (BN's running statistics) from rank 0 before each forward pass.
+    # There is no need: synchronized BN keeps them equal, and otherwise they are averaged before
+    # they are used (agree_on_running_stats). torch 2.14 renamed the switch.
     switches = ("forward_sync_buffers", "broadcast_buffers")
     known = inspect.signature(DistributedDataParallel).parameters
     off: dict[str, Any] = {next(name for name in switches if name in known): False}
@@ -218,9 +231,10 @@ def distribute(network: nn.Module, world: World) -> nn.Module:
 
 
 def restore(job: Job) -> str | None:
-    """Goes on from the run folder's newest checkpoint, if it has one. On every rank, and once.
+    """Resumes from the newest checkpoint in the run folder, if there is one.
 
-    Returns what there is to say about it, or about the weights that a new run starts from.
+    Every rank calls it, once. Returns lines to print: from where the run resumes and what has
+    changed, or which weights a new run starts from; None if there is nothing to say.
     """
     previous, said = job.previous, list(job.previous.warnings)
     saved = previous.checkpoint
@@ -228,20 +242,23 @@ def restore(job: Job) -> str | None:
         return "\n".join([*said, *filter(None, [job.initialized])]) or None
     said += [describe_resume(previous.path, saved, job.plan)]
     if previous.changes:
-        said += [f"warning: not the same run from here on: {'; '.join(previous.changes)}"]
+        said += [f"warning: from here on this is a different run: {'; '.join(previous.changes)}"]
         saved, warnings = adapt_checkpoint(saved, job.config, job.state)
         said += warnings
     if is_deterministic():
         said += environment_warning(saved.made_with, job.facts.made_with)
     said += bn_batch_warning(saved.bn_batch_size, job.plan)
     job.state.restore(saved)
-    for held in (saved.model, saved.optimizer, saved.ema or {}):
-        held.clear()  # together as large as the state itself
+    for restored in (saved.model, saved.optimizer, saved.ema or {}):
+        restored.clear()  # frees as much memory as the state itself takes
     return "\n".join(said)
 
 
 def save(job: Job, meter: Meter) -> None:
-    """Saves the state as it is now. Every rank calls it; rank 0 copies it, and writes it behind."""
+    """Saves the state as it is now. Every rank calls it.
+
+    Rank 0 copies the state to host memory; a background thread then writes it to the disk.
+    """
     agree_on_running_stats(job)
     job.state.meter, job.state.train_loss = meter.gather(), meter.last_loss
     if job.world.is_main:
@@ -249,47 +266,53 @@ def save(job: Job, meter: Meter) -> None:
 
 
 def train_batches(job: Job) -> Generator[Batch]:
-    """This rank's batches, from the next step to the end of the run. Close it to free its memory,
-    and ask anew: what comes depends on the step alone."""
+    """Returns this rank's batches, from the next step to the end of the run.
+
+    Close the generator to free its memory. Calling this again later continues in the right place,
+    since the batches of a step depend on nothing but the step.
+    """
     config, plan, world = job.config, job.plan, job.world
     requests = train_requests(config, plan, job.train_index, world.rank, job.state.step)
     return job.train_loader.batches(requests)
 
 
 def val_batches(job: Job) -> Generator[Batch]:
-    """This rank's share of the validation images."""
+    """Returns this rank's share of the validation images, in batches."""
     config, world = job.config, job.world
     requests = eval_requests(config, job.val_index, CENTER_CROP, world.rank, world.size)
     return job.val_loader.batches(requests)
 
 
 def agree_on_running_stats(job: Job) -> None:
-    """Before an evaluation or a save: averages BN statistics that are local to ranks or nodes. A
-    collective."""
-    if is_deterministic():  # there they agree after each step
+    """Averages BN statistics that ranks or nodes keep separately. A collective.
+
+    Called before the statistics are used: before an evaluation and before a save.
+    """
+    if is_deterministic():  # then `agree_after_step` has done it after each step
         return
     average_running_stats(job.state.model, job.world.group)
-    # The averaged network has no synchronized layers, but in "world" equal statistics.
+    # The averaged network's BN is never synchronized; with "world" it is equal on all ranks anyway.
     if job.state.ema is not None and job.config.model.sync_batchnorm != "world":
         average_running_stats(job.state.ema.network, job.world.group)
 
 
 def agree_after_step(network: nn.Module, world: World) -> None:
-    """In deterministic mode, averages BN statistics that are local to ranks or nodes.
+    """In deterministic mode, averages BN statistics that ranks or nodes keep separately.
 
-    Otherwise `agree_on_running_stats` does so where they are used. But an average is rounded: a
-    run that was saved at a stop would differ in the last bit from one that was not.
+    Outside of it, `agree_on_running_stats` averages them when they are used. But averages are
+    rounded, so a run that was stopped and saved in between, and so averaged once more, would differ
+    in the last bits from a run that was not. Averaging after every step makes them the same.
     """
     if is_deterministic():
         average_running_stats(network, world.group)
 
 
 def tags(job: Job, recipe: str) -> dict[str, str]:
-    """What MLflow's table can be filtered by, besides the config."""
-    # MLflow's params cannot change: the tag says what did, and from which step on.
+    """Returns the MLflow tags of the run, for filtering and sorting, besides the settings."""
+    # MLflow's params are immutable, so a tag says which settings changed, and at which step.
     changes = changes_so_far(job.config.run_dir)[:TAG_CHARACTERS]
     return {
-        "changes": changes or "none",  # said: an earlier tag may have to be taken back
+        "changes": changes or "none",  # always set, because it may have to replace an earlier tag
         "git.commit": git_commit(),
         "world_size": str(job.world.size),
         "precision": job.config.train.precision,

@@ -1,6 +1,12 @@
-"""Every number that follows from a config, a world and a data set; and nothing else.
+"""Every number that follows from a config, a world and a data set; nothing else.
 
-Pure and free of torch: `--dry-run` and the launchers print it on a login node.
+A Plan is pure arithmetic and needs no torch, so a login node can print it (`--dry-run`). The chain:
+
+    global batch B, ranks W  ->  accumulation A: the fewest passes with B / (W * A) images or fewer
+                                 than fit on a rank (train.max_local_batch_size)
+    B, training images N     ->  steps per epoch: N // B
+    steps per epoch, epochs  ->  total, warm-up and milestone steps
+    B, base_lr               ->  peak lr: base_lr * B / 256; `lr_at(step)` does the rest
 """
 
 import math
@@ -11,48 +17,49 @@ from typing import Any
 from resnet_dist.config import UNITS, Config, OptimConfig, flat_settings
 from resnet_dist.models.depths import DEPTHS
 
-TRAIN_ERROR_WARMUP_FACTOR = 0.1  # lr 0.01 before 0.1: He et al. 2015, section 4.2
+TRAIN_ERROR_WARMUP_FACTOR = 0.1  # lr 0.01, then 0.1: He et al. 2015, section 4.2
 TRAIN_ERROR_WINDOW_STEPS = 20
 
 
 @dataclass(frozen=True)
 class LrMemory:
-    """What two rules remember: the steps at which they fired. Part of a checkpoint.
+    """The memory of the two learning-rate rules that react to results. Saved in checkpoints.
 
-    All else of the schedule is a function of the step alone.
+    Everything else about the learning rate is a function of the step alone.
     """
 
-    plateau_drops: tuple[int, ...] = ()  # steps from which the lr is lower
-    evals_since_best: int = 0  # or since the last plateau drop
-    warmup_end: int | None = None  # the first step at the peak; None: the error is still above
-    # Right answers of the latest steps' global batches, while the rule watches them.
+    plateau_drops: tuple[int, ...] = ()  # the steps at which the plateau rule lowered the lr
+    evals_since_best: int = 0  # evaluations since the best one or the last plateau drop
+    # The first step at the peak lr after warmup_until_train_error_pct; None: not reached yet.
+    warmup_end: int | None = None
+    # Correct answers in the global batches of the latest steps, until the warm-up ends.
     correct_per_step: tuple[int, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """For a checkpoint: tuples as lists."""
+        """Returns plain data for a checkpoint, with tuples as lists."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in vars(self).items()}
 
     @classmethod
     def from_dict(cls, saved: dict[str, Any]) -> "LrMemory":
-        """The inverse of `to_dict`. Raises TypeError where `saved` is something else."""
-        settled: dict[str, Any] = {
+        """The inverse of `to_dict`. Raises TypeError if `saved` has other fields."""
+        values: dict[str, Any] = {
             k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()
         }
-        return cls(**settled)
+        return cls(**values)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The run in numbers. Make it with `Plan.of`; steps are optimizer steps, counted from 0."""
+    """A run in numbers, made by `Plan.of`. Steps are optimizer steps, counted from 0."""
 
     optim: OptimConfig
     world_size: int
     train_images: int
-    val_images: int | None  # None: unknown here (a plan made without the data)
+    val_images: int | None  # None: unknown, as the plan was made without the data
     global_batch_size: int
-    neighbours_kept: int  # of the config: images in a group that is never split over slices
+    neighbours_kept: int  # Config.neighbours_kept: images per group that no slice may split
     accumulation: int  # forward and backward passes per optimizer step
-    sync_batchnorm: str  # of the config
+    sync_batchnorm: str  # model.sync_batchnorm
     bn_ranks: int  # ranks that share BN statistics; 0: the network has no BN
     steps_per_epoch: int
     total_steps: int
@@ -63,7 +70,7 @@ class Plan:
     eval_every_steps: int
     save_every_steps: int
     keep_checkpoints: int
-    keep_every_steps: int | None  # one checkpoint in so many steps stays for good; None: none
+    keep_every_steps: int | None  # interval of checkpoints that are kept for good; None: none are
 
     @classmethod
     def of(
@@ -74,10 +81,10 @@ class Plan:
         val_images: int | None,
         local_world_size: int | None = None,
     ) -> "Plan":
-        """local_world_size: ranks per node; None stands for all of them on one.
+        """Computes the plan. local_world_size: ranks per node; None: all ranks are on one node.
 
         Raises:
-            UserError: the batch fits neither the world nor the data.
+            UserError: the global batch does not fit the world or the data.
         """
         train, optim = config.train, config.optim
         global_batch_size = train.global_batch_size
@@ -90,9 +97,10 @@ class Plan:
             )
             raise config.invalid("train.global_batch_size", why, train_images)
 
-        # The fewest passes whose slices fit. Slices differ by one image where it does not divide:
-        # 256 images on 3 ranks are 85, 85 and 86, and gradients are weighted by count. Where
-        # neighbours are kept together, whole groups of them are dealt out.
+        # The global batch is cut into one slice per rank and pass, with the fewest passes whose
+        # slices fit on a rank. If it does not divide evenly, slices differ by one image: 256 images
+        # on 3 ranks are 85, 85 and 86 (gradients are weighted by count, see train_step). If
+        # neighbours are to stay together, whole groups of them are dealt out instead of images.
         kept = config.neighbours_kept
         if global_batch_size % kept:
             why = f"must be a multiple of {kept}: images are mixed in groups of {kept}"
@@ -109,13 +117,13 @@ class Plan:
             raise config.invalid(
                 "train.max_local_batch_size", why, math.ceil(groups / world_size) * kept
             )
-        # The last, partial batch of an epoch is dropped: every step has the same size, and as each
-        # epoch has its own permutation, other images are left out each time.
+        # The last, partial batch of an epoch is dropped, so that all steps have the same size. Each
+        # epoch has its own permutation, so the images that are left out differ from epoch to epoch.
         steps_per_epoch = train_images // global_batch_size
         settings = flat_settings(config)
 
         def steps(key: str) -> int:
-            """The quantity `key`, in whichever unit it is given."""
+            """Returns a quantity in steps, whether it was given in epochs or in iterations."""
             in_epochs, in_iterations = settings[key], settings[UNITS[key]]
             return in_iterations if in_epochs is None else round(in_epochs * steps_per_epoch)
 
@@ -161,22 +169,23 @@ class Plan:
 
     @property
     def local_batch_size(self) -> int:
-        """The most images one rank takes through the network at once."""
+        """The largest number of images that a rank takes through the network at once."""
         groups = self.global_batch_size // self.neighbours_kept
         return math.ceil(groups / (self.world_size * self.accumulation)) * self.neighbours_kept
 
     @property
     def bn_batch_size(self) -> int:
-        """The most images that are normalized together; 0: the network has no BN.
+        """The largest number of images that BN normalizes together; 0: the network has no BN.
 
-        The slices of the ranks that share statistics stand side by side in the global batch.
+        The slices of the ranks that share statistics are contiguous in the global batch, so their
+        union is a slice too, and its size is rounded up once.
         """
         groups = self.global_batch_size // self.neighbours_kept
         slices = self.world_size * self.accumulation
         return math.ceil(groups * self.bn_ranks / slices) * self.neighbours_kept
 
     def max_local_batch_size_for(self, bn_batch_size: int) -> int | None:
-        """With which BN would average over so many images; None: with none on this world."""
+        """Returns the train.max_local_batch_size that gives this BN batch; None if none does."""
         if bn_batch_size == 0 or self.bn_ranks == 0:  # a network without BN
             return None
         kept = self.neighbours_kept
@@ -188,20 +197,25 @@ class Plan:
         return local if fits and same else None
 
     def positions(self, rank: int, accumulated: int) -> range:
-        """Where the images of pass `accumulated` of a rank stand in the step's global batch."""
+        """Returns the positions in the step's global batch of a rank's images in one pass.
+
+        The first pass of all ranks comes first, then the second pass of all ranks, and so on. Slice
+        i of n runs from i * B // n to (i + 1) * B // n, which covers every image exactly once.
+        """
         slices = self.accumulation * self.world_size
-        part = accumulated * self.world_size + rank
+        number = accumulated * self.world_size + rank
         kept, groups = self.neighbours_kept, self.global_batch_size // self.neighbours_kept
-        return range(part * groups // slices * kept, (part + 1) * groups // slices * kept)
+        return range(number * groups // slices * kept, (number + 1) * groups // slices * kept)
 
     @property
     def dropped_images_per_epoch(self) -> int:
         return self.train_images - self.steps_per_epoch * self.global_batch_size
 
     def lr_at(self, step: int, memory: LrMemory | None = None) -> float:
-        """Learning rate of `step`: a function of the step alone, but for the rules with a memory.
+        """Returns the learning rate of a step.
 
-        Warm-up is linear, per step: the first step has 1/warmup_steps of the peak.
+        It is a function of the step alone, except under the two rules that have a memory. Warm-up
+        is linear in steps: the first step has 1/warmup_steps of the peak, the last one all of it.
         """
         optim, memory = self.optim, memory or LrMemory()
         if step < self.warmup_steps:
@@ -217,11 +231,15 @@ class Plan:
         return self.peak_lr * optim.gamma ** sum(step >= at for at in fired)
 
     def watches_train_error(self, memory: LrMemory) -> bool:
-        """True while the lr is low because the training error is still high."""
+        """Whether the lr is still low because the training error is still high."""
         return self.optim.warmup_until_train_error_pct is not None and memory.warmup_end is None
 
     def after_train_step(self, memory: LrMemory, step: int, correct: int) -> LrMemory:
-        """The memory after step `step - 1`, of whose global batch `correct` images were right."""
+        """Returns the memory after `step` steps: the rule that waits for the training error.
+
+        correct: correctly classified images in the global batch of the last step. The error is
+        averaged over TRAIN_ERROR_WINDOW_STEPS steps.
+        """
         window = (*memory.correct_per_step, correct)[-TRAIN_ERROR_WINDOW_STEPS:]
         images = TRAIN_ERROR_WINDOW_STEPS * self.global_batch_size
         limit_pct = self.optim.warmup_until_train_error_pct
@@ -231,7 +249,7 @@ class Plan:
         return replace(memory, correct_per_step=window)
 
     def after_evaluation(self, memory: LrMemory, step: int, is_best: bool) -> LrMemory:
-        """The memory after an evaluation: the plateau rule."""
+        """Returns the memory after an evaluation: the plateau rule."""
         evals_since_best = 0 if is_best else memory.evals_since_best + 1
         patience = self.optim.plateau_patience_evals
         if self.optim.schedule == "plateau" and evals_since_best >= patience:
@@ -240,7 +258,7 @@ class Plan:
         return replace(memory, evals_since_best=evals_since_best)
 
     def epoch_at(self, step: int) -> float:
-        """Epochs done after `step` steps."""
+        """Returns the epochs done after `step` steps."""
         return step / self.steps_per_epoch
 
     def logs_after(self, step: int) -> bool:
@@ -255,5 +273,5 @@ class Plan:
 
 
 def _passes(groups: int, world_size: int, most: int) -> int:
-    """The fewest passes in which no rank has more than `most` groups of images at once."""
+    """Returns the fewest passes in which no rank has more than `most` groups of images at once."""
     return math.ceil(groups / (world_size * most))

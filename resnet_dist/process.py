@@ -1,5 +1,7 @@
-"""What holds for the whole process, in one place: set by a program at its start, never by a module
-that is imported or by an object that is made."""
+"""Process-wide settings: memory allocator, open files, warnings.
+
+A program sets them when it starts. Importing a module or creating an object never does.
+"""
 
 import ctypes
 import resource
@@ -13,25 +15,25 @@ _libc = ctypes.CDLL(None)
 
 
 def set_up_process() -> None:
-    """Before the first other thread, and before DALI is imported: see the three functions below."""
+    """Applies all settings below. Call it before starting threads and before importing DALI."""
     limit_arenas()
     allow_open_files()
     filter_warnings()
 
 
 def limit_arenas() -> None:
-    """Tells glibc's allocator not to keep what a loader is done with.
+    """Limits the arenas of glibc's allocator, which would keep memory that a loader has freed.
 
-    Images come in all sizes and are allocated by some threads and freed by others. With an arena
-    per thread, as glibc has it, that memory grows by a quarter over ten epochs before it settles.
-    Elsewhere: nothing.
+    Images have all sizes, and are allocated in some threads and freed in others. With glibc's
+    default of an arena per thread, memory grows by a quarter over ten epochs before it settles.
+    With another C library this does nothing.
     """
     if hasattr(_libc, "mallopt"):
         _libc.mallopt(M_ARENA_MAX, ARENAS)
 
 
 def allow_open_files() -> None:
-    """ImageNet has more shards than a process may open by default."""
+    """Raises the limit of open files: ImageNet can have more shards than the default allows."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -39,20 +41,20 @@ def allow_open_files() -> None:
 
 
 def filter_warnings() -> None:
-    """Leaves out what tells a user nothing."""
-    # Said once per process, when the first pipeline for a GPU is built where NPP or cuFFT is not
-    # installed, and DALI's CUDA 13 build says "cuda120" too. No operator that we use needs either.
+    """Hides warnings that are of no use to a user."""
+    # DALI warns once per process, when the first GPU pipeline is built and NPP or cuFFT is missing
+    # (its CUDA 13 build says "cuda120" too). None of the operators that we use needs either.
     warnings.filterwarnings(
         "ignore",
         "nvidia-dali-cuda120 is no longer shipped with CUDA runtime",
         module=r"nvidia\.dali",
     )
-    # Pillow's, of large images: said once per place in the code, and it names no file. What is
-    # larger than headers.MAX_PIXELS is refused by name.
+    # Pillow warns about large images once, without naming the file. Images with more pixels than
+    # headers.MAX_PIXELS are refused by name.
     warnings.filterwarnings("ignore", r"Image size \(\d+ pixels\) exceeds limit")
 
 
 def give_back() -> None:
-    """Free pages go back to the system."""
+    """Returns free memory to the operating system."""
     if hasattr(_libc, "malloc_trim"):
         _libc.malloc_trim(0)

@@ -1,4 +1,4 @@
-"""All that changes in training."""
+"""The state of training: everything that changes from step to step."""
 
 import time
 from dataclasses import dataclass, field
@@ -15,9 +15,9 @@ from resnet_dist.plan import LrMemory, Plan
 
 @dataclass
 class TrainState:
-    """What a checkpoint is made from and restored to; content.py says what each field means."""
+    """What a checkpoint saves and restores; checkpoints/content.py explains each field."""
 
-    model: nn.Module  # unwrapped
+    model: nn.Module  # the bare network, without DDP
     optimizer: torch.optim.SGD
     scaler: torch.amp.GradScaler
     step: int = 0
@@ -25,19 +25,19 @@ class TrainState:
     best_acc1: float = -1.0
     best_step: int = -1
     lr_memory: LrMemory = field(default_factory=LrMemory)
-    ema: AveragedNetwork | None = None  # with train.ema_decay
-    meter: Tensor = NO_SUMS  # what Meter.gather gave when this was saved
+    ema: AveragedNetwork | None = None  # None without train.ema_decay
+    meter: Tensor = NO_SUMS  # result of Meter.gather at the time of a save
     train_loss: float | None = None
 
     def checkpoint(self, config: Config, facts: Facts) -> Checkpoint:
-        """As it is now. Tensors are the state's own, not copies."""
+        """Returns the state as a Checkpoint. Its tensors are the state's own, not copies."""
         return Checkpoint(
             **vars(facts),
             config=to_dict(config),
             step=self.step,
             model=self.model.state_dict(),
             optimizer=self.optimizer.state_dict(),
-            # CPU-GPU sync point in fp16: the scale is read.
+            # CPU-GPU sync point in fp16, where the scale is read.
             scaler=self.scaler.state_dict(),
             ema=None if self.ema is None else self.ema.network.state_dict(),
             meter=self.meter,
@@ -50,7 +50,7 @@ class TrainState:
         )
 
     def remember_evaluation(self, acc1: float, plan: Plan) -> None:
-        """What outlives an evaluation: the best one, and the plateau schedule's drops."""
+        """Records what an evaluation means for the best score and for the plateau schedule."""
         is_best = acc1 > self.best_acc1
         if is_best:
             self.best_acc1, self.best_step = acc1, self.step
@@ -58,7 +58,7 @@ class TrainState:
         self.lr_memory = plan.after_evaluation(self.lr_memory, self.step, is_best)
 
     def restore(self, saved: Checkpoint) -> None:
-        """Takes over all of `saved`, bit for bit."""
+        """Loads a checkpoint, bit for bit."""
         self.model.load_state_dict(saved.model)
         load_optimizer_state(self.optimizer, saved.optimizer)
         self.scaler.load_state_dict(saved.scaler)

@@ -126,11 +126,11 @@ def test_a_whole_number_is_a_float_and_frozen(tmp_path: Path) -> None:
         ("seed: 99999999999999999999", ["seed=9999", "at most", "9223372036854775807"]),
         ("train: {epochs: 1:30}", ["train.epochs=1:30", "a number"]),
         ("name: 2024-13-45\nseed: 010", ["seed=010", "whole number", "is 10"]),
-        ("seed: 1\nseed: 2", [":2:", "not valid YAML", "'seed' stands twice"]),
+        ("seed: 1\nseed: 2", [":2:", "not valid YAML", "'seed' is given twice"]),
         ("seed: [1", ["not valid YAML"]),
-        ("- 1", ["must hold keys and values"]),
+        ("- 1", ["must contain keys and values"]),
         ("base: nowhere.yaml", ["nowhere.yaml", "cannot be read", "No such file"]),
-        ("base: bad.yaml", ["leads back to itself"]),
+        ("base: bad.yaml", ["leads back to this file"]),
         ("seed: !!python/object/apply:os.system ['true']", ["not valid YAML"]),
     ],
 )
@@ -148,7 +148,7 @@ def test_an_override_is_named_as_its_own_source(tmp_path: Path) -> None:
     path = write(tmp_path, "a.yaml", "seed: 1")
     with pytest.raises(UserError, match=r"^command line: seed=x: must be a whole number"):
         load_config(path, ["seed=x"])
-    with pytest.raises(UserError, match="'seed' is no override"):
+    with pytest.raises(UserError, match="'seed' is not an override"):
         load_config(path, ["seed"])
 
 
@@ -189,7 +189,7 @@ def test_a_quantity_in_one_unit_replaces_it_in_the_other(tmp_path: Path) -> None
     assert (config.optim.milestones_epochs, config.optim.milestones_iterations) == (None, (50,))
     config = load_config(path, ["train.epochs=2"])  # and back again
     assert (config.train.epochs, config.train.iterations) == (2, None)
-    with pytest.raises(UserError, match=r"^command line: train.iterations=3: stands beside"):
+    with pytest.raises(UserError, match=r"^command line: train.iterations=3: conflicts with"):
         load_config(path, ["train.epochs=2", "train.iterations=3"])
     # What is saved beside a run names both, one of them as null.
     again = config_from_dict(to_dict(config), "saved", ["train.iterations=9"])

@@ -1,6 +1,6 @@
-"""What a checkpoint holds: each field once, with its type and meaning; how one is read.
+"""The content of a checkpoint: every field, its type and its meaning; and how one is loaded.
 
-folders.py says where checkpoints stand and which of them stay, writer.py how one is written.
+folders.py has the layout on disk and decides which checkpoints are kept; writer.py writes them.
 """
 
 import os
@@ -24,59 +24,59 @@ PLAIN = (str, int, float, bool, type(None))
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What is known before the first step, and needed to use a checkpoint or to go on from it."""
+    """What is known before the first step and needed later, to use a checkpoint or to resume."""
 
-    classes: tuple[str, ...]  # by label
-    # What -> SHA-256 of it, see Index.fingerprints; an older version noted less.
+    classes: tuple[str, ...]  # class names; a label is an index into them
+    # What is fingerprinted -> SHA-256 (Index.fingerprints); older versions recorded less.
     fingerprints: dict[str, str] = field(default_factory=dict)
-    decoder: str | None = None  # str() of the run's Decoding; None: an older version wrote it
-    # Versions, device and number of ranks, see resume.made_with; empty: an older version wrote it.
+    decoder: str | None = None  # str() of the run's Decoding; None: saved by an older version
+    # Versions, device and number of ranks (resume.made_with); empty: saved by an older version.
     made_with: dict[str, str] = field(default_factory=dict)
-    bn_batch_size: int = 0  # images that are normalized together; 0: the network has no BN
-    # float32 [crop_px, crop_px, 3] on the 0..1 scale, subtracted from images; None: data.mean is.
+    bn_batch_size: int = 0  # images that BN normalizes together; 0: the network has no BN
+    # With data.per_pixel_mean, what is subtracted from images: float32 [crop_px, crop_px, 3] on the
+    # 0..1 scale. None: data.mean is subtracted.
     mean_image: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint(Facts):
-    """All that a run goes on from, and all that it takes to use its network.
+    """Everything needed to resume a run, and everything needed to use its network.
 
-    No loader, schedule or RNG state exists: what comes depends on the step alone.
+    There is no loader, scheduler or RNG state: what comes next depends on the step alone.
     """
 
-    config: dict[str, Any]  # nested, as config.to_dict makes it
+    config: dict[str, Any]  # nested plain values, from config.to_dict
     step: int  # optimizer steps done
-    # The network's state dict, with torchvision's keys (no "module."): float32, int64 for counters.
+    # The network's state dict, with torchvision's keys (no "module."): float32, counters int64.
     model: dict[str, Tensor]
-    optimizer: dict[str, Any]  # torch.optim.SGD's state dict: momentum by the parameter's number
-    scaler: dict[str, Any]  # torch.amp.GradScaler's state dict; empty but in fp16
-    ema: dict[str, Tensor] | None = None  # the averaged network's; None without train.ema_decay
-    # Of the steps since the last log line: float64 [ranks, 3], sums of loss, right answers, images.
+    optimizer: dict[str, Any]  # torch.optim.SGD's state dict: momentum by parameter number
+    scaler: dict[str, Any]  # torch.amp.GradScaler's state dict; empty except in fp16
+    ema: dict[str, Tensor] | None = None  # state dict of the averaged network, if there is one
+    # Sums of loss, correct answers and images since the last log line: float64 [ranks, 3].
     meter: Tensor = NO_SUMS
     train_loss: float | None = None  # mean loss in the last log line; None before there was one
-    evaluated_step: int = 0  # of the last evaluation; less than `step` where one is owed
+    evaluated_step: int = 0  # step of the last evaluation; below `step` if one is still due
     best_acc1: float = -1.0  # in percent; -1 before the first evaluation
-    best_step: int = -1  # of the evaluation that gave best_acc1
+    best_step: int = -1  # step of the evaluation with best_acc1; -1 before the first
     lr_memory: LrMemory = field(default_factory=LrMemory)
     saved_at: str = ""  # local date and time, for people
 
     @property
     def weights(self) -> dict[str, Tensor]:
-        """What is evaluated, exported and fine-tuned from: the averaged weights, where the run
-        kept them."""
+        """The weights to evaluate, export and fine-tune from: averaged if the run averaged them."""
         return self.model if self.ema is None else self.ema
 
     def with_weights(self, weights: dict[str, Tensor]) -> "Checkpoint":
-        """The same with other `weights`."""
+        """Returns a copy whose `weights` are replaced."""
         return replace(self, model=weights) if self.ema is None else replace(self, ema=weights)
 
     @property
     def mean_loss(self) -> float | None:
-        """Of training since the last log line, or in it; None before the first step."""
+        """Mean training loss since the last log line, or else in it; None before the first step."""
         return mean_loss(self.meter, self.train_loss)
 
     def to_dict(self) -> dict[str, Any]:
-        """What state.pt holds: tensors and plain data, so that it loads with weights_only=True."""
+        """Returns the content of state.pt: only what torch.load accepts with weights_only=True."""
         content = {item.name: getattr(self, item.name) for item in fields(self)}
         best = {"acc1": content.pop("best_acc1"), "step": content.pop("best_step")}
         return content | {
@@ -91,11 +91,11 @@ class Checkpoint(Facts):
         """The inverse of `to_dict`.
 
         Raises:
-            KeyError, TypeError: something is missing, or is not what it should be.
+            KeyError, TypeError: a field is missing, unknown, or of a wrong type.
         """
         content = dict(content)
         if content.pop("format") != FORMAT:
-            raise TypeError("another format")
+            raise TypeError("a different format")
         best = content.pop("best")
         content |= {
             "classes": tuple(content["classes"]),
@@ -107,12 +107,13 @@ class Checkpoint(Facts):
 
     @classmethod
     def load(cls, path: Path) -> "Checkpoint":
-        """Reads a checkpoint folder (or a run folder, whose best one it takes) to the CPU.
+        """Loads a checkpoint folder to the CPU, after checking that it is not damaged.
 
-        Without a best one, a run's newest. Older formats are brought up to date.
+        path: may also be a run folder, which means its best checkpoint, or the newest if there is
+        no best one. Older formats are converted.
 
         Raises:
-            UserError: no checkpoint there, or one that is damaged or of another format.
+            UserError: there is no checkpoint, it is damaged, or its format is unknown.
         """
         if os.path.isdir(path / "checkpoints"):
             path = folders.best(path) or path
@@ -123,7 +124,7 @@ class Checkpoint(Facts):
         try:
             content: Any = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
         except UnpicklingError:
-            why = "holds more than tensors and plain data, which could run as a program: not loaded"
+            why = "has more in it than tensors and plain data, so loading it could run code"
             raise UserError(f"{path}: {why}; use a checkpoint that `resnet-dist` wrote") from None
         written_as = content.get("format")
         while content.get("format") in MIGRATIONS:
@@ -131,38 +132,41 @@ class Checkpoint(Facts):
         if content.get("format") != FORMAT:
             raise UserError(
                 f"{path}: checkpoint format {written_as}; this version reads {min(MIGRATIONS)} to "
-                f"{FORMAT}: use the version of resnet-dist that wrote it, or start anew under "
-                "another name="
+                f"{FORMAT}: use the version of resnet-dist that wrote it, or start a new run "
+                "with another name="
             )
         try:
             return cls.from_dict(content)
         except (KeyError, TypeError) as error:
             raise UserError(
-                f"{path}: not what a checkpoint of format {FORMAT} holds ({error}); use the "
+                f"{path}: not the fields of a checkpoint of format {FORMAT} ({error}); use the "
                 "version of resnet-dist that wrote it"
             ) from None
 
 
 def mean_loss(meter: Tensor, last_loss: float | None) -> float | None:
-    """Of the images in `meter` (see Checkpoint; on the CPU); if there are none, last_loss."""
+    """Returns the mean loss of the images in `meter` (see Checkpoint; on the CPU).
+
+    If there are no images, returns last_loss.
+    """
     loss_sum, _, images = meter.sum(0).tolist()
     return loss_sum / images if images else last_loss
 
 
 def leaf_values(content: Any) -> Iterator[Any]:
-    """The tensors and plain values in dictionaries and lists.
+    """Yields the tensors and plain values in nested dictionaries and lists.
 
     Raises:
-        TypeError: there is something else.
+        TypeError: something else is in there.
     """
     if isinstance(content, dict):
         content = list(content.values())
     if isinstance(content, list | tuple):
-        for part in content:
-            yield from leaf_values(part)
+        for value in content:
+            yield from leaf_values(value)
     elif isinstance(content, Tensor) or type(content) in PLAIN:
         yield content
-    else:  # subclasses neither: weights_only=True would refuse them
+    else:  # also a subclass of a plain type, which weights_only=True would refuse
         raise TypeError(f"only tensors and plain data can be saved, not {content!r}")
 
 
@@ -180,4 +184,4 @@ def _from_format_2(content: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-MIGRATIONS = {2: _from_format_2}  # format n -> to n + 1
+MIGRATIONS = {2: _from_format_2}  # format n -> function that converts it to format n + 1

@@ -1,11 +1,13 @@
-"""The checkpoints of a run: which there are, whether they are whole, and which of them stay.
+"""The checkpoint folders of a run: which exist, which are intact, and which are kept.
 
     RUN/checkpoints/step-00000440/            state.pt: a Checkpoint, see content.py
                                               meta.json: step, scores, soundness and config
                                               SHA256SUMS of both: `sha256sum -c` checks them
     RUN/checkpoints/latest, .../best          symbolic links, replaced atomically
 
-No torch here: a login node looks before a job is queued.
+A checkpoint is *intact* if its checksums match, and *sound* if its values are finite and the
+training loss is no worse than a uniform guess. No torch here: a login node checks before a job is
+queued.
 """
 
 import hashlib
@@ -20,51 +22,52 @@ from pathlib import Path
 from typing import Any
 
 from resnet_dist.errors import UserError
-from resnet_dist.files import PARTIAL, beside, replace_link
+from resnet_dist.files import PARTIAL, replace_link, temporary_name
 
-STEP_NAME = re.compile(r"step-[0-9]{8}")  # not what a user keeps beside them
-PIECE_BYTES = 2**24  # large: each piece takes the interpreter from training
+STEP_NAME = re.compile(r"step-[0-9]{8}")  # anything else in the folder is the user's
+PIECE_BYTES = 2**24  # large, because training waits for the GIL between two reads
 SUMS_FORM = re.compile(r"(?:[0-9a-f]{64}  \w[\w.-]*\n)+", re.ASCII)
 LINKS = ("latest", "best")
-RUBBISH = (PARTIAL, ".removed-")  # of a writer that was killed
+LEFTOVERS = (PARTIAL, ".removed-")  # prefixes of what a killed writer leaves
 
 
 def name_of(step: int) -> str:
+    """Returns the name of a step's checkpoint folder."""
     return f"step-{step:08d}"
 
 
 def step_folders(run_dir: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first; none if RUN/checkpoints is not there.
+    """Returns a run's checkpoints, oldest first; an empty list if RUN/checkpoints does not exist.
 
     Raises:
-        UserError: it cannot be listed, which does not say that there are none.
+        UserError: the folder cannot be listed, which does not mean that it is empty.
     """
     folder = run_dir / "checkpoints"
     try:
         with os.scandir(folder) as entries:
             names = sorted(entry.name for entry in entries if STEP_NAME.fullmatch(entry.name))
     except OSError as error:
-        # A link whose target is missing (a disk that is not mounted) is not nothing.
+        # A link without its target (say, on a disk that is not mounted) is not an empty folder.
         if isinstance(error, FileNotFoundError) and not os.path.islink(folder):
             return []
         raise UserError(
             f"{folder}: cannot be listed: {error.strerror}; make it readable, or move it away to "
-            "start anew"
+            "start from scratch"
         ) from None
     return [folder / name for name in names]
 
 
 def latest(run_dir: Path) -> Path | None:
-    """The newest checkpoint of a run, or None. Raises what step_folders raises.
+    """Returns the newest checkpoint of a run, or None. Raises what step_folders raises.
 
-    By name, not by the link: that is one step behind if its writer died between the two, and lost
-    if somebody copied the folder without links.
+    It goes by the names, not by the link `latest`, which is behind if the writer was killed before
+    updating it, and missing if somebody copied the folder without links.
     """
     return max(step_folders(run_dir), default=None)
 
 
 def best(run_dir: Path) -> Path | None:
-    """The best checkpoint of a run; the newest if the best is not there; or None.
+    """Returns the best checkpoint of a run, else the newest, else None.
 
     Raises what step_folders raises.
     """
@@ -72,21 +75,21 @@ def best(run_dir: Path) -> Path | None:
     newest = latest(run_dir)
     if os.path.isdir(folder / "best"):
         return folder / "best"
-    if newest is None:  # `latest` alone was copied
+    if newest is None:  # perhaps only `latest` was copied
         return folder / "latest" if os.path.isdir(folder / "latest") else None
     named = folder / name_of(best_step(newest))
     return named if os.path.isdir(named) else newest
 
 
 def best_step(path: Path) -> int:
-    """The step of the best evaluation by the time of this checkpoint; -1: there was none."""
+    """Returns the step of the best evaluation before this checkpoint; -1 if there was none."""
     best = read_meta(path).get("best")
     step = best.get("step") if isinstance(best, dict) else None
     return step if isinstance(step, int) else -1
 
 
 def read_meta(path: Path) -> dict[str, Any]:
-    """meta.json; one that cannot be read speaks against its checkpoint."""
+    """Reads meta.json. If it cannot be read, the checkpoint counts as neither finite nor sound."""
     try:
         meta = json.loads((path / "meta.json").read_bytes())
     except (OSError, ValueError):
@@ -95,14 +98,14 @@ def read_meta(path: Path) -> dict[str, Any]:
 
 
 # --------------------------------------------------------------------------------------------------
-# Whether one is whole
+# Is a checkpoint intact?
 
 
 def why_damaged(path: Path) -> str | None:
-    """Why the checkpoint folder cannot be what was written; None if it is.
+    """Returns why a checkpoint folder is not what was written; None if it is intact.
 
     Raises:
-        UserError: it cannot be read, which says nothing of what is in it.
+        UserError: a file cannot be read, which does not tell whether it is damaged.
     """
     try:
         if not (path / "SHA256SUMS").exists():
@@ -125,7 +128,7 @@ def why_damaged(path: Path) -> str | None:
 
 
 def _why_damaged_format_2(path: Path) -> str | None:
-    """It had no SHA256SUMS: meta.json held the SHA-256 of state.pt."""
+    """Does the same for format 2, whose meta.json has the SHA-256 of state.pt."""
     try:
         expected = json.loads((path / "meta.json").read_bytes()).get("sha256")
     except (ValueError, AttributeError):
@@ -138,6 +141,7 @@ def _why_damaged_format_2(path: Path) -> str | None:
 
 
 def sha256(path: Path) -> str:
+    """Returns the SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
     with open(path, "rb", buffering=0) as file:
         while piece := file.read(PIECE_BYTES):
@@ -146,22 +150,22 @@ def sha256(path: Path) -> str:
 
 
 # --------------------------------------------------------------------------------------------------
-# What a run that goes on finds
+# Before a run resumes
 
 
 def prepare_to_resume(run_dir: Path) -> list[str]:
-    """Before a run goes on: damaged checkpoints are set aside, lost links set. For one rank only.
+    """Sets damaged checkpoints aside and repairs the links `latest` and `best`. One rank only.
 
-    Returns lines of warning, about them and about values that are not finite.
+    Returns lines of warning: about what was repaired, and about values that are not finite.
 
     Raises:
-        UserError: there are checkpoints, but none that can be gone on from.
+        UserError: there are checkpoints, but none that a run could resume from.
     """
     try:
         warnings = [line for name in LINKS for line in _make_way(run_dir / "checkpoints" / name)]
     except OSError as error:
         raise UserError(
-            f"{error.filename}: no link, and cannot be renamed: {error.strerror}; move it away"
+            f"{error.filename}: not a link, and cannot be renamed: {error.strerror}; move it away"
         ) from None
     warnings += set_damaged_aside(run_dir) + warn_of_infinite(run_dir)
     newest = latest(run_dir)
@@ -169,10 +173,12 @@ def prepare_to_resume(run_dir: Path) -> list[str]:
 
 
 def set_damaged_aside(run_dir: Path) -> list[str]:
-    """Renames checkpoints that are newer than the newest whole one: a line of warning for each.
+    """Renames damaged checkpoints that are newer than the newest intact one.
+
+    Returns a line of warning for each.
 
     Raises:
-        UserError: none is whole (all keep their names), or one cannot be renamed.
+        UserError: no checkpoint is intact (then none is renamed), or one cannot be renamed.
     """
     damaged: dict[Path, str] = {}
     paths = step_folders(run_dir)
@@ -185,8 +191,8 @@ def set_damaged_aside(run_dir: Path) -> list[str]:
         reasons = "; ".join(f"{path.name}: {why}" for path, why in list(damaged.items())[:3])
         folder = run_dir / "checkpoints"
         raise UserError(
-            f"{folder}: none of the {len(paths)} checkpoints is whole ({reasons}): restore one "
-            f"from a copy, or move {folder} away to start anew"
+            f"{folder}: none of the {len(paths)} checkpoints is intact ({reasons}): restore one "
+            f"from a copy, or move {folder} away to start from scratch"
         )
     return [_set_aside(path, why) for path, why in damaged.items()]
 
@@ -196,45 +202,47 @@ def _set_aside(path: Path, why: str) -> str:
     try:
         if aside.exists():
             shutil.rmtree(aside)
-        os.rename(path, aside)  # its name is free for the step to be saved anew
+        os.rename(path, aside)  # frees the name, so that the step can be saved again
     except OSError as error:
         raise UserError(
             f"{path}: damaged ({why}), and cannot be renamed: {error.strerror}; move it away"
         ) from None
-    return f"warning: {path}: damaged ({why}); it is {aside.name} now, and passed over"
+    return f"warning: {path}: damaged ({why}); renamed to {aside.name} and ignored"
 
 
 def warn_of_infinite(run_dir: Path) -> list[str]:
-    """A line of warning where the newest checkpoint holds a NaN or an infinity; else none."""
+    """Returns a line of warning if the newest checkpoint has a NaN or an infinity in it."""
     paths = step_folders(run_dir)
     if not paths or read_meta(paths[-1]).get("finite", True):
         return []
-    line = f"warning: {paths[-1]}: not all values are finite, and will hardly become so; "
+    line = f"warning: {paths[-1]}: some values are NaN or infinite, and will hardly recover; "
     sound = max((path for path in paths if _is_sound(path)), default=None)
     if sound is None:
-        return [line + "no sound checkpoint is left: start anew under another name="]
+        return [line + "no sound checkpoint is left: start a new run with another name="]
     newer = " ".join(path.name for path in paths if path > sound)
     line += f"the newest sound one is {sound.name}; to go back to it: "
     folder = shlex.quote(str(sound.parent))
-    return [f"{line}cd {folder} && mkdir aside && mv {newer} aside, and the same command again"]
+    return [
+        f"{line}cd {folder} && mkdir aside && mv {newer} aside, then run the same command again"
+    ]
 
 
 # --------------------------------------------------------------------------------------------------
-# After one was written: the links, and what stays
+# After a checkpoint has been written: links, and which ones are kept
 
 
 @dataclass(frozen=True)
 class Retention:
-    """The best one stays always; see `kept` for the rest."""
+    """Which checkpoints are kept. The best one always is; see `kept` for the others."""
 
     newest: int = 2
-    every_steps: int | None = None  # one in so many steps stays for good; None: none
+    every_steps: int | None = None  # interval of those that are kept for good; None: none are
 
     def kept(self, sound: Mapping[int, bool], best: int | None) -> set[int]:
-        """The steps that stay, of those in `sound`.
+        """Returns the steps to keep, of those in `sound`.
 
-        sound: step -> whether the state of that step was worth going on from. The newest sound
-        ones stay as well as the newest ones, so that a run that explodes does not push them out.
+        sound: step -> whether its checkpoint is sound. The newest sound ones are kept as well as
+        the newest ones, so that a diverging run does not push out the last good checkpoints.
         """
         steps = sorted(sound)
         return {
@@ -246,9 +254,10 @@ class Retention:
 
 
 def set_links(newest: Path, best_at: int) -> list[str]:
-    """Points `latest` and `best` at what they mean. Returns lines of warning.
+    """Points the links `latest` and `best` to the right checkpoints. Returns lines of warning.
 
-    Each time: a writer that was killed may have left one behind, a copy may have lost both.
+    Both are checked each time: a killed writer may have left one outdated, and a copy may have lost
+    both.
     """
     folder, best = newest.parent, newest.with_name(name_of(best_at))
     warnings = []
@@ -262,9 +271,9 @@ def set_links(newest: Path, best_at: int) -> list[str]:
                 f"{folder / 'best'} until a better one is saved"
             ]
             warnings += _make_way(folder / "best")
-            (folder / "best").unlink(missing_ok=True)  # to what was the best before
+            (folder / "best").unlink(missing_ok=True)  # it would point to the previous best
     except OSError as error:
-        warnings += [f"warning: {folder}: latest and best are not set: {error.strerror}"]
+        warnings += [f"warning: {folder}: latest and best cannot be set: {error.strerror}"]
     return warnings
 
 
@@ -277,35 +286,40 @@ def _point(link: Path, target: Path) -> list[str]:
 
 
 def _make_way(link: Path) -> list[str]:
-    """Renames a folder that stands where a link should: a line of warning. Nothing of it is lost.
+    """Renames a folder that has the name of a link, so that nothing is lost. Returns a warning.
 
-    Programs that follow links copy them so. If its step is nowhere else, it becomes its checkpoint.
+    Copying with a program that follows links makes such folders. If there is no other checkpoint of
+    its step, the folder becomes that checkpoint.
     """
     if not os.path.isdir(link) or os.path.islink(link):
         return []
     step = read_meta(link).get("step")
     new = link.with_name(name_of(step) if isinstance(step, int) else link.name)
     if os.path.lexists(new):
-        new = link.with_name(f"copied-{beside(link).name.removeprefix(PARTIAL)}")
+        new = link.with_name(f"copied-{temporary_name(link).name.removeprefix(PARTIAL)}")
     os.rename(link, new)
-    return [f"warning: {link}: a folder, not a link, so it was copied: it is {new.name} now"]
+    return [f"warning: {link}: a folder instead of a link, perhaps a copy; renamed to {new.name}"]
 
 
 def remove_old(run_dir: Path, retention: Retention, written: Path, best_at: int) -> None:
+    """Removes the checkpoints that `retention` does not keep, and leftovers of killed writers.
+
+    written: the checkpoint just written, which always stays. best_at: step of the best one.
+    """
     paths = {int(path.name.removeprefix("step-")): path for path in step_folders(run_dir)}
     sound = {step: _is_sound(path) for step, path in paths.items()}
     kept = {paths[step] for step in retention.kept(sound, best_at)} | {written}
     for path in paths.values():
         if path not in kept:
-            # Renamed first: a name that stands is whole, even if the removal is cut short.
+            # Renamed first, so that a removal that is cut short leaves no damaged checkpoint.
             os.rename(path, path.with_name(f".removed-{path.name}"))
-    for leftover in (path for path in written.parent.iterdir() if path.name.startswith(RUBBISH)):
+    for leftover in (path for path in written.parent.iterdir() if path.name.startswith(LEFTOVERS)):
         if leftover.is_dir() and not leftover.is_symlink():
-            # What cannot be removed now (on NFS, a file that is read) is tried again each time.
+            # What cannot be removed now (on NFS, a file that is open) is tried again next time.
             shutil.rmtree(leftover, ignore_errors=True)
         else:
             leftover.unlink(missing_ok=True)
 
 
 def _is_sound(path: Path) -> bool:
-    return bool(read_meta(path).get("sound", True))  # format 2 did not say
+    return bool(read_meta(path).get("sound", True))  # format 2 did not record it

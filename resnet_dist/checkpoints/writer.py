@@ -1,8 +1,9 @@
-"""How a checkpoint gets to the disk, behind the back of training.
+"""Writes checkpoints in a background thread.
 
-`Saver.save` copies the state to the host's memory and returns; a thread then writes it. It is
-durable, and may be gone on from, once `write` has returned: the files are flushed, the folder has
-its name, and the name is flushed. `Saver` says so: "saved step 440".
+`Saver.save` copies the state to host memory and returns; a thread then writes the copy. A
+checkpoint is durable, and a run can resume from it, once `write` has returned: by then its files
+are flushed, the folder has been renamed to its final name, and that name is flushed. The Saver
+reports it with "saved step 440".
 """
 
 import errno
@@ -24,87 +25,87 @@ from resnet_dist.checkpoints.folders import Retention
 from resnet_dist.errors import UserError
 from resnet_dist.files import flush_file, new_folder
 
-SAID_EVERY_SECONDS = 60.0  # "saved step 440": the log is for the loss, too
+REPORT_EVERY_SECONDS = 60.0  # at most one "saved step 440" per minute, to keep the log readable
 
 
 class Saver:
-    """The checkpoints of a run. Used on one rank only; at most one save is under way."""
+    """Saves the checkpoints of a run. Used on one rank only; at most one save is in progress."""
 
     def __init__(self, run_dir: Path, retention: Retention, say: Callable[[str], None] = print):
-        """say: takes a line about what was saved, or was not."""
+        """say: prints a line about a save or its failure."""
         self.run_dir = run_dir
         self.retention = retention
         self._say = say
-        self._buffers: dict[tuple[Any, ...], Tensor] = {}  # key_path in the content -> its copy
-        self._written = Event()  # or failed: the newest save
+        self._buffers: dict[tuple[Any, ...], Tensor] = {}  # key path in the checkpoint -> host copy
+        self._written = Event()  # set when the newest save has been written or has failed
         self._written.set()
-        self._failure: str | None = None  # of the newest save
-        self._told: set[str] = set()  # of what does not keep a checkpoint from being written
-        self._unsaid: str | None = None  # the newest save, if nobody was told
-        self._said_at = -math.inf  # on the clock of time.monotonic()
+        self._failure: str | None = None  # why the newest save failed
+        self._warned: set[str] = set()  # warnings that have been printed
+        self._unreported: str | None = None  # line about the newest save, if not printed yet
+        self._reported_at = -math.inf  # on the clock of time.monotonic()
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """Copies it as it is now, and has it written. Waits for the save before, if need be.
+        """Copies the checkpoint and starts writing it, after waiting for the previous save.
 
-        A save that fails is warned of, and training goes on.
+        If the save fails, a warning is printed and training continues.
         """
         self.wait()
         copy = Checkpoint.from_dict(self.copy_to_host(checkpoint.to_dict()))
         copied = None
         if torch.cuda.is_available():
-            # The copies are only queued: the writer waits for them, this thread does not.
+            # The copies have only been queued; the writer thread waits for them, not this one.
             copied = torch.cuda.Event()
             copied.record()
         self._written.clear()
         try:
-            # No daemon: the process does not end before the thread has.
+            # Not a daemon thread: the process must not end before the checkpoint is written.
             Thread(target=self._write, args=(copy, copied), name="checkpoint-writer").start()
-        except RuntimeError:  # no thread was made
+        except RuntimeError:  # the thread could not be started
             self._written.set()
             raise
 
     def wait(self) -> None:
-        """Until what was saved is on the disk, or has failed."""
-        # Not Thread.join: interrupted by Ctrl-C, Python 3.11's takes the thread for finished, here
-        # and at the end of the process.
+        """Waits until the newest save is on the disk or has failed."""
+        # Not Thread.join: if Ctrl-C interrupts it, Python 3.11 considers the thread finished, both
+        # here and at the end of the process.
         self._written.wait()
 
     def finish(self) -> None:
-        """At the end of a run.
+        """Waits for the newest save at the end of a run.
 
         Raises:
-            UserError: the newest save is not on the disk.
+            UserError: the newest save has failed.
         """
         self.wait()
-        if self._unsaid is not None:
-            self._say(self._unsaid)
+        if self._unreported is not None:
+            self._say(self._unreported)
         if self._failure is not None:
             try:
                 newest = folders.latest(self.run_dir)
-                there = "none is there" if newest is None else f"the newest is {newest}"
+                last = "no earlier checkpoint" if newest is None else f"the last one is {newest}"
             except UserError as error:
-                there = str(error)
+                last = str(error)
             raise UserError(
-                f"{self._failure}; of the checkpoints before, {there}: mend that, and the same "
-                "command goes on from there"
+                f"{self._failure}; {last}; fix the cause, and the same command resumes from there"
             )
 
     def copy_to_host(self, value: Any, key_path: tuple[Any, ...] = ()) -> Any:
-        """`value` with its tensors in host memory, in buffers that are used again each time.
+        """Returns `value` with its tensors copied to host memory, in buffers that are reused.
 
-        key_path: where in the content of a checkpoint `value` is.
+        key_path: the keys that lead to `value` in the content of the checkpoint.
         """
         if isinstance(value, dict):
-            return {key: self.copy_to_host(part, (*key_path, key)) for key, part in value.items()}
+            return {key: self.copy_to_host(item, (*key_path, key)) for key, item in value.items()}
         if isinstance(value, list | tuple):
             return [
-                self.copy_to_host(part, (*key_path, number)) for number, part in enumerate(value)
+                self.copy_to_host(item, (*key_path, number)) for number, item in enumerate(value)
             ]
         if not isinstance(value, Tensor):
             return value
         buffer = self._buffers.get(key_path)
         if buffer is None or (buffer.shape, buffer.dtype) != (value.shape, value.dtype):
-            # Pinned, or a copy from the GPU would be waited for. Strides (channels_last) stay.
+            # Pinned memory, so that a copy from the GPU does not block. The strides are kept
+            # (channels_last).
             buffer = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
             self._buffers[key_path] = buffer
         return buffer.copy_(value, non_blocking=True)
@@ -112,26 +113,28 @@ class Saver:
     def _write(self, checkpoint: Checkpoint, copied: torch.cuda.Event | None) -> None:
         try:
             if copied is not None:
-                copied.synchronize()  # CPU-GPU sync point, of this thread alone
+                copied.synchronize()  # CPU-GPU sync point, in this thread only
             save(self.run_dir, checkpoint, self.retention, self._warn_once)
             self._failure = None
-            self._say_saved(checkpoint.step)
-        except Exception as error:  # whatever a disk, a file system or a user's hand does to it
+            self._report(checkpoint.step)
+        except Exception as error:  # whatever goes wrong on the disk must not end training
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             self._failure = f"checkpoint of step {checkpoint.step}: not written: {reason}"
-            self._say(f"warning: {self._failure}; training goes on, and the next save tries again")
+            self._say(
+                f"warning: {self._failure}; training continues, and the next save tries again"
+            )
         finally:
             self._written.set()
 
-    def _say_saved(self, step: int) -> None:
-        self._unsaid = f"saved step {step}"
-        if time.monotonic() - self._said_at >= SAID_EVERY_SECONDS:
-            self._say(self._unsaid)
-            self._unsaid, self._said_at = None, time.monotonic()
+    def _report(self, step: int) -> None:
+        self._unreported = f"saved step {step}"
+        if time.monotonic() - self._reported_at >= REPORT_EVERY_SECONDS:
+            self._say(self._unreported)
+            self._unreported, self._reported_at = None, time.monotonic()
 
     def _warn_once(self, line: str) -> None:
-        if line not in self._told:
-            self._told.add(line)
+        if line not in self._warned:
+            self._warned.add(line)
             self._say(line)
 
 
@@ -141,40 +144,39 @@ def save(
     retention: Retention,
     warn: Callable[[str], None] = print,
 ) -> Path:
-    """Writes a checkpoint, points `latest` and `best` at what they mean, and removes old ones.
+    """Writes a checkpoint, updates the links `latest` and `best`, and removes old checkpoints.
 
-    A whole checkpoint of the same step is not written again. For one process only.
+    If there is an intact checkpoint of the same step already, it is kept. For one process only.
 
-    warn: takes a line about what did not work once the checkpoint was written.
+    warn: prints a line about what went wrong after the checkpoint was written.
 
     Raises:
-        OSError, UserError: it is not written (the disk is full, say). Older checkpoints stay as
-            they are.
+        OSError, UserError: the checkpoint cannot be written, for example on a full disk. Older
+            checkpoints are unchanged.
     """
     step, best_step = checkpoint.step, checkpoint.best_step
     final = run_dir / "checkpoints" / folders.name_of(step)
     if folders.why_damaged(final) is not None or folders.read_meta(final).get("step") != step:
         write(final, checkpoint)
-    # A file system without links, or a file that is held open, does not unmake the checkpoint.
+    # The checkpoint is written. That the file system has no links, or that an old file cannot be
+    # removed, is only worth a warning.
     for line in folders.set_links(final, best_step):
         warn(line)
     try:
         folders.remove_old(run_dir, retention, final, best_step)
     except (OSError, UserError) as error:
-        warn(f"warning: not all old checkpoints are removed: {error}")
+        warn(f"warning: some old checkpoints could not be removed: {error}")
     return final
 
 
 def write(final: Path, checkpoint: Checkpoint) -> None:
-    """Writes `checkpoint` to a folder that does not exist yet: whole, or not at all. One rank only.
+    """Writes a checkpoint to the new folder `final`, completely or not at all. One rank only.
 
     Raises:
-        OSError: it is not written, and nothing of it stays.
+        OSError: it cannot be written, or `final` exists. Then nothing of it remains.
     """
-    if os.path.lexists(final):  # a rename would replace an empty folder
-        raise FileExistsError(
-            errno.EEXIST, "is there already, and is not a whole checkpoint", final
-        )
+    if os.path.lexists(final):  # checked here, as a rename would replace an empty folder
+        raise FileExistsError(errno.EEXIST, "exists, and is not an intact checkpoint", final)
     with new_folder(final) as folder:
         content = checkpoint.to_dict()
         _write_state(folder / "state.pt", content)
@@ -191,32 +193,35 @@ def _write_flushed(path: Path, text: str) -> None:
 
 
 def _write_state(path: Path, content: dict[str, Any]) -> None:
-    """By torch's own writer: a Python file would take the interpreter from training, for each of
-    some thousand pieces."""
+    """Writes state.pt with torch's own writer.
+
+    Writing to a Python file object instead would need the GIL, and so interrupt training, for each
+    of some thousand pieces.
+    """
     try:
         torch.save(content, path)
-    except RuntimeError:  # its word for a full disk is "unexpected pos"
+    except RuntimeError:  # torch reports a full disk as "unexpected pos"
         with open(path, "ab") as file:
-            file.write(bytes(2**20))  # raises the reason, if it is the disk
+            file.write(bytes(2**20))  # raises the true reason if the disk is full
         raise
 
 
 def _meta_of(checkpoint: Checkpoint, content: dict[str, Any]) -> dict[str, Any]:
-    """meta.json. "sound": worth going on from, as far as can be told without the data."""
+    """Returns the content of meta.json. "sound": see folders.py."""
     loss = checkpoint.mean_loss
     tensors = [leaf for leaf in leaf_values(content) if isinstance(leaf, Tensor)]
     finite = all(_is_finite(tensor) for tensor in tensors)
     finite = finite and (loss is None or math.isfinite(loss))
-    # A blind guess has the loss ln(classes), whatever the label smoothing. A network that does
-    # worse may be exploding, or in its first steps: a false alarm costs some disk space, no more.
-    blind = math.log(max(1, len(checkpoint.classes)))
+    # A uniform guess has the loss ln(classes), with any label smoothing. A network that does worse
+    # is diverging or in its first steps; a false alarm costs some disk space, nothing else.
+    uniform = math.log(max(1, len(checkpoint.classes)))
     return {
         "format": FORMAT,
         "step": checkpoint.step,
         "best": content["best"],
         "train_loss": loss if finite else None,
         "finite": finite,
-        "sound": finite and (loss is None or loss <= blind),
+        "sound": finite and (loss is None or loss <= uniform),
         "config": checkpoint.config,
     }
 
@@ -224,6 +229,8 @@ def _meta_of(checkpoint: Checkpoint, content: dict[str, Any]) -> dict[str, Any]:
 def _is_finite(tensor: Tensor) -> bool:
     if not tensor.is_floating_point() or tensor.numel() == 0:
         return True
-    # By NumPy, in this thread alone: torch would take all cores from the training beside it.
+    # NumPy works in this thread alone; torch would use all cores and slow down training.
     values = tensor.detach().float().cpu().numpy()
-    return math.isfinite(values.min()) and math.isfinite(values.max())  # NaN is both
+    return math.isfinite(values.min()) and math.isfinite(
+        values.max()
+    )  # both are NaN if any value is

@@ -1,7 +1,7 @@
-"""The folder of a run: one process at a time, its merged config, no going on as another run.
+"""The folder of a run: its lock, its config, and the refusal to resume it as a different run.
 
-No torch here: a login node checks the config before a job is queued. resume.py also compares what
-needs the data and the device.
+No torch here: a login node checks the config before a job is queued. resume.py compares what needs
+the data and the device.
 """
 
 import contextlib
@@ -18,9 +18,10 @@ from resnet_dist.config_file import config_from_dict, load_config
 from resnet_dist.errors import UserError, as_yaml
 from resnet_dist.files import replace_file
 
-# What may differ when a run goes on: it changes where and how, not what is computed. (data.cache
-# does, for an image that is damaged in part: a cache of decoded images needs the whole. How images
-# are decoded does, too: resume.py compares the way that was taken.)
+# Settings that may change when a run resumes, as they decide where and how something is computed,
+# not what. (data.cache is not among them: a partly damaged image may still give its window, but a
+# cache of decoded images needs all of it. The way of decoding matters too, and resume.py compares
+# the way that was actually taken.)
 FREE_TO_CHANGE = (
     "name",
     "data.root",
@@ -42,13 +43,13 @@ LOCK_POLL_SECONDS = 0.2
 
 @contextlib.contextmanager
 def sole_process(config: Config) -> Iterator[None]:
-    """Two processes under one name would remove each other's checkpoints. For one rank only.
+    """Locks the run, so that two processes do not remove each other's checkpoints. One rank only.
 
-    Waits for a while: the job before, which was told to end, may still be writing. Where no lock
-    can be had (a file system without them), it goes on.
+    Waits a while for the lock, as the previous job may still be writing its last checkpoint. On a
+    file system without locks the run continues without one.
 
     Raises:
-        UserError: another process trains under this name.
+        UserError: another process is training under this name.
     """
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):
@@ -56,7 +57,7 @@ def sole_process(config: Config) -> Iterator[None]:
             path.parent.mkdir(parents=True, exist_ok=True)
             file = stack.enter_context(open(path, "ab"))
             _wait_for_lock(file.fileno(), path, config)
-            # Said aloud: a process that was forked meanwhile has the file open, too.
+            # Unlocked explicitly: a child process that inherited the open file would keep the lock.
             stack.callback(fcntl.flock, file, fcntl.LOCK_UN)
             os.ftruncate(file.fileno(), 0)
             os.write(file.fileno(), f"process {os.getpid()} on {os.uname().nodename}".encode())
@@ -64,7 +65,7 @@ def sole_process(config: Config) -> Iterator[None]:
 
 
 def lock_of(run_dir: Path) -> Path:
-    """The file that `sole_process` has locked."""
+    """Returns the file that `sole_process` locks."""
     return run_dir.parent / ".locks" / run_dir.name
 
 
@@ -77,28 +78,30 @@ def _wait_for_lock(descriptor: int, path: Path, config: Config) -> None:
             other = path.read_text() or "another process"
         if deadline is None:
             deadline = time.monotonic() + LOCK_WAIT_SECONDS
-            print(f"{config.run_dir}: waits for {other}, which trains it", flush=True)
+            print(f"{config.run_dir}: waiting for {other} to release it", flush=True)
         elif time.monotonic() > deadline:
             raise UserError(
-                f"{config.run_dir}: {other} trains under this name; end it, or give another name="
+                f"{config.run_dir}: {other} is training under this name; stop it, or use "
+                "another name="
             )
         time.sleep(LOCK_POLL_SECONDS)
 
 
 def open_run_folder(config: Config, step: int, changes: Sequence[str]) -> None:
-    """Makes RUN, RUN/config.yaml and the journal. For one rank only.
+    """Creates RUN, RUN/config.yaml and the journal. One rank only.
 
-    step: from which the run goes on. changes: what differs from there, by the user's wish;
-    RUN/changes.txt has a line for each such step.
+    step: the step from which the run resumes. changes: what --resume-anyway has accepted; each such
+    step has a line in RUN/changes.txt.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: the folder cannot be written.
     """
     run_dir = config.run_dir
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        # A line "from step 5" of a run that starts at 5 again: nothing was saved under it. At step
-        # 0 nothing need be: config.yaml is what counts, until there is a checkpoint.
+        # A line "from step 5" is dropped when the run resumes from step 5 again, as nothing was
+        # saved under that change. A line "from step 0" stays at step 0: until the first checkpoint,
+        # config.yaml counts as the run's config.
         before = changes_so_far(run_dir).splitlines(keepends=True)
         lines = [line for line in before if _first_step(line) < max(step, 1)]
         line = f"from step {step}: {'; '.join(changes)}\n"
@@ -109,16 +112,16 @@ def open_run_folder(config: Config, step: int, changes: Sequence[str]) -> None:
         else:
             (run_dir / "changes.txt").unlink(missing_ok=True)
         replace_file(run_dir / "config.yaml", to_yaml(config))
-        open(run_dir / "journal.jsonl", "ab").close()  # or Tracker would fail, on one rank alone
+        open(run_dir / "journal.jsonl", "ab").close()  # here, where an error reaches all ranks
     except OSError as error:
         raise UserError(
-            f"{error.filename or run_dir}: cannot be written: {error.strerror}; mend that, or give "
+            f"{error.filename or run_dir}: cannot be written: {error.strerror}; fix that, or give "
             "another tracking.run_root="
         ) from None
 
 
 def changes_so_far(run_dir: Path) -> str:
-    """RUN/changes.txt: a line for each step from which something else was computed; or ""."""
+    """Returns RUN/changes.txt, one line per step at which the settings or data changed; or ""."""
     try:
         return (run_dir / "changes.txt").read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
@@ -127,11 +130,11 @@ def changes_so_far(run_dir: Path) -> str:
 
 def _first_step(line: str) -> int:
     found = re.match(r"from step (\d+): ", line)
-    return int(found[1]) if found else -1  # what a person wrote stays
+    return int(found[1]) if found else -1  # keep lines that a person wrote
 
 
 def differing_settings(before: Config, now: Config) -> list[str]:
-    """What changes what is computed: "optim.base_lr 0.1 -> 0.2"."""
+    """Lists the settings that differ and change what is computed: "optim.base_lr 0.1 -> 0.2"."""
     saved = flat_settings(before)
     return [
         f"{key} {as_yaml(saved[key])} -> {as_yaml(value)}"
@@ -141,27 +144,27 @@ def differing_settings(before: Config, now: Config) -> list[str]:
 
 
 def check_run_folder(config: Config, anyway: bool) -> list[str]:
-    """What differs from the newest checkpoint's config, or from RUN/config.yaml if there is none.
+    """Lists what differs from the newest checkpoint's config, or else from RUN/config.yaml.
 
     Raises:
-        UserError: something does, and not `anyway`; or the folder cannot be read.
+        UserError: something differs and `anyway` is False, or the folder cannot be read.
     """
-    step, before = _made_as(config.run_dir)
+    step, before = _last_config(config.run_dir)
     differing = [] if before is None else differing_settings(before, config)
     if differing and not anyway:
-        raise refusal(config, step, differing, can_be_told_to=True)
+        raise refusal(config, step, differing, can_resume_anyway=True)
     return differing
 
 
-def _made_as(run_dir: Path) -> tuple[int | None, Config | None]:
-    """The step and the config of the newest checkpoint that tells them; or RUN/config.yaml's.
+def _last_config(run_dir: Path) -> tuple[int | None, Config | None]:
+    """Returns step and config of the newest checkpoint that has them, or RUN/config.yaml's config.
 
-    config.yaml is new before a step is done under it, so a checkpoint knows better.
+    A checkpoint comes first: config.yaml is written before any step is done under it.
     """
     for path in reversed(folders.step_folders(run_dir)):
-        note = folders.read_meta(path)
-        if isinstance(note.get("config"), dict):  # format 2 had none, and the file may be damaged
-            return note.get("step"), config_from_dict(note["config"], f"{path}/meta.json")
+        meta = folders.read_meta(path)
+        if isinstance(meta.get("config"), dict):  # missing in format 2 and in a damaged file
+            return meta.get("step"), config_from_dict(meta["config"], f"{path}/meta.json")
     path = run_dir / "config.yaml"
     if not path.exists():
         return None, None
@@ -170,20 +173,18 @@ def _made_as(run_dir: Path) -> tuple[int | None, Config | None]:
             raise UserError(f"{path}: is empty")
         return None, load_config(path)
     except UserError as error:
-        raise UserError(f"{error}; mend it or move it away, or give another name=") from None
+        raise UserError(f"{error}; repair it or move it away, or give another name=") from None
 
 
 def refusal(
-    config: Config, step: int | None, differing: Sequence[str], can_be_told_to: bool
+    config: Config, step: int | None, differing: Sequence[str], can_resume_anyway: bool
 ) -> UserError:
-    """The one line that lists all that differs.
+    """Returns the error that lists everything that differs.
 
-    step: of the checkpoint, where one is known. can_be_told_to: --resume-anyway would help.
+    step: of the checkpoint, if there is one. can_resume_anyway: whether --resume-anyway would help.
     """
-    where = "" if step is None else f" from step {step}"
-    ways = "Go on as it was, or give another name="
-    if can_be_told_to:
-        ways = "Go on as it was, give another name=, or add --resume-anyway"
-    return UserError(
-        f"{config.run_dir}: cannot go on{where}, as these differ: {'; '.join(differing)}. {ways}"
-    )
+    before = "config.yaml" if step is None else f"the checkpoint of step {step}"
+    ways = "undo that or use another name="
+    if can_resume_anyway:
+        ways = "undo that, use another name=, or add --resume-anyway"
+    return UserError(f"{config.run_dir}: differs from {before}: {'; '.join(differing)}; {ways}")

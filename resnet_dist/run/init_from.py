@@ -1,4 +1,4 @@
-"""Fine-tuning's first weights: those of a checkpoint of ours, or of a torchvision file."""
+"""Initial weights for fine-tuning: from one of our checkpoints, or from a torchvision file."""
 
 from pathlib import Path
 from typing import Any
@@ -19,17 +19,17 @@ TORCHVISION = "torchvision:"
 def load_initial_weights(
     network: nn.Module, config: Config, classes: tuple[str, ...], world: World
 ) -> str:
-    """Puts the weights that model.init_from names into `network`. A collective; rank 0 reads.
+    """Loads the weights given by model.init_from into `network`. A collective.
 
-    The head, the last linear layer, stays freshly initialized unless the one there has its shape
-    and, in a checkpoint, its classes.
+    The head (the last linear layer) stays freshly initialized, unless the file's head has the same
+    shape and, in a checkpoint, the same classes.
 
-    Returns the line to print.
+    Returns a line to print.
 
     Raises:
-        UserError: no such file, or the weights of another network.
+        UserError: there is no such file, or it has the weights of a different network.
     """
-    # Sent to the others, so that all are equal and one node needs the file.
+    # Rank 0 reads and sends: only its node needs the file, and all ranks get the same weights.
     weights = world.on_main(lambda: _read(network, config, classes))
     network.load_state_dict(weights, strict=False)
     kept = f"{head_name(network)}.weight" in weights
@@ -38,34 +38,34 @@ def load_initial_weights(
 
 
 def _read(network: nn.Module, config: Config, classes: tuple[str, ...]) -> dict[str, Tensor]:
-    """The tensors to load: all but, perhaps, the head's."""
+    """Returns the tensors to load, with or without those of the head."""
     origin, name = str(config.model.init_from), config.model.name
     if origin.startswith(TORCHVISION):
         why_not = why_no_counterpart(DEPTHS[name])
         if why_not is not None:
             raise _refusal(config, f"torchvision has no {name}: {why_not}", "give a checkpoint")
         found = _read_torchvision(config)
-        same_classes = True  # such a file does not name them: the shape decides
+        same_classes = True  # the file does not list its classes, so the shape decides
     else:
         saved = Checkpoint.load(Path(origin))
         saved_name = saved.config["model"]["name"]
-        if saved_name != name:  # resnet50's and resnet50_v1's keys and shapes are the same
+        if saved_name != name:  # keys and shapes alone cannot tell resnet50 from resnet50_v1
             why = f"holds a {saved_name}, this run trains a {name}"
             raise _refusal(config, why, f"give model.name={saved_name}, or another checkpoint")
         found, same_classes = saved.weights, saved.classes == classes
 
-    # BN's counters, the only whole numbers, are not in old files, and nothing reads them.
+    # BN's batch counters, the only integers, are missing in old files, and nothing uses them.
     found = {key: tensor for key, tensor in found.items() if tensor.is_floating_point()}
     wanted = {k: t for k, t in network.state_dict().items() if t.is_floating_point()}
     head = [key for key in wanted if key.startswith(f"{head_name(network)}.")]
-    way_out = f"give the weights of a {name}, or the model.name that they are of"
+    way_out = f"give the weights of a {name}, or set model.name to the network that they belong to"
     for key in dict.fromkeys([*wanted, *found]):
         if key in head:
             continue
         if key not in found:
             raise _refusal(config, f"has no {key}, which {name} has", way_out)
         if key not in wanted:
-            raise _refusal(config, f"has {key}, which {name} has not", way_out)
+            raise _refusal(config, f"has {key}, which {name} does not have", way_out)
         if found[key].shape != wanted[key].shape:
             shapes = f"{list(found[key].shape)}, in {name} {list(wanted[key].shape)}"
             raise _refusal(config, f"{key} is {shapes}", way_out)
@@ -83,10 +83,10 @@ def _read_torchvision(config: Config) -> dict[str, Tensor]:
     except OSError as error:
         why = f"cannot be read: {error.strerror or error}"
         raise _refusal(config, why, "give torchvision:FILE.pth") from None
-    except Exception:  # whatever the unpickler stumbles over
+    except Exception:  # anything that the unpickler may raise
         raise _refusal(config, "is not a file of weights", "download it again") from None
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        why = "is not a state dict: tensors by their names, such as torchvision's .pth files hold"
+        why = "is not a state dict (tensors by name, as in torchvision's .pth files)"
         raise _refusal(config, why, "save model.state_dict() alone")
     return state
 

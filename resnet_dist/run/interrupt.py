@@ -1,5 +1,8 @@
-"""A request to stop, remembered until a step boundary. Standard library only: it must be listening
-before torch is imported, which takes seconds."""
+"""Remembers a request to stop until the next step boundary.
+
+Imports only the standard library: it must be listening before torch is imported, which takes
+seconds.
+"""
 
 import signal
 from types import FrameType
@@ -7,10 +10,11 @@ from typing import Any
 
 
 class Interrupt:
-    """Remembers a request to stop; the loop asks at a step boundary, where all ranks agree.
+    """Signal handlers that remember a request to stop, used as a context.
 
-    SIGTERM: schedulers and torchrun. SIGUSR1, SIGUSR2: Slurm's and submitit's early warnings.
-    SIGINT: Ctrl-C; a second one stops at once.
+    The training loop asks at step boundaries, where all ranks agree on the answer. SIGTERM comes
+    from schedulers and torchrun, SIGUSR1 and SIGUSR2 are early warnings from Slurm and submitit,
+    and SIGINT is Ctrl-C; a second Ctrl-C stops at once.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)

@@ -1,8 +1,8 @@
-"""The next step's batches, taken a step before they are needed, and whether there is a next step.
+"""Fetches the next step's batches one step early, and settles whether there is a next step.
 
-A rank that has no data for the next step, or is asked to stop, says so while this step runs. So all
-ranks know it when the step is done, and none has waited for another's answer. It costs the memory
-of one more step's batches: 77 MB for 256 images of 224 pixels in half precision.
+A rank that has no data for the next step, or is asked to stop, says so while the current step runs.
+When the step is done, every rank already knows the answer, and none had to wait for the others. The
+price is memory for one more step's batches: 77 MB for 256 images of 224 pixels in half precision.
 """
 
 import traceback
@@ -18,15 +18,16 @@ from resnet_dist.run.meter import Meter
 
 @dataclass(frozen=True)
 class Upcoming:
-    """The step to come."""
+    """The next step, as one rank knows it while the current step runs."""
 
-    passes: list[Batch]  # none, where they could not be had
-    failure: UserError | None  # why there are none on this rank
-    is_stop: Callable[[], bool]  # waits for all ranks; whether one of them fails or is to stop
+    passes: list[Batch]  # empty if they could not be loaded
+    failure: UserError | None  # why they could not be loaded on this rank
+    # Waits for all ranks' answers; True if any of them failed or was asked to stop.
+    is_stop: Callable[[], bool]
 
 
-class Ahead:
-    """A rank's batches, step by step, each taken while the step before runs."""
+class Lookahead:
+    """This rank's batches, step by step, each fetched while the previous step runs."""
 
     def __init__(
         self,
@@ -35,18 +36,20 @@ class Ahead:
         meter: Meter,
         interrupt: Interrupt,
     ):
-        """open_batches: this rank's batches from the next step on. meter: told of the waiting."""
+        """open_batches: returns this rank's batches from the next step onwards.
+
+        meter: measures the time spent waiting for data.
+        """
         self._open_batches = open_batches
         self._passes_per_step = passes_per_step
         self._meter = meter
         self._interrupt = interrupt
         self._batches: Generator[Batch] | None = None
         self._upcoming: Upcoming | None = None
-        self.failure: UserError | None = None  # on this rank, of the step that `take` did not give
+        self.failure: UserError | None = None  # why `take` returned None, if this rank is why
 
-    def look(self) -> None:
-        """Takes the next step's batches, and starts to ask whether all ranks go on. A
-        collective."""
+    def prefetch(self) -> None:
+        """Fetches the next step's batches and starts asking whether to stop. A collective."""
         if self._batches is None:
             self._batches = self._open_batches()
         with self._meter.waiting():
@@ -54,26 +57,27 @@ class Ahead:
                 self._batches, self._passes_per_step, self._meter.world, self._interrupt
             )
 
-    def take(self, looks_on: bool) -> list[Batch] | None:
-        """The batches of the next step; None on all ranks if one is asked to stop, or has none. A
-        collective.
+    def take(self, prefetch_next: bool) -> list[Batch] | None:
+        """Returns the next step's batches, or None to stop, on all ranks alike. A collective.
 
-        looks_on: the step after it is looked at now; not where an evaluation comes between them.
+        None means that some rank was asked to stop or has no data. prefetch_next: fetch the step
+        after it now; False where an evaluation comes in between.
         """
         if self._upcoming is None:  # at the start, and after an evaluation
-            self.look()
+            self.prefetch()
         upcoming, self._upcoming = self._upcoming, None
         assert upcoming is not None
-        # Asked a step ago: the hosts hardly wait for each other here, and never for a GPU.
+        # The question was sent out a step ago, so the answer has usually arrived. It travels
+        # between hosts (gloo) and never waits for a GPU.
         if upcoming.is_stop():
             self.failure = upcoming.failure
             return None
-        if looks_on:
-            self.look()
+        if prefetch_next:
+            self.prefetch()
         return upcoming.passes
 
     def close(self) -> None:
-        """Frees the memory that the loading of batches takes. The next `look` opens it anew."""
+        """Frees the memory used for loading; the next `prefetch` opens the batches again."""
         if self._batches is not None:
             self._batches.close()
             self._batches = None
@@ -82,20 +86,22 @@ class Ahead:
 def look_ahead(
     batches: Iterator[Batch], count: int, world: World, interrupt: Interrupt
 ) -> Upcoming:
-    """Takes the next step's `count` batches, and starts to ask whether all ranks go on. A
-    collective."""
+    """Fetches the next step's `count` batches and starts asking whether to stop. A collective."""
     passes, failure = take(batches, count)
     stops = interrupt.requested or failure is not None
     return Upcoming(passes, failure, world.start_any(stops))
 
 
 def take(batches: Iterator[Batch], count: int) -> tuple[list[Batch], UserError | None]:
-    """The next `count` batches; or none, and why: raised on one rank alone, the others would wait
-    for it, and nothing would be saved."""
+    """Returns the next `count` batches, or an empty list and the reason.
+
+    The reason is returned rather than raised, because an exception on one rank alone would leave
+    the others waiting for it, and nothing would be saved.
+    """
     try:
         return [next(batches) for _ in range(count)], None
     except UserError as error:
         return [], error
-    except Exception as error:  # a bug, or a GPU that fails
+    except Exception as error:  # a bug, or a failing GPU
         traceback.print_exc()
         return [], RankFailure(f"{type(error).__name__}: {error}")

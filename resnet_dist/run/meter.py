@@ -1,4 +1,7 @@
-"""Sums of the steps since the last log line: on the device, added over ranks, then divided."""
+"""Training loss, accuracy and throughput since the last log line.
+
+Sums are kept on the device, added over the ranks when a line is due, and only then divided.
+"""
 
 import time
 from collections.abc import Iterator
@@ -13,14 +16,19 @@ from resnet_dist.tracking import metrics
 
 
 class Meter:
-    """Sums of loss, right answers and images; `gather` and `saved` carry them over a stop."""
+    """Running sums of loss, correct answers and images.
+
+    They survive a stop: `gather` returns them for the checkpoint, `saved` brings them back.
+    """
 
     def __init__(self, world: World, saved: Tensor = NO_SUMS, last_loss: float | None = None):
-        """saved: what `gather` returned before a stop, on this world or another one."""
+        """saved: what `gather` returned before a stop, on a world of any size."""
         self.world = world
-        self.last_loss = last_loss  # of the last log line; None before there is one
+        self.last_loss = last_loss  # mean loss in the last log line; None before the first
         self._restart()
-        if len(saved) == world.size:  # each rank goes on with its own: the same sums, bit for bit
+        # On as many ranks as before, each continues with its own sums, which gives the same bits.
+        # Otherwise rank 0 takes the total.
+        if len(saved) == world.size:
             self.sums += saved[world.rank].to(world.device)
         elif world.rank == 0:
             self.sums += saved.sum(0).to(world.device)
@@ -33,34 +41,37 @@ class Meter:
         self.started = time.monotonic()
 
     def add(self, loss_sum: Tensor, correct: Tensor, images: int) -> None:
-        """One pass. loss_sum, correct: scalars on the device. No sync."""
+        """Adds one pass. loss_sum, correct: scalars on the device. No CPU-GPU sync."""
         count = torch.full_like(correct, images)
         self.sums += torch.stack([loss_sum.double(), correct.double(), count.double()])
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """The host waits for data in here."""
+        """Counts the time spent in this block as waiting for data."""
         began = time.monotonic()
         yield
         self.wait_seconds += time.monotonic() - began
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Evaluations and checkpoints are no training time."""
+        """Excludes the time spent in this block, on an evaluation or a save, from training time."""
         began = time.monotonic()
         yield
         self.started += time.monotonic() - began
 
     def gather(self) -> Tensor:
-        """Every rank's sums (of loss, right answers, images): float64 [world size, 3], on the
-        device. A collective; no sync."""
-        # A row per rank, zero but for our own: the sum over the ranks is exact.
+        """Returns every rank's sums of loss, correct answers and images. A collective; no sync.
+
+        float64 [world size, 3], on the device.
+        """
+        # Each rank fills its own row of a table of zeros. Adding zeros is exact, so the sum over
+        # the ranks is the table of all rows, bit for bit.
         rows = self.sums.new_zeros(self.world.size, 3)
         rows[self.world.rank] = self.sums
         return self.world.sum(rows)
 
     def drain(self) -> dict[str, float]:
-        """Figures over all ranks, and a new start. A collective, and a CPU-GPU sync point."""
+        """Returns the metrics over all ranks and resets the sums. A collective, a CPU-GPU sync."""
         waited = torch.tensor([self.wait_seconds], dtype=torch.float64, device=self.world.device)
         sums = torch.cat([self.sums, self.images_before_start[None], waited])
         # CPU-GPU sync point

@@ -1,9 +1,9 @@
-"""How a start of a run ended: RUN/outcome.json, kept by rank 0. No torch here: launchers ask it.
+"""How a run ended, in RUN/outcome.json, which rank 0 writes.
 
     {"outcome": "stopped", "step": 440, "start": "1234.0", "time": "2026-11-27 09:30:00+00:00"}
 
-It says "running" from when the process has the run folder to itself until it ends. Where it says so
-and no process holds the folder's lock, the process was killed.
+It says "running" from the moment the process has locked the run folder until it ends. If it says
+so and no process holds the lock, the process was killed. No torch here: launchers read this file.
 """
 
 import contextlib
@@ -21,68 +21,69 @@ from resnet_dist.errors import RankFailure, UserError
 from resnet_dist.files import replace_file
 
 OUTCOME = "outcome.json"
-# Set by a launcher that wants to tell its own start from others; without it a start has a random
-# token.
+# A launcher sets this to recognize the start that it made; otherwise the token is random.
 START_TOKEN = "RESNET_DIST_START"
 
 
 class Outcome(Enum):
     RUNNING = "running"
-    FINISHED = "finished"  # the plan's last step is done and saved
-    STOPPED = "stopped"  # asked to; all is saved, and the same command goes on
-    FAILED = "failed"  # by a bug, a machine, or a kill
-    BAD_INPUT = "bad_input"  # config, data or run folder: one line said what to mend
+    FINISHED = "finished"  # the last step of the plan is done and saved
+    STOPPED = "stopped"  # stopped on request and saved; the same command resumes it
+    FAILED = "failed"  # ended by a bug, a failing machine or a kill
+    BAD_INPUT = "bad_input"  # refused: one line said what is wrong with config, data or run folder
 
     @property
     def exit_code(self) -> int:
-        """Of `resnet-dist status --exit-code`, and of a start without a launcher.
+        """The exit code of `resnet-dist status --exit-code`, and of training without a launcher.
 
-        75 is EX_TEMPFAIL of sysexits.h: try again.
+        75 is EX_TEMPFAIL in sysexits.h: try again.
         """
         codes = {Outcome.FINISHED: 0, Outcome.STOPPED: 75, Outcome.BAD_INPUT: 2}
         return codes.get(self, 1)
 
     @property
     def mlflow_status(self) -> str:
+        """The status of the MLflow run."""
         return {Outcome.FINISHED: "FINISHED", Outcome.STOPPED: "KILLED"}.get(self, "FAILED")
 
 
 @dataclass(frozen=True)
 class Ending:
-    """What outcome.json holds."""
+    """The content of outcome.json."""
 
     outcome: Outcome
-    step: int | None  # steps done; None before the run knows where it goes on
-    start: str  # a token of the start that wrote this
-    time: str  # when that was
+    step: int | None  # steps done; None until the run knows from which step it resumes
+    start: str  # token of the start that wrote this
+    time: str  # local time of writing
 
     @classmethod
     def read(cls, run_dir: Path) -> "Ending | None":
-        """None where there is none.
+        """Reads RUN/outcome.json; returns None if there is no such file.
 
         Raises:
             UserError: it cannot be read.
         """
         path = run_dir / OUTCOME
         try:
-            held = json.loads(path.read_bytes())
-            return cls(Outcome(held["outcome"]), held["step"], held["start"], held["time"])
+            content = json.loads(path.read_bytes())
+            outcome = Outcome(content["outcome"])
+            return cls(outcome, content["step"], content["start"], content["time"])
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError) as error:
-            why = getattr(error, "strerror", None) or "not what a run writes"
+            why = getattr(error, "strerror", None) or "not in the format that a run writes"
             raise UserError(f"{path}: cannot be read: {why}; remove it") from None
 
 
 class OutcomeFile:
-    """Keeps outcome.json while a run goes on; used as a context, inside of the run folder's lock.
+    """Keeps outcome.json up to date during a run; used as a context, while the run is locked.
 
-    An error that leaves the block is written down, and goes on its way. A disk that does not take
-    the file ends no run.
+    An exception that leaves the block is recorded as the outcome, and propagates. If the file
+    cannot be written, the run continues with a warning.
     """
 
     def __init__(self, run_dir: Path, writes: bool, say: Callable[[str], None]):
-        """writes: on rank 0; the others do nothing. say: takes a line of warning."""
+        """writes: True on rank 0; other ranks do nothing. say: prints a warning."""
         self._run_dir = run_dir
         self._writes = writes
         self._say = say
@@ -95,12 +96,12 @@ class OutcomeFile:
         return self
 
     def resumes_from(self, step: int) -> None:
-        """The run has been built, and its next step is `step`."""
+        """Records that the run has been built and that `step` steps were done before."""
         self._step = step
         self._write(Outcome.RUNNING)
 
     def end(self, outcome: Outcome, step: int) -> None:
-        """All is done and saved, or stopped and saved."""
+        """Records that the run has finished or stopped, and that its state is saved."""
         self._step, self._has_ended = step, True
         self._write(outcome)
 
@@ -120,4 +121,6 @@ class OutcomeFile:
             replace_file(self._run_dir / OUTCOME, json.dumps(ending, indent=1) + "\n")
         except OSError as error:
             with contextlib.suppress(OSError):
-                self._say(f"warning: {self._run_dir / OUTCOME}: not written: {error.strerror}")
+                self._say(
+                    f"warning: {self._run_dir / OUTCOME}: cannot be written: {error.strerror}"
+                )

@@ -1,12 +1,12 @@
-"""The plan as people read it: a table, with the arithmetic that made each number."""
+"""The plan as a table for people, with the arithmetic behind each number."""
 
 from resnet_dist.plan import TRAIN_ERROR_WARMUP_FACTOR, TRAIN_ERROR_WINDOW_STEPS, Plan
 
 
-def describe_plan(plan: Plan, decoding: str = "chosen at the start") -> str:
-    """The plan as a table, with the arithmetic that made each number.
+def describe_plan(plan: Plan, decoding: str = "chosen when training starts") -> str:
+    """Returns the plan as a table with the arithmetic behind each number.
 
-    decoding: how images become pixels, and why so.
+    decoding: how images are decoded, and the reason.
     """
     optim, batch = plan.optim, plan.global_batch_size
     per_rank = f"{batch // plan.world_size}" + (
@@ -14,7 +14,9 @@ def describe_plan(plan: Plan, decoding: str = "chosen at the start") -> str:
     )
     passes = plan.world_size * plan.accumulation
     per_pass = f"{batch // passes}" + (f" or {batch // passes + 1}" if batch % passes else "")
-    val = "unknown (no data here)" if plan.val_images is None else f"{plan.val_images:,}"
+    val = (
+        "unknown (planned without the data)" if plan.val_images is None else f"{plan.val_images:,}"
+    )
     rows = [
         ("ranks", f"{plan.world_size}"),
         ("images", f"{plan.train_images:,} train, {val} val"),
@@ -26,7 +28,7 @@ def describe_plan(plan: Plan, decoding: str = "chosen at the start") -> str:
         (
             "steps per epoch",
             f"{plan.steps_per_epoch:,} = {plan.train_images:,} // {batch} "
-            f"({plan.dropped_images_per_epoch} images dropped, others in each epoch)",
+            f"({plan.dropped_images_per_epoch} images dropped, different ones in each epoch)",
         ),
         (
             "total steps",

@@ -1,4 +1,4 @@
-"""What a person sees: one living line on a terminal, plain lines elsewhere, from rank 0 only."""
+"""What rank 0 prints during a run: a line that updates in place on a terminal, or plain lines."""
 
 import shutil
 import sys
@@ -18,27 +18,27 @@ REFRESH_SECONDS = 0.5
 
 
 class Console:
-    """Where a run speaks. Lines may come from several threads."""
+    """Prints the lines of a run. Threads may share it."""
 
     def __init__(self, speaks: bool):
-        """speaks: on rank 0; the others are silent."""
+        """speaks: True on rank 0; other ranks print nothing."""
         self._speaks = speaks
-        self.lives = speaks and sys.stdout.isatty()  # a terminal, whose last line may be rewritten
+        self.is_terminal = speaks and sys.stdout.isatty()  # then the last line can be rewritten
 
     def say(self, text: str) -> None:
-        """A line that stays."""
+        """Prints a line that stays."""
         if self._speaks:
-            print("\r\x1b[K" + text if self.lives else text, flush=True)
+            print("\r\x1b[K" + text if self.is_terminal else text, flush=True)
 
     def rewrite(self, text: str) -> None:
-        """The living line, in the place of what it was; nothing where there is none."""
-        if self.lives:
+        """Rewrites the last line on a terminal; elsewhere does nothing."""
+        if self.is_terminal:
             width = shutil.get_terminal_size().columns - 1
             print(f"\r\x1b[K{text}"[: width + 4], end="", flush=True)
 
 
 class Progress:
-    """How far a run has come."""
+    """Shows how far a run has got."""
 
     def __init__(self, console: Console, plan: Plan, first_step: int):
         self.console = console
@@ -49,19 +49,19 @@ class Progress:
         self.figures = ""
 
     def tick(self, step: int) -> None:
-        """After each step: refreshes the living line from host clocks alone."""
-        if self.console.lives and time.monotonic() - self.refreshed > REFRESH_SECONDS:
+        """Called after each step: refreshes the line now and then, without asking the GPU."""
+        if self.console.is_terminal and time.monotonic() - self.refreshed > REFRESH_SECONDS:
             self.refreshed = time.monotonic()
             self.console.rewrite(self._line(step))
 
     def update(self, step: int, metrics: Mapping[str, float]) -> None:
-        """At a logging step: new figures."""
+        """Called at a logging step: shows the new figures."""
         self.figures = (
             f"loss {metrics[TRAIN_LOSS]:.4f}  acc1 {metrics[TRAIN_ACC1]:5.2f} %  "
             f"lr {metrics[TRAIN_LR]:.4g}  {metrics[IMAGES_PER_SEC]:,.0f} img/s  "
             f"data-wait {metrics[DATA_WAIT_PCT]:.0f} %"
         )
-        if self.console.lives:
+        if self.console.is_terminal:
             self.refreshed = 0.0
             self.tick(step)
         else:
@@ -78,14 +78,14 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-    """1:02:03 or 2:03."""
+    """Formats a duration as 1:02:03 or 2:03."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def table(rows: list[tuple[str, str]]) -> str:
-    """Two columns between rules."""
+    """Formats rows as two columns between horizontal rules."""
     width = max(len(name) for name, _ in rows)
     rule = "-" * min(100, width + 2 + max(len(text) for _, text in rows))
     return "\n".join([rule, *(f"{name:<{width}}  {text}" for name, text in rows), rule])

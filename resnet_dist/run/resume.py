@@ -1,4 +1,4 @@
-"""The promise that a run which goes on is the same run: what is compared, and what is said."""
+"""Checks that a resumed run is the same run: what is compared, and what is reported."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -20,12 +20,12 @@ from resnet_dist.state import TrainState
 
 @dataclass(frozen=True)
 class Previous:
-    """What a run goes on from."""
+    """What a run resumes from."""
 
     path: Path | None  # the newest checkpoint; None: the run is new
-    checkpoint: Checkpoint | None  # read from there
-    changes: tuple[str, ...]  # what differs from when it was made, as the user wishes
-    warnings: tuple[str, ...]  # about checkpoints that are passed over, or hold infinities
+    checkpoint: Checkpoint | None  # its content
+    changes: tuple[str, ...]  # what has changed since, accepted by --resume-anyway
+    warnings: tuple[str, ...]  # about damaged checkpoints, and about values that are not finite
 
 
 def find_previous(config: Config, world: World) -> Previous:
@@ -42,7 +42,10 @@ def find_previous(config: Config, world: World) -> Previous:
 def with_changes(
     previous: Previous, config: Config, facts: Facts, world: World, anyway: bool
 ) -> Previous:
-    """With `changes`, of changes_since, which raises where they are not wished. A collective."""
+    """Returns `previous` with the changes since it was saved. A collective.
+
+    Raises what `changes_since` raises.
+    """
     saved = previous.checkpoint
     changes = world.on_main(lambda: changes_since(config, saved, facts, anyway))
     return replace(previous, changes=tuple(changes))
@@ -51,12 +54,13 @@ def with_changes(
 def changes_since(
     config: Config, saved: Checkpoint | None, facts: Facts, anyway: bool
 ) -> list[str]:
-    """What differs now from what made the newest checkpoint, or RUN/config.yaml if there is none.
+    """Lists what has changed since the newest checkpoint, or since RUN/config.yaml without one.
 
-    facts: of now. anyway: to go on all the same.
+    facts: of the present start. anyway: accept the changes (--resume-anyway).
 
     Raises:
-        UserError: something differs, and not `anyway`; or the weights do not fit the network.
+        UserError: something has changed and `anyway` is False, or the saved weights do not fit the
+            network.
     """
     if saved is None:
         return check_run_folder(config, anyway)
@@ -66,21 +70,25 @@ def changes_since(
     classes_before, classes = len(saved.classes), len(facts.classes)
     if classes_before != classes:
         differing.append(f"classes {classes_before} -> {classes}")
-    if saved.decoder not in (None, facts.decoder):  # None: an older version wrote it
+    if saved.decoder not in (None, facts.decoder):  # None: saved by an older version
         differing.append(f"decoder {saved.decoder} -> {facts.decoder}")
     fits = before.model.name == config.model.name and classes_before == classes
     if differing and not (anyway and fits):
-        raise refusal(config, saved.step, differing, can_be_told_to=fits)
+        raise refusal(config, saved.step, differing, can_resume_anyway=fits)
     return differing
 
 
 def _differing_data(
     old: Mapping[str, str], new: Mapping[str, str], before: Config, config: Config
 ) -> list[str]:
-    """old, new: of Index.fingerprints. What an older version did not note is not compared."""
+    """Lists which data differ. old, new: Index.fingerprints.
+
+    What an older version did not record is not compared. If the images differ, their sizes in bytes
+    differ too, and are not listed separately.
+    """
     differing = [what for what in new if what in old and old[what] != new[what]]
     return [
-        f"data: other {what} ({before.data.root} {old[what][:12]} -> {config.data.root} "
+        f"data: different {what} ({before.data.root} {old[what][:12]} -> {config.data.root} "
         f"{new[what][:12]})"
         for what in differing
         if what.removesuffix(IN_BYTES) == what or what.removesuffix(IN_BYTES) not in differing
@@ -90,27 +98,27 @@ def _differing_data(
 def adapt_checkpoint(
     saved: Checkpoint, config: Config, state: TrainState
 ) -> tuple[Checkpoint, list[str]]:
-    """`saved` as it fits `state`, of a config that has changed; lines of warning."""
+    """Returns `saved`, adapted to a state whose config has changed, and lines of warning."""
     warnings = []
     momentum = saved.optimizer["state"]
     if saved.config["optim"].get("lr_scales", {}) != config.optim.lr_scales:
-        # Momentum is saved by number, in the order of the groups, which these make.
+        # Momentum is saved by parameter number, which depends on the groups that lr_scales makes.
         momentum = {}
         warnings = ["warning: optim.lr_scales has changed: momentum starts from zero"]
-    # Momentum's factor and weight decay are the config's: torch would take the saved ones.
+    # The momentum factor and weight decay come from the config; torch would restore the saved ones.
     groups = state.optimizer.state_dict()["param_groups"]
     fitting = replace(
         saved,
         optimizer={"state": momentum, "param_groups": groups},
-        scaler=saved.scaler or state.scaler.state_dict(),  # was not fp16
+        scaler=saved.scaler or state.scaler.state_dict(),  # saved empty if the run was not in fp16
     )
     return fitting, warnings
 
 
 def made_with(world: World) -> dict[str, str]:
-    """What the bits of a run depend on besides its config and its data. Of this rank."""
+    """Returns what the bits of a run depend on besides its config and data, on this rank."""
     facts = {
-        "torch": str(torch.__version__),  # a subclass of str, which a checkpoint refuses
+        "torch": str(torch.__version__),  # a subclass of str, which checkpoints do not take
         "dali": DALI_VERSION,
         "world_size": str(world.size),
     }
@@ -118,25 +126,27 @@ def made_with(world: World) -> dict[str, str]:
         facts["device"] = torch.cuda.get_device_name(world.device)
         facts["cudnn"] = str(torch.backends.cudnn.version())
     else:
-        facts["device"] = f"cpu with {torch.backends.cpu.get_cpu_capability()}"  # picks kernels
-        facts["threads"] = str(torch.get_num_threads())  # sums on a CPU are shared out over them
+        facts["device"] = (
+            f"cpu with {torch.backends.cpu.get_cpu_capability()}"  # it decides which kernels run
+        )
+        facts["threads"] = str(torch.get_num_threads())  # a sum on a CPU is split over threads
     return facts
 
 
 def environment_warning(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """A line of warning if two `made_with` differ in what both say."""
-    both = [key for key in before if key in now]  # an older version said nothing
+    """Returns a line of warning if two results of `made_with` differ in a key that both have."""
+    both = [key for key in before if key in now]  # older versions recorded less
     differing = [f"{key} {before[key]} -> {now[key]}" for key in both if before[key] != now[key]]
-    return [f"warning: not bit for bit from here on: {', '.join(differing)}"] if differing else []
+    return [f"warning: not bit-exact from here on: {', '.join(differing)}"] if differing else []
 
 
 def bn_batch_warning(before: int, plan: Plan) -> list[str]:
-    """A line of warning if BN now averages over another number of images, and how to keep it."""
+    """Returns a line of warning if BN now averages over a different number of images."""
     if before == plan.bn_batch_size:
         return []
     line = (
-        f"warning: BN normalizes {plan.bn_batch_size} images together, {before} before: the world "
-        "or train.max_local_batch_size has changed"
+        f"warning: BN now normalizes {plan.bn_batch_size} images together instead of {before}: the "
+        "number of ranks or train.max_local_batch_size has changed"
     )
     local = plan.max_local_batch_size_for(before)
     if local is not None:
@@ -145,9 +155,9 @@ def bn_batch_warning(before: int, plan: Plan) -> list[str]:
 
 
 def describe_resume(path: Path, saved: Checkpoint, plan: Plan) -> str:
-    """The line that says from where a run goes on."""
+    """Returns the line that says from where a run resumes."""
     text = f"resumes at step {saved.step} (epoch {plan.epoch_at(saved.step):.2f}) from {path}"
-    if saved.made_with:  # else an older version wrote it
+    if saved.made_with:  # empty if an older version wrote it
         ranks = saved.made_with["world_size"]
         text += f", saved {saved.saved_at} by {ranks} rank{'s' if ranks != '1' else ''}"
     return text

@@ -1,4 +1,4 @@
-"""Where the time goes from the start of this process to its first finished step."""
+"""Measures where the time goes between the start of this process and its first finished step."""
 
 import os
 import time
@@ -9,25 +9,25 @@ import torch
 
 
 class Startup:
-    """Called at the end of each phase; what comes after the first step is ignored."""
+    """A stopwatch with named phases; it stops after the first step."""
 
     def __init__(self, began: float):
-        """began: on the clock of time.monotonic()."""
+        """began: when the process started, on the clock of time.monotonic()."""
         self._began = began
-        self._tenths = 0  # of a second, at the last mark
-        self._phases: dict[str, int] = {}  # tenths of a second; in the order of their first mark
+        self._tenths = 0  # tenths of a second from the start to the last mark
+        self._phases: dict[str, int] = {}  # tenths of a second, in the order of the first mark
         self._is_over = False
 
     def mark(self, phase: str) -> None:
-        """Since the last mark it was `phase`, which may come in pieces."""
+        """Adds the time since the last mark to `phase`, which may have several such pieces."""
         if not self._is_over:
-            # The times are rounded, not what lies between them: so the phases add up to the total.
+            # Points in time are rounded, not durations, so that the phases add up to the total.
             tenths = round(10 * (time.monotonic() - self._began))
             self._phases[phase] = self._phases.get(phase, 0) + tenths - self._tenths
             self._tenths = tenths
 
     def end(self, device: torch.device, say: Callable[[str], None]) -> None:
-        """After a step; the first one in this process is told."""
+        """Reports the times after the first step of this process; later calls do nothing."""
         if self._is_over:
             return
         if device.type == "cuda":
@@ -39,10 +39,13 @@ class Startup:
 
 
 def process_began() -> float:
-    """When this process started, on the clock of time.monotonic(); now, if nobody knows."""
+    """Returns when this process started, on the clock of time.monotonic().
+
+    If that cannot be found out, returns the present time.
+    """
     try:
         stat = Path("/proc/self/stat").read_text()
-        # Field 22: clock ticks since boot. Field 2, the name, may hold blanks and brackets.
+        # Field 22: clock ticks since boot. Field 2, the name, may contain blanks and parentheses.
         ticks = int(stat.rpartition(")")[2].split()[22 - 3])
         age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
     except (OSError, ValueError, IndexError, AttributeError):  # no /proc, or no such clock

@@ -1,4 +1,4 @@
-"""The table at the end of a run: the scores, where everything is, and how to open it."""
+"""The table at the end of a run: scores, where the files are, and how to open the curves."""
 
 import os
 import sys
@@ -15,7 +15,7 @@ from resnet_dist.tracking.mirror import RunRecord
 def summary(
     run_dir: Path, state: TrainState, progress: Progress, outcome: Outcome, score: Score | None
 ) -> list[tuple[str, str]]:
-    """Rows of the table. score: of the last evaluation of this start, if there was one."""
+    """Returns the rows of the table. score: of this start's last evaluation, if there was one."""
     plan = progress.plan
     rows = [("run", f"{run_dir.name}, {outcome.value} at step {state.step}")]
     if score is not None:
@@ -23,19 +23,19 @@ def summary(
     if state.best_step >= 0:
         epoch = plan.epoch_at(state.best_step)
         rows += [("best val", f"acc1 {state.best_acc1:.2f} % after epoch {epoch:.2f}")]
-        # Its save may have failed where later ones did not.
+        # The save of the best checkpoint may have failed, while later ones did not.
         there = "best" if os.path.isdir(run_dir / "checkpoints/best") else "latest"
         rows += [("checkpoint", f"{run_dir}/checkpoints/{there}")]
     seconds = time.monotonic() - progress.started
     epochs = plan.epoch_at(state.step - progress.first_step)
     rows += [("time", f"{duration(seconds)} for {epochs:.2f} epochs")]
     if outcome is Outcome.STOPPED:
-        rows += [("to go on", "the same command again")]
+        rows += [("to resume", "run the same command again")]
     return rows
 
 
 def where_to_look(record: RunRecord | None) -> list[tuple[str, str]]:
-    """Rows about the run in MLflow, if it is there."""
+    """Returns the rows about the MLflow run, if there is one."""
     if record is None:
         return []
     rows = [("MLflow run", f"{record.run_id} in {record.tracking_uri}")]
@@ -47,6 +47,6 @@ def where_to_look(record: RunRecord | None) -> list[tuple[str, str]]:
 
 
 def artifacts(outcome: Outcome, run_dir: Path) -> dict[str, Path]:
-    """What MLflow gets of a run that ended so: the best checkpoint, unless its save failed."""
+    """Returns what to upload to MLflow: the best checkpoint of a finished run, if it was saved."""
     best = run_dir / "checkpoints" / "best"
     return {"best": best} if outcome is Outcome.FINISHED and os.path.isdir(best) else {}

@@ -112,7 +112,7 @@ def test_latest_best_and_retention(tiny_config: Callable[..., Config]) -> None:
         ([1, 2, 3, 4], [], 9, Retention(1), [4]),  # the best is not on the disk
         ([5, 10, 15, 20, 25], [], None, Retention(1, 10), [10, 20, 25]),
         ([5, 10, 15, 20, 25], [], 5, Retention(2, 10), [5, 10, 20, 25]),
-        # An exploding run: the newest are there to look at, the sound ones to go on from.
+        # An exploding run: the newest are there to look at, the sound ones to resume from.
         ([1, 2, 3, 4, 5, 6], [4, 5, 6], None, Retention(2), [2, 3, 5, 6]),
         ([2, 3, 5, 6, 7, 8], [5, 6, 7, 8], 1, Retention(2), [2, 3, 7, 8]),
         ([2, 3, 7, 8, 9], [7, 8], 1, Retention(2), [3, 8, 9]),  # it came back by itself
@@ -140,9 +140,9 @@ def test_an_exploding_run_does_not_push_out_the_good_checkpoints(
     assert names == [f"step-0000000{step}" for step in (2, 3, 6, 7)]
     # The next try is told, and how to go back.
     (line,) = folders.prepare_to_resume(config.run_dir)
-    assert "step-00000007: not all values are finite" in line
+    assert "step-00000007: some values are NaN or infinite" in line
     assert "the newest sound one is step-00000003" in line
-    way_back = line.partition("to go back to it: ")[2].partition(", and the same")[0]
+    way_back = line.partition("to go back to it: ")[2].partition(", then run the same")[0]
     subprocess.run(way_back, shell=True, check=True)
     assert folders.prepare_to_resume(config.run_dir) == []
     newest = folders.latest(config.run_dir)

@@ -270,13 +270,17 @@ def test_a_run_without_a_whole_checkpoint_does_not_start_anew(config: Config, sp
     for path in paths:
         spoil(path)
     names = names_in(paths[0].parent)
-    with pytest.raises(UserError, match=r"none of the 2 checkpoints is whole.*to start anew"):
+    with pytest.raises(
+        UserError, match=r"none of the 2 checkpoints is intact.*to start from scratch"
+    ):
         prepare_to_resume(config)
     assert names_in(paths[0].parent) == names
 
 
 def test_training_does_not_start_anew_over_damaged_checkpoints(config: Config) -> None:
     flip_a_bit(save(config, 1))
-    with pytest.raises(UserError, match=r"none of the 1 checkpoints is whole \(step-00000001: the"):
+    with pytest.raises(
+        UserError, match=r"none of the 1 checkpoints is intact \(step-00000001: the"
+    ):
         train(config, "test", Interrupt())
     assert names_in(config.run_dir / "checkpoints") == ["latest", "step-00000001"]

@@ -350,7 +350,7 @@ def test_the_world_changes_in_the_middle_of_an_epoch(
     assert "by 4 ranks\n" in pieces[1][0].said
     assert "resumes at step 5 (epoch 1.25) from " in pieces[2][0].said
     for ranks, line in zip(pieces[1:], ["world_size 4 -> 2", "world_size 2 -> 3"], strict=True):
-        assert f"warning: not bit for bit from here on: {line}\n" in ranks[0].said
+        assert f"warning: not bit-exact from here on: {line}\n" in ranks[0].said
         assert "BN normalizes" not in ranks[0].said  # 11 images, on any world
 
     of_losses = loss_differences(journal(parts), journal(config)).max()
@@ -375,12 +375,15 @@ def test_another_bn_batch_is_warned_of(
     piece(4, parts, 2)
     same = piece(2, parts, 6)  # in two passes
     assert "BN batch         3 images = " in same[0].said
-    assert "BN normalizes" not in same[0].said
+    assert "BN now normalizes" not in same[0].said
     of_losses = loss_differences(journal(parts), journal(config)).max()
     assert of_losses < 1e-12
     what = "2 ranks x 2 passes after 4 x 1, local BN, float64: loss"
     record_property(f"largest_difference: {what}", of_losses)
     more = replace(parts, train=replace(parts.train, max_local_batch_size=6))
-    line = "warning: BN normalizes 6 images together, 3 before: the world or train.max_local_batch_"
-    line += "size has changed; train.max_local_batch_size=3 keeps it, if that fits in memory\n"
+    line = (
+        "warning: BN now normalizes 6 images together instead of 3: the number of ranks or "
+        "train.max_local_batch_size has changed; train.max_local_batch_size=3 keeps it, if that "
+        "fits in memory\n"
+    )
     assert line in piece(2, more)[0].said

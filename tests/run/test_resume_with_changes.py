@@ -42,7 +42,7 @@ def test_one_refusal_lists_all_that_differs(
     now = trained("optim.base_lr=0.2", "train.global_batch_size=1000", f"data.root={other_data}")
     line = refused(now)
     parts = re.fullmatch(
-        r"(.+): cannot go on from step 3, as these differ: (.+)\. Go on as it was, give another "
+        r"(.+): differs from the checkpoint of step 3: (.+); undo that, use another "
         r"name=, or add --resume-anyway",
         line,
     )
@@ -54,7 +54,7 @@ def test_one_refusal_lists_all_that_differs(
     assert parts[2].split("; ") == [
         "optim.base_lr 0.4 -> 0.2",
         "train.global_batch_size 8 -> 1000",
-        f"data: other training images ({tiny_folder} {old[:12]} -> {other_data} {new[:12]})",
+        f"data: different training images ({tiny_folder} {old[:12]} -> {other_data} {new[:12]})",
         "decoder mixed -> cpu",
     ]
     assert files_of(trained().run_dir) == before
@@ -63,7 +63,7 @@ def test_one_refusal_lists_all_that_differs(
 def test_all_ranks_refuse_alike(trained: Callable[..., Config]) -> None:
     lines = run_ranks(refusal_of, 2, trained("seed=5"), init_process_group=False)
     assert len(set(lines)) == 1
-    assert "cannot go on from step 3, as these differ: seed 0 -> 5. Go on" in lines[0]
+    assert "differs from the checkpoint of step 3: seed 0 -> 5; undo" in lines[0]
 
 
 def refusal_of(rank: int, world_size: int, config: Config) -> str:
@@ -131,7 +131,7 @@ def test_other_validation_images_are_other_data(
 
 
 def differing_data(config: Config) -> list[str]:
-    return re.findall(r"data: other ([a-z ]+) \(", refused(config))
+    return re.findall(r"data: different ([a-z ]+) \(", refused(config))
 
 
 def test_a_quarantine_is_no_other_data(trained: Callable[..., Config], own_data: Path) -> None:
@@ -196,7 +196,7 @@ def test_resume_anyway_goes_on_with_any_setting(
     capsys.readouterr()
     train(now, "test", Interrupt(), resume_anyway=True)
     said = capsys.readouterr().out
-    assert f"{key} " in said[said.index("warning: not the same run") :]
+    assert f"{key} " in said[said.index("warning: from here on this is a different run") :]
     assert ("momentum starts from zero" in said) == (key == "optim.lr_scales")
     assert Checkpoint.load(newest(now)).step > 3
     # And back: what was made with it goes on without it.
@@ -217,7 +217,7 @@ def test_what_does_not_fit_is_refused_even_so(
         for anyway in (False, True):
             line = refused(trained(override), anyway)
             assert part in line
-            assert line.endswith(". Go on as it was, or give another name=")
+            assert line.endswith("; undo that or use another name=")
 
 
 def test_only_deterministic_mode_minds_who_made_it(
@@ -232,7 +232,7 @@ def test_only_deterministic_mode_minds_who_made_it(
         rewrite(config, made_with=Checkpoint.load(newest(config)).made_with | {"torch": "2.13"})
     (said, _) = run_ranks(resumed_on, 2, strict, init_process_group=False)
     assert said.endswith(
-        f"\nwarning: not bit for bit from here on: torch 2.13 -> {version}, world_size 1 -> 2"
+        f"\nwarning: not bit-exact from here on: torch 2.13 -> {version}, world_size 1 -> 2"
     )
     assert "warning" not in resumed(trained())[1]
 
@@ -256,7 +256,7 @@ def test_made_with_is_plain_and_compared_by_name(tmp_path: Path) -> None:
     assert environment_warning({}, now) == []
     before = now | {"threads": "64", "device": "NVIDIA H100"}
     assert environment_warning(before, now) == [
-        "warning: not bit for bit from here on: "
+        "warning: not bit-exact from here on: "
         f"device NVIDIA H100 -> {now['device']}, threads 64 -> {now['threads']}"
     ]
 

@@ -75,7 +75,7 @@ def test_a_run_folder_without_a_checkpoint_is_guarded_too(
 ) -> None:
     open_run_folder(tiny_config(), 0, ())
     now = tiny_config("seed=1", "optim.base_lr=1.0")
-    differ = "cannot go on, as these differ: seed 0 -> 1; optim.base_lr 0.4 -> 1.0. Go on as it was"
+    differ = "differs from config.yaml: seed 0 -> 1; optim.base_lr 0.4 -> 1.0; undo that, "
     assert differ in refused(now)
     with pytest.raises(UserError, match=re.escape(differ)):
         check_run_folder(now, anyway=False)
@@ -111,9 +111,9 @@ def test_resume_anyway_goes_on_and_keeps_a_record(
     said = capsys.readouterr().out
     config = load_config(tiny_yaml, [text for text in changed[2:] if text != "--resume-anyway"])
     listed = (
-        "optim.weight_decay 0.0001 -> 0.0; train.epochs 1.0 -> 2.0; data: other training images"
+        "optim.weight_decay 0.0001 -> 0.0; train.epochs 1.0 -> 2.0; data: different training images"
     )
-    assert f"\nwarning: not the same run from here on: {listed}" in said
+    assert f"\nwarning: from here on this is a different run: {listed}" in said
     assert "finished at step 6" in said
     record = (config.run_dir / "changes.txt").read_text()
     assert record.startswith(f"from step 3: {listed}")
@@ -143,7 +143,7 @@ def test_resume_anyway_killed_before_it_saved_leaves_the_run_as_it_was(
         open_run_folder(now, job.state.step, job.previous.changes)
     assert (now.run_dir / "changes.txt").read_text() == "from step 3: seed 0 -> 5\n"
     assert tags(job, "test")["changes"] == "from step 3: seed 0 -> 5\n"
-    line = "cannot go on from step 3, as these differ: seed 0 -> 5"
+    line = "differs from the checkpoint of step 3: seed 0 -> 5"
     assert line in refused(now)
     with pytest.raises(UserError, match=line):
         check_run_folder(now, anyway=False)
@@ -185,7 +185,7 @@ def test_changes_that_took_effect_stay(tiny_config: Callable[..., Config]) -> No
     ("spoil", "why"),
     [
         (lambda path: path.write_text(""), "is empty"),
-        (lambda path: path.write_text("- a\n- b\n"), "must hold keys and values"),
+        (lambda path: path.write_text("- a\n- b\n"), "must contain keys and values"),
         (lambda path: path.write_text("a: [1,"), "not valid YAML"),
         (lambda path: path.write_bytes(b"\xff\xfe\x00"), "cannot be read: not a text file"),
         (lambda path: path.mkdir(), "cannot be read: Is a directory"),
@@ -381,12 +381,12 @@ def test_submit_refuses_before_it_queues_and_hands_the_flag_on(
     done = launch(tmp_path, *command)
     assert done.returncode == 2
     assert done.stderr.splitlines() == [
-        f"resnet-dist: {trained().run_dir}: cannot go on from step 3, as these differ: train.epochs"
-        " 1.0 -> 2.0. Go on as it was, give another name=, or add --resume-anyway"
+        f"resnet-dist: {trained().run_dir}: differs from the checkpoint of step 3: train.epochs"
+        " 1.0 -> 2.0; undo that, use another name=, or add --resume-anyway"
     ]
     done = launch(tmp_path, *command, "--resume-anyway", "--local")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "warning: not the same run from here on: train.epochs 1.0 -> 2.0\n" in done.stdout
+    assert "warning: from here on this is a different run: train.epochs 1.0 -> 2.0\n" in done.stdout
     assert "finished at step 6" in done.stdout
 
 
