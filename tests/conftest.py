@@ -159,8 +159,17 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 LARGEST_DIFFERENCE = "largest_difference: "
 
 
+@pytest.fixture
+def record_difference(
+    record_property: Callable[[str, object], None],
+) -> Callable[[str, float], None]:
+    """record_difference(what, difference): a row for the table of equalities at the end."""
+    # A plain float, as it may be sent from one process to another.
+    return lambda what, difference: record_property(LARGEST_DIFFERENCE + what, float(difference))
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """What tests recorded with record_property("largest_difference: WHAT", value)."""
+    """Prints the table of equalities: the largest value that `record_difference` got for each."""
     largest: dict[str, float] = {}
     for report in terminalreporter.getreports("passed"):
         for name, value in report.user_properties if report.when == "call" else ():
@@ -170,4 +179,4 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if largest:
         terminalreporter.section("equalities: the largest difference seen")
     for what, value in sorted(largest.items()):
-        terminalreporter.line(f"{'bit for bit' if value == 0 else f'{value:.1e}':>11}  {what}")
+        terminalreporter.line(f"{'bit-exact' if value == 0 else f'{value:.1e}':>11}  {what}")

@@ -83,7 +83,7 @@ def test_a_whole_number_is_a_float_and_frozen(tmp_path: Path) -> None:
         ("model: {name: resnet51}", ["model.name=resnet51", "resnet50, resnet101"]),
         ("optim: {schedule: cosin}", ["optim.schedule=cosin", "one of", "is cosine"]),
         ("data: {scale_px: 256}", ["data.scale_px=256", "list", "[256, 480]"]),
-        ("data: {scale_px: [256]}", ["data.scale_px=[256]", "2 parts", "[256, 480]"]),
+        ("data: {scale_px: [256]}", ["data.scale_px=[256]", "2 elements", "[256, 480]"]),
         ("data: {scale_px: [480, 256]}", ["data.scale_px=[480, 256]", "is [256, 480]"]),
         ("data: {crop_px: 300}", ["data.crop_px=300", "scale_px[0]=256", "is 256"]),
         ("data: {eval_crop_px: 257}", ["data.eval_crop_px=257", "eval_resize_px=256", "is 256"]),
@@ -101,8 +101,8 @@ def test_a_whole_number_is_a_float_and_frozen(tmp_path: Path) -> None:
             "model: {name: vgg19}\noptim: {lr_scales: {features: 0, classifier: 0}}",
             ["freezes all parts", "is {features: 0.0}"],
         ),
-        ("train: {iterations: 7, epochs: 3}", ["iterations=7", "epochs=3", "give one unit"]),
-        ("optim: {milestones_iterations: [1], milestones_epochs: [1]}", ["give one unit"]),
+        ("train: {iterations: 7, epochs: 3}", ["iterations=7", "epochs=3", "in one unit only"]),
+        ("optim: {milestones_iterations: [1], milestones_epochs: [1]}", ["in one unit only"]),
         ("optim: {milestones_iterations: [9, 3]}", ["milestones_iterations=[9, 3]", "[3, 9]"]),
         ("optim: {milestones_iterations: 9}", ["milestones_iterations=9", "list"]),
         ("optim: {lr_scales: 3}", ["optim.lr_scales=3", "{part: number}"]),
@@ -111,7 +111,7 @@ def test_a_whole_number_is_a_float_and_frozen(tmp_path: Path) -> None:
         ("optim: {warmup_until_train_error_pct: 0}", ["error_pct=0.0", "above zero"]),
         (
             "optim: {warmup_until_train_error_pct: 80, warmup_epochs: 1}",
-            ["error_pct=80.0", "give one of them", "is null"],
+            ["error_pct=80.0", "give only one of them", "is null"],
         ),
         (
             "model: {name: plain18, zero_init_last_gamma: true}",

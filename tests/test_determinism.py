@@ -91,10 +91,10 @@ def sums(rank: int, world_size: int) -> None:
     assert int(sum_in_rank_order(torch.tensor(rank))) == 6
 
 
-def test_sums_are_in_rank_order(record_property: Callable[[str, object], None]) -> None:
+def test_sums_are_in_rank_order(record_difference: Callable[[str, float], None]) -> None:
     run_ranks(sums, 4)
     what = "sum_in_rank_order against an explicit sum, 4 ranks and groups of 2 and 3"
-    record_property(f"largest_difference: {what}", 0.0)
+    record_difference(f"{what}", 0.0)
 
 
 def sums_at_all_places(rank: int, world_size: int) -> list[int]:
@@ -150,7 +150,7 @@ def gradients(rank: int, world_size: int, config: Config) -> tuple[list[int], li
 def test_gradients_do_not_depend_on_ddps_buckets(
     tiny_config: Callable[..., Config],
     world_size: int,
-    record_property: Callable[[str, object], None],
+    record_difference: Callable[[str, float], None],
 ) -> None:
     # With synchronized BN a rank's own gradients would not be what is added up.
     config = tiny_config("model.sync_batchnorm=none")
@@ -160,7 +160,7 @@ def test_gradients_do_not_depend_on_ddps_buckets(
         assert (theirs[0] > 0) == (world_size > 2)
         assert theirs[1] == 0
     what = f"gradients in DDP's first and later buckets, {world_size} ranks, deterministic"
-    record_property(f"largest_difference: {what}", 0.0)
+    record_difference(f"{what}", 0.0)
 
 
 def run(rank: int, world_size: int, config: Config) -> str:
@@ -189,7 +189,7 @@ def largest_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
 def test_a_resume_on_four_ranks(
     tiny_config: Callable[..., Config],
     deterministic: bool,
-    record_property: Callable[[str, object], None],
+    record_difference: Callable[[str, float], None],
 ) -> None:
     """From the checkpoint of step 1. The first step after it has DDP's first buckets again."""
     mode = f"train.deterministic={str(deterministic).lower()}"
@@ -199,14 +199,14 @@ def test_a_resume_on_four_ranks(
     if deterministic:
         again = run_on(4, tiny_config("name=again", *settings))
         assert largest_difference(again, whole) == 0
-        record_property(f"largest_difference: two fresh runs with one seed, 4 ranks, {mode}", 0.0)
+        record_difference(f"two fresh runs with one seed, 4 ranks, {mode}", 0.0)
     for step in (2, 3):
         shutil.rmtree(config.run_dir / f"checkpoints/step-{step:08d}")
     difference = largest_difference(run_on(4, config), whole)
     if deterministic:
         assert difference == 0
         what = f"weights, BN, momentum: resumed and unbroken run, 4 ranks, {mode}"
-        record_property(f"largest_difference: {what}", difference)
+        record_difference(f"{what}", difference)
     else:  # the enemy is real
         assert 0 < difference < 1e-2
 
@@ -215,7 +215,7 @@ def test_a_resume_on_four_ranks(
 def test_a_save_changes_nothing_with_local_batchnorm(
     tiny_config: Callable[..., Config],
     deterministic: bool,
-    record_property: Callable[[str, object], None],
+    record_difference: Callable[[str, float], None],
 ) -> None:
     """Three ranks: the average of their BN statistics is rounded."""
     mode = f"train.deterministic={str(deterministic).lower()}"
@@ -227,7 +227,7 @@ def test_a_save_changes_nothing_with_local_batchnorm(
     if deterministic:
         assert difference == 0
         what = "a run that saves at each step and one that does not, local BN, 3 ranks"
-        record_property(f"largest_difference: {what}, deterministic", difference)
+        record_difference(f"{what}, deterministic", difference)
     else:
         assert 0 < difference < 1e-5
 
@@ -258,13 +258,13 @@ def test_where_statistics_are_averaged(tiny_config: Callable[..., Config]) -> No
 def test_two_fresh_runs_with_one_seed(
     tiny_config: Callable[..., Config],
     world_size: int,
-    record_property: Callable[[str, object], None],
+    record_difference: Callable[[str, float], None],
 ) -> None:
     settings = ("train.deterministic=true", "train.iterations=2")
     first, again = (run_on(world_size, tiny_config(f"name={n}", *settings)) for n in ("a", "b"))
     difference = largest_difference(first, again)
     what = f"two fresh runs with one seed, {world_size} ranks, train.deterministic=true"
-    record_property(f"largest_difference: {what}", difference)
+    record_difference(f"{what}", difference)
     assert difference == 0
     if world_size == 1:
         other = run_on(1, tiny_config("name=other", "seed=7", *settings))
@@ -345,7 +345,7 @@ def test_gpu_gradients_are_the_same_bits(
     as_before: None,
     name: str,
     precision: torch.dtype,
-    record_property: Callable[[str, object], None],
+    record_difference: Callable[[str, float], None],
 ) -> None:
     fix_algorithms(True)
     torch.manual_seed(0)
@@ -367,4 +367,4 @@ def test_gpu_gradients_are_the_same_bits(
     first = gradient()
     for _ in range(3):
         assert torch.equal(gradient(), first)
-    record_property(f"largest_difference: gradients of {name}, {precision}, one GPU", 0.0)
+    record_difference(f"gradients of {name}, {precision}, one GPU", 0.0)

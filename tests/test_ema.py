@@ -70,7 +70,7 @@ def journal(config: Config) -> dict[int, dict[str, float]]:
 
 
 @pytest.mark.parametrize("decay", [0.5, 0.9999])
-def test_the_average_is_that_of_the_formula(decay: float, record_property: Record) -> None:
+def test_the_average_is_that_of_the_formula(decay: float, record_difference: Record) -> None:
     trained = small()
     average = AveragedNetwork(trained, on_meta(), decay)
     expected, largest = copied(trained.state_dict()), 0.0
@@ -90,7 +90,7 @@ def test_the_average_is_that_of_the_formula(decay: float, record_property: Recor
         largest = max(largest, difference(average.network.state_dict(), expected))
     assert 0 < largest < 1e-14
     assert average.network.state_dict()["1.num_batches_tracked"] == 90
-    record_property(f"largest_difference: EMA and its formula, decay {decay}, float64", largest)
+    record_difference(f"EMA and its formula, decay {decay}, float64", largest)
 
 
 def test_what_does_not_change_stays_to_the_last_bit() -> None:
@@ -127,14 +127,14 @@ def averaged(tiny_config: Callable[..., Config]) -> Config:
 
 
 def test_the_training_does_not_notice(
-    averaged: Config, tiny_config: Callable[..., Config], record_property: Record
+    averaged: Config, tiny_config: Callable[..., Config], record_difference: Record
 ) -> None:
     plain = tiny_config("name=plain", "optim.base_lr=0.05")
     train(plain, "test", Interrupt())
     assert saved(plain)["ema"] is None
     largest = difference(saved(averaged)["model"], saved(plain)["model"])
     assert largest == 0
-    record_property("largest_difference: trained weights, with EMA and without", largest)
+    record_difference("trained weights, with EMA and without", largest)
     assert difference(saved(averaged)["ema"], saved(plain)["model"]) > 1e-3
 
 
@@ -210,7 +210,7 @@ def run_on(world_size: int, config: Config, stop_before: int | None = None) -> s
 )
 def test_a_stop_changes_nothing(
     tiny_config: Callable[..., Config],
-    record_property: Record,
+    record_difference: Record,
     world_size: int,
     more: tuple[str, ...],
 ) -> None:
@@ -227,7 +227,7 @@ def test_a_stop_changes_nothing(
     for key in ("ema", "model"):
         largest = difference(ours[key], theirs[key])
         assert largest == 0
-        record_property(f"largest_difference: {key}, {how}", largest)
+        record_difference(f"{key}, {how}", largest)
     assert torch.equal(ours["meter"], theirs["meter"])
     assert ours["train_loss"] == theirs["train_loss"]
     assert journal(parts) == journal(whole)
@@ -275,7 +275,7 @@ def three_steps(job: Job) -> None:
 
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_local_bn_is_averaged_over_the_ranks(
-    tiny_config: Callable[..., Config], record_property: Record, deterministic: bool
+    tiny_config: Callable[..., Config], record_difference: Record, deterministic: bool
 ) -> None:
     """The frozen stem's statistics apart, which are equal, and stay so to the last bit."""
     settings = [*ACROSS, "model.sync_batchnorm=none"]
@@ -290,8 +290,8 @@ def test_local_bn_is_averaged_over_the_ranks(
     assert largest < 1e-6
     assert torch.equal(agreed[0]["bn1.running_var"], own[0]["bn1.running_var"])
     mode = "deterministic" if deterministic else "float32"
-    what = f"largest_difference: EMA of local BN and the mean over 3 ranks, {mode}"
-    record_property(what, largest)
+    what = f"EMA of local BN and the mean over 3 ranks, {mode}"
+    record_difference(what, largest)
 
 
 def test_a_skipped_step_counts(tiny_config: Callable[..., Config]) -> None:

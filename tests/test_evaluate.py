@@ -231,7 +231,7 @@ def scores_of(rank: int, world_size: int, path: Path) -> list[Score]:
 
 
 def test_scores_are_the_same_on_any_world(
-    saved: Callable[..., Path], record_property: Callable[[str, object], None]
+    saved: Callable[..., Path], record_difference: Callable[[str, float], None]
 ) -> None:
     path = saved()
     alone = run_ranks(scores_of, 1, path, init_process_group=False)[0]
@@ -243,7 +243,7 @@ def test_scores_are_the_same_on_any_world(
                 assert replace(score, loss_sum=0.0) == replace(first, loss_sum=0.0)
                 assert score.loss_sum == pytest.approx(first.loss_sum, rel=1e-12)
     what = "right answers, centre crop, ten-crop and multi-scale, on 1, 2, 3 and 4 ranks"
-    record_property(f"largest_difference: {what}", 0.0)
+    record_difference(f"{what}", 0.0)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -144,7 +144,7 @@ def test_n_ranks_equal_one(
     config_of: Callable[..., Config],
     alone: tuple[Config, list[Run]],
     world_size: int,
-    record_property: Callable[[str, object], None],
+    record_difference: Callable[[str, float], None],
 ) -> None:
     """50 steps of 256 images, 85, 85 and 86 of them on 3 ranks; synchronized BN."""
     one, its_run = alone
@@ -158,15 +158,15 @@ def test_n_ranks_equal_one(
     assert of_losses.max() < 1e-12
     assert of_weights < 1e-12
     what = f"{world_size} ranks and 1, {STEPS} steps of {BATCH}, float64"
-    record_property(f"largest_difference: {what}: samples, windows, pixels", 0.0)
-    record_property(f"largest_difference: {what}: loss", of_losses.max())
-    record_property(f"largest_difference: {what}: weights and BN statistics", of_weights)
+    record_difference(f"{what}: samples, windows, pixels", 0.0)
+    record_difference(f"{what}: loss", of_losses.max())
+    record_difference(f"{what}: weights and BN statistics", of_weights)
 
 
 def test_float32_differs_by_rounding(
     config_of: Callable[..., Config],
     alone: tuple[Config, list[Run]],
-    record_property: Callable[[str, object], None],
+    record_difference: Callable[[str, float], None],
 ) -> None:
     exact, its_run = alone
     one, three = config_of("name=w1-float32"), config_of("name=w3-float32")
@@ -179,13 +179,13 @@ def test_float32_differs_by_rounding(
     assert of_losses.max() < 4 * loss_differences(journal(one), journal(exact)).max()
     assert of_weights < 4 * distance(one, exact)
     what = f"3 ranks and 1, {STEPS} steps of {BATCH}, float32"
-    record_property(f"largest_difference: {what}: loss of the first 3", of_losses[:3].max())
-    record_property(f"largest_difference: {what}: loss", of_losses.max())
-    record_property(f"largest_difference: {what}: weights, as a distance", of_weights)
+    record_difference(f"{what}: loss of the first 3", of_losses[:3].max())
+    record_difference(f"{what}: loss", of_losses.max())
+    record_difference(f"{what}: weights, as a distance", of_weights)
     what = "1 rank, float32 and float64"
     rounding = loss_differences(journal(one), journal(exact)).max(), distance(one, exact)
-    record_property(f"largest_difference: {what} (what rounding does): loss", rounding[0])
-    record_property(f"largest_difference: {what} (what rounding does): weights", rounding[1])
+    record_difference(f"{what} (what rounding does): loss", rounding[0])
+    record_difference(f"{what} (what rounding does): weights", rounding[1])
 
 
 def test_without_synchronized_bn_it_is_another_run(
@@ -253,7 +253,7 @@ def gradients(rank: int, world_size: int, config: Config) -> dict[int, dict[str,
 
 
 def test_accumulation_gives_the_same_gradients_where_bn_sees_the_same(
-    config_of: Callable[..., Config], record_property: Callable[[str, object], None]
+    config_of: Callable[..., Config], record_difference: Callable[[str, float], None]
 ) -> None:
     """8 ranks x 1 pass, 4 x 2, 2 x 4. With BN in training, who is normalized with whom decides."""
     config = config_of("name=accumulated", *SLICES)
@@ -268,7 +268,7 @@ def test_accumulation_gives_the_same_gradients_where_bn_sees_the_same(
     for together, difference in largest.items():
         what = f"BN of {together} images" if together else "BN in evaluation mode"
         what = f"gradients of 8 ranks x 1 pass, 4 x 2, 2 x 4 and 1 rank, float64: {what}"
-        record_property(f"largest_difference: {what}", difference)
+        record_difference(f"{what}", difference)
     # 8, 16, 32 or 64 images together, or none: all different.
     assert list(alone) == [0, 8, 16, 32, 64]
     for ours, theirs in combinations(alone.values(), 2):
@@ -291,7 +291,7 @@ def test_the_plan_says_what_bn_sees(config_of: Callable[..., Config]) -> None:
 
 
 def test_a_node_is_a_rank_to_bn(
-    config_of: Callable[..., Config], record_property: Callable[[str, object], None]
+    config_of: Callable[..., Config], record_difference: Callable[[str, float], None]
 ) -> None:
     """2 nodes of 2 ranks with BN per node, and 2 ranks without: the same halves of each batch."""
     settings = ("train.iterations=5", "train.global_batch_size=64", "optim.warmup_epochs=0")
@@ -307,5 +307,5 @@ def test_a_node_is_a_rank_to_bn(
     assert of_weights < 1e-12
     assert loss_differences(journal(nodes), journal(world)).max() > 1e-3  # the test can fail
     what = "2 nodes of 2 ranks, BN per node, and 2 ranks, BN alone; 5 steps, float64"
-    record_property(f"largest_difference: {what}: loss", of_losses)
-    record_property(f"largest_difference: {what}: weights and BN statistics", of_weights)
+    record_difference(f"{what}: loss", of_losses)
+    record_difference(f"{what}: weights and BN statistics", of_weights)

@@ -124,7 +124,7 @@ class Checkpoint(Facts):
         try:
             content: Any = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
         except UnpicklingError:
-            why = "has more in it than tensors and plain data, so loading it could run code"
+            why = "contains more than tensors and plain data, so loading it could run code"
             raise UserError(f"{path}: {why}; use a checkpoint that `resnet-dist` wrote") from None
         written_as = content.get("format")
         while content.get("format") in MIGRATIONS:

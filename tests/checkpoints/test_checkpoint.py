@@ -50,7 +50,7 @@ def note(path: Path) -> Any:
 
 
 def test_all_of_the_state_comes_back(
-    tiny_config: Callable[..., Config], record_property: Callable[[str, object], None]
+    tiny_config: Callable[..., Config], record_difference: Callable[[str, float], None]
 ) -> None:
     config = tiny_config()
     state = make_state(0, step=7)
@@ -74,7 +74,7 @@ def test_all_of_the_state_comes_back(
     momentum = [s["momentum_buffer"] for s in state.optimizer.state_dict()["state"].values()]
     restored = [s["momentum_buffer"] for s in other.optimizer.state_dict()["state"].values()]
     assert all(torch.equal(a, b) for a, b in zip(momentum, restored, strict=True))
-    record_property("largest_difference: weights and momentum through a checkpoint", 0.0)
+    record_difference("weights and momentum through a checkpoint", 0.0)
     assert other.scaler.state_dict() == state.scaler.state_dict()
     assert (other.step, other.best_acc1, other.best_step) == (7, 12.5, 3)
     assert other.lr_memory == LrMemory((2, 5), 4, 7, (1, 2))
@@ -302,7 +302,7 @@ def test_nothing_is_written_into_a_folder_that_exists(
     path = save(small_state(4), config)
     spoil(path)
     before = {file.name: file.read_bytes() for file in path.iterdir()}
-    with pytest.raises(FileExistsError, match="is there already"):
+    with pytest.raises(FileExistsError, match="exists, and is not an intact"):
         save(small_state(4), config)
     assert {file.name: file.read_bytes() for file in path.iterdir()} == before
     assert sorted(p.name for p in path.parent.iterdir()) == ["latest", "step-00000004"]
@@ -464,7 +464,7 @@ def as_format_2(path: Path) -> None:
 
 
 def test_a_run_goes_on_from_format_2(
-    tiny_config: Callable[..., Config], record_property: Callable[[str, object], None]
+    tiny_config: Callable[..., Config], record_difference: Callable[[str, float], None]
 ) -> None:
     config = tiny_config("train.save_every_iterations=2", "train.keep_checkpoints=9")
     train(config, "test", Interrupt())
@@ -478,5 +478,5 @@ def test_a_run_goes_on_from_format_2(
     again = Checkpoint.load(folder / "latest")
     assert again.step == whole.step == 6
     assert all(torch.equal(again.model[key], whole.model[key]) for key in whole.model)
-    record_property("largest_difference: weights, resumed from a checkpoint of format 2", 0.0)
+    record_difference("weights, resumed from a checkpoint of format 2", 0.0)
     assert note(folder / "step-00000006")["format"] == 3

@@ -129,7 +129,7 @@ def test_a_run_that_was_copied_with_links_followed_goes_on(config: Config) -> No
     assert not (folder / "latest").is_symlink()
     assert Checkpoint.load(config.run_dir).step == Checkpoint.load(folder / "best").step
     lines = prepare_to_resume(config)
-    assert ["a folder, not a link" in line for line in lines] == [True] * 2
+    assert ["a folder instead of a link" in line for line in lines] == [True] * 2
     assert (folder / "latest").readlink() == Path("step-00000006")
     assert (folder / "best").is_symlink()
     copies = [name for name in names_in(folder) if name.startswith("copied-")]
@@ -149,7 +149,7 @@ def test_a_copy_in_the_place_of_a_link_does_not_stop_a_save(config: Config) -> N
     state.best_step = 2
     saver.save(content_of(state, config))
     saver.finish()
-    assert ["a folder, not a link" in line for line in said] == [True, True, False]
+    assert ["a folder instead of a link" in line for line in said] == [True, True, False]
     assert said[2] == "saved step 2"
     for name in ("latest", "best"):
         assert (path.parent / name).readlink() == Path("step-00000002")
@@ -196,7 +196,7 @@ def test_without_links_there_are_checkpoints_all_the_same(
     folder = config.run_dir / "checkpoints"
     line, *saved = said
     assert saved == ["saved step 1", "saved step 3"]
-    assert line == f"warning: {folder}: latest and best are not set: Operation not permitted"
+    assert line == f"warning: {folder}: latest and best cannot be set: Operation not permitted"
     assert prepare_to_resume(config) == [line]
     assert names_in(folder) == ["step-00000002", "step-00000003"]
     assert Checkpoint.load(config.run_dir).step == 2

@@ -268,7 +268,7 @@ def train_until(config: Config, survives: int) -> None:
 
 
 def test_a_run_that_is_killed_while_it_saves_goes_on(
-    tiny_config: Callable[..., Config], record_property: Callable[[str, object], None]
+    tiny_config: Callable[..., Config], record_difference: Callable[[str, float], None]
 ) -> None:
     """In the first save, the second, and its removal of the first: the same end, to the bit."""
     settings = ("train.save_every_iterations=1", "train.keep_checkpoints=1", "train.epochs=1")
@@ -285,4 +285,4 @@ def test_a_run_that_is_killed_while_it_saves_goes_on(
         assert ours.step == theirs.step == 3
         assert all(torch.equal(ours.model[key], theirs.model[key]) for key in ours.model)
         assert sorted(p.name for p in (config.run_dir / "checkpoints").iterdir()) == names
-    record_property("largest_difference: weights, killed while saving and gone on, to whole", 0.0)
+    record_difference("weights, killed while saving and gone on, to whole", 0.0)

@@ -68,7 +68,7 @@ def test_training_goes_on_while_the_writer_is_held_up(
     tiny_config: Callable[..., Config],
     saver: Saver,
     gate: Gate,
-    record_property: Callable[[str, object], None],
+    record_difference: Callable[[str, float], None],
 ) -> None:
     """What is on the disk in the end is the state at the save, to the bit."""
     state = make_state(0, step=1)
@@ -88,7 +88,7 @@ def test_training_goes_on_while_the_writer_is_held_up(
     saver.finish()
     saved = Checkpoint.load(saver.run_dir)
     assert torch.equal(flat(saved), before)
-    record_property("largest_difference: a save while training goes on, to the state then", 0.0)
+    record_difference("a save while training goes on, to the state then", 0.0)
     assert (saved.step, saved.lr_memory.correct_per_step) == (1, (1, 2))
 
 
@@ -150,7 +150,7 @@ def test_a_full_disk_loses_nothing(tiny_config: Callable[..., Config], disk: Pat
         assert "No space left on device" in said[-1]
         assert sorted(p.name for p in folder.iterdir()) == ["latest", "step-00000001"]
         assert Checkpoint.load(disk).step == 1
-        with pytest.raises(UserError, match=r"No space left.*the newest is .*step-00000001"):
+        with pytest.raises(UserError, match=r"No space left.*the last one is .*step-00000001"):
             saver.finish()
         ballast.unlink()
     assert [line.split()[0] for line in said] == ["saved", *["warning:"] * 3]  # once each

@@ -67,7 +67,7 @@ def test_evaluate_names_what_it_counts_as_wrong(
     capfd.readouterr()
     cli.main(["evaluate", str(config.run_dir)])
     out, err = capfd.readouterr()
-    assert "of 17 right" in out
+    assert "of 17 correct" in out
     told = [line for line in err.splitlines() if line.startswith("bad sample")]
     assert len(told) == 1
     assert told[0].startswith("bad sample: val/class0/0.jpg: ")

@@ -31,7 +31,7 @@ def gathered(rank: int, world_size: int, saved: Tensor, steps: range) -> tuple[T
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
-def test_the_sums_outlive_a_stop(world_size: int, record_property: Record) -> None:
+def test_the_sums_outlive_a_stop(world_size: int, record_difference: Record) -> None:
     whole, loss = run_ranks(gathered, world_size, NO_SUMS, range(7))[0]
     assert whole.dtype == torch.float64
     assert whole.shape == (world_size, 3)
@@ -41,11 +41,11 @@ def test_the_sums_outlive_a_stop(world_size: int, record_property: Record) -> No
     again, loss_again = run_ranks(gathered, world_size, saved, range(5, 7))[0]
     assert torch.equal(again, whole)
     assert loss_again == loss
-    what = f"largest_difference: meter of 7 steps, and cut in 4, {world_size} ranks"
-    record_property(what, (again - whole).abs().max().item())
+    what = f"meter of 7 steps, and cut in 4, {world_size} ranks"
+    record_difference(what, (again - whole).abs().max().item())
 
 
-def test_the_sums_outlive_a_change_of_the_world(record_property: Record) -> None:
+def test_the_sums_outlive_a_change_of_the_world(record_difference: Record) -> None:
     """Three ranks, then two, then one: the total is the same, for they started with the same."""
     three = run_ranks(gathered, 3, NO_SUMS, range(5))[0][0]
     two = run_ranks(gathered, 2, three, range(0))[0][0]
@@ -53,8 +53,8 @@ def test_the_sums_outlive_a_change_of_the_world(record_property: Record) -> None
     one, loss = run_ranks(gathered, 1, two, range(0))[0]
     assert torch.equal(one[0], three.sum(0))
     assert loss == mean_loss(three, None) == mean_loss(one, None)
-    what = "largest_difference: meter's total, 3 ranks -> 2 -> 1"
-    record_property(what, (one.sum(0) - three.sum(0)).abs().max().item())
+    what = "meter's total, 3 ranks -> 2 -> 1"
+    record_difference(what, (one.sum(0) - three.sum(0)).abs().max().item())
 
 
 def test_the_speed_is_that_of_this_process() -> None:

@@ -179,7 +179,7 @@ def test_a_process_that_is_refused_leaves_the_ending_alone(
     second = start(sys.executable, "-c", IMPATIENT, "train", tiny_yaml, RESNET_DIST_START="second")
     code, said = ended(second)
     assert code == 2
-    assert "trains under this name" in said
+    assert "is training under this name" in said
     assert (run_dir / "outcome.json").read_bytes() == before
     assert status(run_dir, "--start", "second") == 1
 
@@ -198,4 +198,7 @@ def test_an_ending_that_cannot_be_read_is_one_line(
     run_dir.mkdir(parents=True)
     (run_dir / "outcome.json").write_text(content)
     assert status(run_dir) == 2
-    assert "outcome.json: cannot be read: not what a run writes; " in capsys.readouterr().err
+    assert (
+        "outcome.json: cannot be read: not in the format that a run writes; "
+        in capsys.readouterr().err
+    )

@@ -44,7 +44,7 @@ def test_other_ranks_are_silent(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_one_living_line_on_a_terminal() -> None:
     code = (
-        "from test_progress import *\n"
+        "from tests.run.test_progress import *\n"
         "p = Progress(Console(True), PLAN, 0); p.update(50, METRICS); p.update(60, METRICS)\n"
         "p.console.say('stays')"
     )

@@ -203,7 +203,7 @@ def test_stopped_once(
     data_format: str,
     precision: str,
     stops: list[int],
-    record_property: Callable[[str, object], None],
+    record_difference: Callable[[str, float], None],
 ) -> None:
     assert distributed.start().device.type == device
     config = config_of(data_format, f"train.precision={precision}")
@@ -220,11 +220,11 @@ def test_stopped_once(
     steps = ", ".join(map(str, stops))
     what = f"stopped before step {steps} of {STEPS}, and not: {data_format}, {precision}, 1 rank"
     where = "" if device == "cpu" else " on a GPU"
-    record_property(f"largest_difference: {what}{where}: checkpoint, journal, batches", 0.0)
+    record_difference(f"{what}{where}: checkpoint, journal, batches", 0.0)
 
 
 def test_stopped_in_fp16(
-    config_of: Callable[..., Config], record_property: Callable[[str, object], None]
+    config_of: Callable[..., Config], record_difference: Callable[[str, float], None]
 ) -> None:
     """A few small images, as a CPU is slow at it. Its scale changes: the first steps overflow."""
     small = ("data.scale_px=[8,10]", "data.crop_px=8", "data.eval_resize_px=8")
@@ -240,11 +240,11 @@ def test_stopped_in_fp16(
         assert_same_steps([record(parts, step), record(parts)], whole)
         assert_same_run(parts, config)
     what = "stopped before step 1, 3 of 5, and not: folder, fp16, 1 rank"
-    record_property(f"largest_difference: {what}: checkpoint, journal, batches", 0.0)
+    record_difference(f"{what}: checkpoint, journal, batches", 0.0)
 
 
 def test_stopped_before_each_step(
-    config_of: Callable[..., Config], record_property: Callable[[str, object], None]
+    config_of: Callable[..., Config], record_difference: Callable[[str, float], None]
 ) -> None:
     """And twice at one place."""
     config = config_of("folder")
@@ -255,7 +255,7 @@ def test_stopped_before_each_step(
     assert_same_steps(pieces, whole)
     assert_same_run(parts, config)
     what = f"stopped {len(pieces) - 1} times, and not: folder, fp32, 1 rank"
-    record_property(f"largest_difference: {what}: checkpoint, journal, batches", 0.0)
+    record_difference(f"{what}: checkpoint, journal, batches", 0.0)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -296,7 +296,7 @@ def test_stopped_on_several_ranks(
     data_format: str,
     stops: list[int],
     settings: list[str],
-    record_property: Callable[[str, object], None],
+    record_difference: Callable[[str, float], None],
 ) -> None:
     config = config_of(data_format, *settings)
     pieces: list[tuple[Config, int | None]] = [(config, None)]
@@ -312,7 +312,7 @@ def test_stopped_on_several_ranks(
         assert_same_run(parts, config)
     steps, how = ", ".join(map(str, stops)), ", ".join([data_format, *settings])
     what = f"stopped before step {steps} of {STEPS}, and not: {how}, {world_size} ranks"
-    record_property(f"largest_difference: {what}: checkpoint, journal, batches", 0.0)
+    record_difference(f"{what}: checkpoint, journal, batches", 0.0)
 
 
 def in_float64(rank: int, world_size: int, config: Config, stop_before: int | None) -> Run:
@@ -331,7 +331,7 @@ FOUR_TWO_THREE += ("train.iterations=8", "train.ema_decay=null")
 
 
 def test_the_world_changes_in_the_middle_of_an_epoch(
-    config_of: Callable[..., Config], record_property: Callable[[str, object], None]
+    config_of: Callable[..., Config], record_difference: Callable[[str, float], None]
 ) -> None:
     """4 ranks until step 2, 2 until step 5, then 3; against one rank that is left alone."""
     config = config_of("folder", *FOUR_TWO_THREE)
@@ -359,13 +359,13 @@ def test_the_world_changes_in_the_middle_of_an_epoch(
     assert of_losses < 1e-12
     assert of_weights < 1e-12
     what = "4, 2 and 3 ranks in one run, and 1 rank, float64"
-    record_property(f"largest_difference: {what}: samples, windows, pixels", 0.0)
-    record_property(f"largest_difference: {what}: loss", of_losses)
-    record_property(f"largest_difference: {what}: weights and BN statistics", of_weights)
+    record_difference(f"{what}: samples, windows, pixels", 0.0)
+    record_difference(f"{what}: loss", of_losses)
+    record_difference(f"{what}: weights and BN statistics", of_weights)
 
 
 def test_another_bn_batch_is_warned_of(
-    config_of: Callable[..., Config], record_property: Callable[[str, object], None]
+    config_of: Callable[..., Config], record_difference: Callable[[str, float], None]
 ) -> None:
     """With local BN it is what a rank takes at once, and that may stay on another world."""
     local = ("model.sync_batchnorm=none", "train.max_local_batch_size=3")
@@ -379,7 +379,7 @@ def test_another_bn_batch_is_warned_of(
     of_losses = loss_differences(journal(parts), journal(config)).max()
     assert of_losses < 1e-12
     what = "2 ranks x 2 passes after 4 x 1, local BN, float64: loss"
-    record_property(f"largest_difference: {what}", of_losses)
+    record_difference(f"{what}", of_losses)
     more = replace(parts, train=replace(parts.train, max_local_batch_size=6))
     line = (
         "warning: BN now normalizes 6 images together instead of 3: the number of ranks or "

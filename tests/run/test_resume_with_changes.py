@@ -276,7 +276,7 @@ def test_on_a_cpu_what_is_decoded_is_recorded(trained: Callable[..., Config]) ->
     """Whole images leave an image that is damaged in part to a stand-in, windows may not."""
     assert Checkpoint.load(newest(trained())).decoder == "cpu"
     assert resumed(trained("data.decode=window"))[0].previous.changes == ()
-    assert "decoder cpu -> cpu, whole images." in refused(trained("data.decode=image"))
+    assert "decoder cpu -> cpu, whole images;" in refused(trained("data.decode=image"))
 
 
 @pytest.mark.gpu

@@ -200,7 +200,7 @@ def test_a_config_yaml_that_cannot_be_used_is_one_line(
     line = refused(tiny_config())
     assert line.startswith(str(path))
     assert why in line
-    assert line.endswith("; mend it or move it away, or give another name=")
+    assert line.endswith("; repair it or move it away, or give another name=")
 
 
 def test_a_config_yaml_that_is_not_needed_is_made_anew(trained: Callable[..., Config]) -> None:
@@ -288,9 +288,9 @@ def test_two_processes_do_not_share_a_run(
     monkeypatch.setattr(run_folder, "LOCK_WAIT_SECONDS", 0.1)
     named = f"process {process.pid} on {os.uname().nodename}"
     assert refused(config) == (
-        f"{config.run_dir}: {named} trains under this name; end it, or give another name="
+        f"{config.run_dir}: {named} is training under this name; stop it, or use another name="
     )
-    assert capsys.readouterr().out == f"{config.run_dir}: waits for {named}, which trains it\n"
+    assert capsys.readouterr().out == f"{config.run_dir}: waiting for {named} to release it\n"
     assert not config.run_dir.exists()
     train(tiny_config(*ONE_EPOCH, "name=other"), "test", Interrupt())  # this one is free
     process.kill()  # a lock dies with its process

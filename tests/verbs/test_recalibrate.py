@@ -136,7 +136,7 @@ def states_of(rank: int, world_size: int, path: Path) -> list[dict[str, Tensor]]
 
 
 def test_the_same_bits_on_any_world(
-    path: Path, record_property: Callable[[str, object], None]
+    path: Path, record_difference: Callable[[str, float], None]
 ) -> None:
     alone = run_ranks(states_of, 1, path, init_process_group=False)[0]
     for world_size in (2, 3, 4):
@@ -144,7 +144,7 @@ def test_the_same_bits_on_any_world(
             for state, first in zip(states, alone, strict=True):
                 assert state.keys() == first.keys()
                 assert all(torch.equal(state[key], first[key]) for key in first)
-    record_property("largest_difference: recalibrated BN on 1, 2, 3 and 4 ranks", 0.0)
+    record_difference("recalibrated BN on 1, 2, 3 and 4 ranks", 0.0)
     before = Checkpoint.load(path).model
     changed = [key for key in before if not torch.equal(before[key], alone[0][key])]
     assert changed == [key for key in before if "running" in key or "num_batches" in key]
