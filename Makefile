@@ -1,4 +1,4 @@
-# Two commands: `make quickstart`, `make test`. Each makes .venv, or uses it again.
+# Two commands to begin with: `make quickstart`, `make test`. Each creates .venv, or reuses it.
 #   make quickstart PYTHON=python3.12
 
 PYTHON ?= python3
@@ -7,8 +7,12 @@ RANKS := 2
 # torchrun's default is one thread per rank; on more cores than ranks that wastes them.
 CORES := $(shell getconf _NPROCESSORS_ONLN)
 export OMP_NUM_THREADS ?= $(shell expr \( $(CORES) + $(RANKS) - 1 \) / $(RANKS))
+# Tests wait for processes and disks half of their time, so two at a time per core; each worker takes
+# up to 3 GB of memory. A file's tests share fixtures, so they stay in one worker.
+WORKERS ?= $(shell expr 2 \* $(CORES) \| 2)
+PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/pytest -q --numprocesses $(WORKERS) --maxprocesses 8 --dist loadfile
 
-.PHONY: install quickstart test lint format clean
+.PHONY: install quickstart test test-all lint format clean
 
 install: $(VENV)/.installed
 
@@ -23,9 +27,12 @@ quickstart: install
 	$(VENV)/bin/resnet-dist prepare digits data/digits
 	$(VENV)/bin/torchrun --standalone --nproc_per_node=$(RANKS) -m resnet_dist train configs/quickstart.yaml
 
-# GPU tests cannot share a process with the others, which hide the GPUs.
 test: install
-	$(VENV)/bin/pytest -q
+	$(PYTEST) -m "not slow"
+
+# GPU tests cannot share a process with the others, which hide the GPUs.
+test-all: test
+	$(PYTEST) -m slow
 	@if $(VENV)/bin/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
 	  $(VENV)/bin/python benchmarks/gpu_tests.py; fi
 

@@ -1,15 +1,15 @@
-"""All that is drawn at random, by purpose: each draw is a function of its word and its numbers.
+"""All random numbers of the package. Each is a function of its purpose and of a few numbers.
 
-No generator's state exists, so nothing is lost by a restart, and nothing depends on who draws
-first. A word of its own keeps each purpose's numbers apart from all others': to draw for something
-new, call `generator`, `uniforms` or `keys` with a word that nobody uses yet. (A test looks that no
-word is used by two modules.) These had none when they began:
+There is no generator state, so restarts lose nothing, and the order in which numbers are drawn does
+not matter. A purpose is a word, which keeps its numbers apart from those of all other purposes. To
+draw for a new purpose, call `generator`, `uniforms` or `keys` with a word that is not in use (a
+test checks that no two modules use the same word). The words, and what their numbers depend on:
 
     order      data/view/order.py: the permutation of an epoch (seed, epoch)
     holdout    data/view/order.py: which training images are the validation images
     window     data/view/augment.py: crop, flip and colour of an image (seed, epoch, sample)
-    stand-in   data/view/requests.py: what is shown for an unreadable image (seed, epoch, sample)
-    dropout    models/dropout.py: the masks of an image (seed, step, place in the global batch)
+    stand-in   data/view/requests.py: what replaces an unreadable image (seed, epoch, sample)
+    dropout    models/dropout.py: the masks of an image (seed, step, position in the global batch)
     weights    job.py: a new network's weights (seed)
 """
 
@@ -20,9 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Older than their words, which so are no part of their keys: runs under way go on with the same
-# bits. `holdout` has the numbers of `order` at seed 0 and epoch 0, and must keep them: a resumed
-# run would otherwise train on its validation images.
+# These purposes existed before words did. Their words are not part of the keys, so that runs from
+# before can be resumed with the same numbers. (`holdout` therefore has the same numbers as `order`
+# with seed 0 and epoch 0. That must stay: otherwise a resumed run would train on images that it
+# validates on.)
 WITHOUT_WORD = ("order", "holdout", "window", "stand-in", "dropout", "weights")
 
 GOLDEN_GAMMA = 0x9E3779B97F4A7C15
@@ -30,7 +31,10 @@ MIX_1, MIX_2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
 
 def generator(purpose: str, seed: int, number: int) -> np.random.Generator:
-    """For a draw as a whole, such as a permutation. seed, number: from 0 to 2**63 - 1."""
+    """Returns a generator for one draw as a whole, such as a permutation.
+
+    seed, number: from 0 to 2**63 - 1.
+    """
     if purpose in WITHOUT_WORD:
         return np.random.Generator(np.random.Philox(key=[seed, number]))
     key = hashlib.sha256(f"{purpose}\0{seed}\0{number}".encode()).digest()[:16]
@@ -40,12 +44,14 @@ def generator(purpose: str, seed: int, number: int) -> np.random.Generator:
 def uniforms(
     purpose: str, seed: int, number: int, items: np.ndarray | range, draws: int
 ) -> np.ndarray:
-    """float64 [B, draws] in [0, 1): `draws` numbers of each item; more draws change none.
+    """Returns uniform numbers in [0, 1), `draws` of them for each item: float64 [B, draws].
 
-    number: such as an epoch or a step. items: int64 [B], such as samples, or places in the batch.
+    Asking for more draws does not change the first ones. number: for example an epoch or a step.
+    items: int64 [B], for example samples.
 
-    A keyed SplitMix64 (Steele et al. 2014): the key is mixed word by word, draws count up by the
-    golden gamma. NumPy's own counter-based generators would need one object per item.
+    This is a keyed SplitMix64 (Steele et al. 2014). The words of the key are mixed one by one, and
+    draw i is the mix of key + i * golden gamma. NumPy's own counter-based generators would need one
+    object per item.
     """
     key = np.zeros(len(items), np.uint64)
     words: list[Any] = [np.uint64(word) for word in (*_word(purpose), seed, number)]
@@ -57,10 +63,10 @@ def uniforms(
 
 
 def keys(purpose: str, seed: int, number: int, items: Tensor) -> Tensor:
-    """int64 [B] on the device of `items`: a key for each, of which `bits` draws. items: int64 [B].
+    """Returns a key for each item, from which `bits` draws: int64 [B], on the device of `items`.
 
-    The same key as that of `uniforms`. No sync: numbers of the host are passed to kernels as they
-    are.
+    items: int64 [B]. The keys are those of `uniforms`. There is no CPU-GPU sync, since numbers on
+    the host are passed to the kernels as arguments.
     """
     key = torch.zeros((), dtype=torch.int64)
     words: list[Any] = [*map(_as_int64, _word(purpose)), seed, number, items]
@@ -70,22 +76,22 @@ def keys(purpose: str, seed: int, number: int, items: Tensor) -> Tensor:
 
 
 def bits(keys: Tensor, stream: int, draws: int) -> Tensor:
-    """int64 [B, draws]: 53 random bits each, from 0 to 2**53 - 1. As numbers in [0, 1):
-    `bits(...).double() * 2.0**-53` (without the first, torch makes float32 of them).
+    """Returns 53 random bits per draw, as integers from 0 to 2**53 - 1: int64 [B, draws].
 
-    keys: of `keys`. stream: tells apart what draws from the same keys, such as layers; from 1 on.
+    `bits(...).double() * 2.0**-53` is uniform in [0, 1). (Without `.double()` it would be float32.)
+    keys: from `keys`. stream: 1 or more; separates users of the same keys, such as layers.
     """
     counters = torch.arange(1, draws + 1, device=keys.device) * _as_int64(GOLDEN_GAMMA)
     return _shifted(_mix_int64(_mix_int64(keys ^ stream)[:, None] + counters), 11)
 
 
 def seed_weights(seed: int) -> None:
-    """Before a network is built: its layers draw from torch's generator."""
+    """Seeds torch's generator, from which layers draw their weights. Call before building one."""
     torch.manual_seed(seed)
 
 
 def _word(purpose: str) -> tuple[int, ...]:
-    """The first word of a key; none for a purpose that is older than words."""
+    """Returns the first word of the key: a hash of the purpose. Nothing for the oldest purposes."""
     if purpose in WITHOUT_WORD:
         return ()
     return (int.from_bytes(hashlib.sha256(purpose.encode()).digest()[:8], "little"),)
@@ -100,7 +106,7 @@ def _mix(z: np.ndarray) -> np.ndarray:
 
 
 def _mix_int64(z: Tensor) -> Tensor:
-    """The same on int64, which wraps as uint64 does; torch lacks uint64's operators."""
+    """Does the same on int64, which wraps like uint64; torch lacks operators for uint64."""
     z = z + _as_int64(GOLDEN_GAMMA)
     z = (z ^ _shifted(z, 30)) * _as_int64(MIX_1)
     z = (z ^ _shifted(z, 27)) * _as_int64(MIX_2)
@@ -108,7 +114,7 @@ def _mix_int64(z: Tensor) -> Tensor:
 
 
 def _shifted(z: Tensor, bits: int) -> Tensor:
-    """To the right, zeros coming in: int64's own shift repeats the sign."""
+    """Shifts right and fills with zeros; int64's own shift would repeat the sign bit."""
     return (z >> bits) & (2 ** (64 - bits) - 1)
 
 

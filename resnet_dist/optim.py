@@ -1,4 +1,4 @@
-"""The optimizer: parameter groups by structure, SGD."""
+"""The optimizer: SGD, with parameter groups that follow from the network's structure."""
 
 from typing import Any
 
@@ -11,17 +11,18 @@ from resnet_dist.models.parts import parts
 
 def build_optimizer(
     model: nn.Module, optim: OptimConfig, fused: bool | None = None
-) -> torch.optim.SGD:
-    """SGD with momentum. Its lr is set before each step from `Plan.lr_at`.
+) -> torch.optim.Optimizer:
+    """Returns SGD with momentum. Its lr is set before each step, from `Plan.lr_at`.
 
-    fused: a few kernel launches per step, and in fp16 no look at the host whether the gradients
-    overflowed; None: where the parameters are on a GPU.
+    For each factor in optim.lr_scales there are two parameter groups: weights, and norms with
+    biases, which may have a different weight decay. Frozen parameters are left out, as weight decay
+    would change them.
 
-    Two groups, weights and norms with biases, for each factor in optim.lr_scales. Parameters that
-    need no gradient are left out: weight decay would move them.
-
-    PyTorch multiplies the lr at the update (v = m*v + g; w -= lr*v), so a changing lr needs no
+    PyTorch applies the lr at the update (v = m*v + g; w -= lr*v), so a change of the lr needs no
     momentum correction (Goyal et al. 2017, remark 2).
+
+    fused: use torch's fused kernels, which take a few launches per step, and in fp16 do not make
+    the host wait to know whether gradients have overflowed. None: use them on a GPU.
     """
     scales = {
         parameter: optim.lr_scales.get(name, 1.0)
@@ -49,8 +50,8 @@ def build_optimizer(
     return optimizer
 
 
-def load_optimizer_state(optimizer: torch.optim.SGD, saved: dict[str, Any]) -> None:
-    """`load_state_dict`, but how a step is computed stays as it was built for this machine."""
+def load_optimizer_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Loads a saved state, except for the choice of kernels, which belongs to this machine."""
     own = [(group["fused"], group["foreach"]) for group in optimizer.param_groups]
     optimizer.load_state_dict(saved)
     for group, (fused, foreach) in zip(optimizer.param_groups, own, strict=True):
@@ -58,14 +59,14 @@ def load_optimizer_state(optimizer: torch.optim.SGD, saved: dict[str, Any]) -> N
     _start_momentum(optimizer)
 
 
-def _start_momentum(optimizer: torch.optim.SGD) -> None:
-    """Zeros where a fused optimizer has no momentum yet.
+def _start_momentum(optimizer: torch.optim.Optimizer) -> None:
+    """Sets the momentum of a fused optimizer to zero where there is none yet.
 
-    torch's own first fused step takes memory as it finds it, and leaves it so where fp16's
-    gradients overflow, as they do in first steps: the next step would go on from garbage.
+    torch's first fused step starts from uninitialized memory and leaves it like that if fp16
+    gradients overflow, which is common in the first steps; the next step would then use garbage.
     """
     for group in optimizer.param_groups:
-        if group["fused"] and group["momentum"]:
+        if group["fused"] and group.get("momentum"):
             for parameter in group["params"]:
                 state = optimizer.state[parameter]
                 if state.get("momentum_buffer") is None:
@@ -73,6 +74,6 @@ def _start_momentum(optimizer: torch.optim.SGD) -> None:
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Sets the lr of this step, times the group's own factor."""
+    """Sets the lr of each parameter group: the step's lr times the group's own factor."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]

@@ -1,4 +1,4 @@
-"""What `train.precision` means to torch."""
+"""What train.precision means for torch: autocast, TF32 and loss scaling."""
 
 import torch
 
@@ -11,20 +11,21 @@ DTYPES = {
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Weights and BN statistics stay float32; convolutions run in `precision`.
+    """Returns the context for a forward pass. Weights and BN statistics stay float32.
 
-    float32 is IEEE's, but for "tf32": there a GPU rounds the factors of products to TF32's ten bits
-    of mantissa. (cuDNN does so by default, and cuBLAS does not.) That is a switch of the process,
-    not of the context that is returned: the backward pass comes after it.
+    Convolutions and matrix products run in `precision`. float32 is IEEE float32, except with
+    "tf32", where a GPU rounds the factors of products to ten bits of mantissa. (By default, cuDNN
+    does that and cuBLAS does not.) TF32 is a switch of the process rather than of the returned
+    context, since the backward pass comes after the context.
     """
     is_tf32 = precision == "tf32"
-    # Not the newer `fp32_precision` of each part: torch.export and torch.compile ask by these names
-    # (torch 2.14), and end in an error where the two are of different minds.
+    # Not the newer `fp32_precision` settings: torch.export and torch.compile (torch 2.14) read
+    # these older ones, and fail if the two disagree.
     torch.backends.cuda.matmul.allow_tf32 = is_tf32
     torch.backends.cudnn.allow_tf32 = is_tf32
     return torch.autocast(device.type, DTYPES[precision], enabled=precision in ("bf16", "fp16"))
 
 
 def grad_scaler(device: torch.device, precision: str) -> torch.amp.GradScaler:
-    """Only fp16's range needs the loss to be scaled; elsewhere it does nothing."""
+    """Returns the loss scaler. Only fp16 needs it; in other precisions it does nothing."""
     return torch.amp.GradScaler(device.type, enabled=precision == "fp16")

@@ -18,7 +18,7 @@ class TrainState:
     """What a checkpoint saves and restores; checkpoints/content.py explains each field."""
 
     model: nn.Module  # the bare network, without DDP
-    optimizer: torch.optim.SGD
+    optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     step: int = 0
     evaluated_step: int = 0

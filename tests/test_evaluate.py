@@ -306,8 +306,8 @@ def test_the_command_line(saved: Callable[..., Path], capsys: pytest.CaptureFixt
     [
         ("--scales 224", "--scales goes with --protocol multi-scale"),
         ("--protocol multi-scale --scales 224,x", "--scales 224,x: must be different"),
-        ("--protocol multi-scale --scales 224,224", "must be different whole numbers above zero"),
-        ("--protocol multi-scale --scales 0", "must be different whole numbers above zero"),
+        ("--protocol multi-scale --scales 224,224", "must be distinct whole numbers above zero"),
+        ("--protocol multi-scale --scales 0", "must be distinct whole numbers above zero"),
         ("--save-to here", "--save-to goes with --recalibrate-bn"),
         ("model.name=resnet32", "command line: model.name=resnet32: "),
     ],

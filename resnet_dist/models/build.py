@@ -1,4 +1,4 @@
-"""A network from its name."""
+"""Builds a network by its name."""
 
 from torch import nn
 
@@ -11,10 +11,10 @@ FORMS = {"imagenet": ImageNetNet, "cifar": CifarNet, "vgg": Vgg}
 
 
 def build_model(name: str, num_classes: int, zero_init_last_gamma: bool = False) -> nn.Module:
-    """A freshly initialized network; draws from torch's global generator.
+    """Returns a freshly initialized network. Draws from torch's global generator.
 
     Raises:
-        KeyError: `name` is not in DEPTHS (a config is checked for that before).
+        KeyError: `name` is not in DEPTHS (configs are checked for that earlier).
     """
     net = DEPTHS[name]
     return FORMS[net.form](net, num_classes, zero_init_last_gamma)

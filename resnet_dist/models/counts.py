@@ -1,4 +1,4 @@
-"""How large a network is: parameters, and multiply-adds as the paper counts them."""
+"""The size of a network: layers, parameters, and multiply-adds as the paper counts them."""
 
 import torch
 from torch import nn
@@ -12,26 +12,27 @@ NUM_CLASSES = {"imagenet": 1000, "vgg": 1000, "cifar": 10}
 
 
 def count_parameters(model: nn.Module) -> int:
+    """Returns the number of parameters."""
     return sum(p.numel() for p in model.parameters())
 
 
 def count_layers(model: nn.Module) -> int:
-    """The depth in a network's name: convolutions and linear layers but for those of shortcuts."""
+    """Returns the depth in a network's name: convolutions and linear layers off the shortcuts."""
     weighted = (m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear))
     return len(set(weighted) - shortcut_modules(model))
 
 
 def count_multiply_adds(model: nn.Module, px: int) -> int:
-    """Multiply-adds of one image of px x px in all convolutions and linear layers.
+    """Returns the multiply-adds for an image of px x px in all convolutions and linear layers.
 
-    The "FLOPs" of He et al. 2015, table 1. Projections of shortcuts are counted; BN, biases,
-    activations, pooling and additions are not. The model may lie on the meta device.
+    These are the "FLOPs" in He et al. 2015, table 1. Projections on shortcuts are counted; BN,
+    biases, activations, pooling and additions are not. The model may be on the meta device.
     """
     total = 0
 
     def add(module: nn.Module, _: object, output: torch.Tensor) -> None:
         nonlocal total
-        # Each weight is used once for each position of the output.
+        # Each weight is used once for each position of the output map.
         total += module.weight.numel() * output[0, 0].numel()  # type: ignore[operator]
 
     hooks = [
@@ -48,7 +49,7 @@ def count_multiply_adds(model: nn.Module, px: int) -> int:
 
 
 def table_of_networks() -> str:
-    """A line for each network of the one table."""
+    """Returns a table of all networks."""
     lines = [f"{'network':<14}{'layers':>7}{'input':>7}{'parameters':>13}{'multiply-adds':>18}"]
     for name, net in DEPTHS.items():
         with torch.device("meta"):

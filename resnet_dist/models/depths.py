@@ -1,7 +1,7 @@
-"""The one table of networks: form, block, blocks per stage, shortcut (He et al. 2015, table 1,
-figure 3 and section 4.2).
+"""The table of networks: form, block, blocks per stage, shortcut.
 
-Only the standard library is imported here: configs are checked where torch is absent.
+He et al. 2015, table 1, figure 3 and section 4.2. Imports only the standard library, since configs
+are also checked where torch is not installed.
 """
 
 from dataclasses import dataclass
@@ -10,15 +10,17 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Net:
+    """A row of the table."""
+
     form: Literal["imagenet", "cifar", "vgg"]
     block: Literal["basic", "bottleneck", "bottleneck_v1", "conv", "conv_bn"]
     depths: tuple[int, ...]  # blocks per stage; VGG: convolutions per stage
-    # Section 3.3. A: identity, new channels zero; B: projection where the shape changes;
-    # C: projection everywhere; none: a plain network.
+    # Section 3.3. A: identity, with zeros for new channels; B: projection where the shape changes;
+    # C: projection everywhere; none: a plain network without shortcuts.
     shortcut: Literal["A", "B", "C", "none"] = "none"
 
 
-# What optim.lr_scales may name, from the image on; "stem" is the layers before the first stage.
+# The parts in optim.lr_scales, from input to output; "stem": the layers before the first stage.
 PARTS = {
     "imagenet": ("stem", "layer1", "layer2", "layer3", "layer4", "fc"),
     "cifar": ("stem", "layer1", "layer2", "layer3", "fc"),
@@ -26,7 +28,7 @@ PARTS = {
 }
 
 DEPTHS: dict[str, Net] = {
-    # ImageNet: stages of 64, 128, 256 and 512 channels (bottlenecks put out 4x)
+    # ImageNet: stages of 64, 128, 256 and 512 channels (bottlenecks output four times as many)
     "plain18": Net("imagenet", "basic", (2, 2, 2, 2)),
     "plain34": Net("imagenet", "basic", (3, 4, 6, 3)),
     "resnet18": Net("imagenet", "basic", (2, 2, 2, 2), "B"),
@@ -35,15 +37,15 @@ DEPTHS: dict[str, Net] = {
     "resnet34": Net("imagenet", "basic", (3, 4, 6, 3), "B"),
     "resnet34_a": Net("imagenet", "basic", (3, 4, 6, 3), "A"),
     "resnet34_c": Net("imagenet", "basic", (3, 4, 6, 3), "C"),
-    # "v1.5", torchvision's form: the stride is in the 3x3
+    # torchvision's form, "v1.5", with the stride in the 3x3 convolution
     "resnet50": Net("imagenet", "bottleneck", (3, 4, 6, 3), "B"),
     "resnet101": Net("imagenet", "bottleneck", (3, 4, 23, 3), "B"),
     "resnet152": Net("imagenet", "bottleneck", (3, 8, 36, 3), "B"),
-    # The paper's form: the stride is in the first 1x1
+    # The paper's form, with the stride in the first 1x1 convolution
     "resnet50_v1": Net("imagenet", "bottleneck_v1", (3, 4, 6, 3), "B"),
     "resnet101_v1": Net("imagenet", "bottleneck_v1", (3, 4, 23, 3), "B"),
     "resnet152_v1": Net("imagenet", "bottleneck_v1", (3, 8, 36, 3), "B"),
-    # The reference of figure 3: stages of 64, 128, 256, 512 and 512 channels
+    # The reference in figure 3: stages of 64, 128, 256, 512 and 512 channels
     "vgg19": Net("vgg", "conv", (2, 2, 4, 4, 4)),
     "vgg19_bn": Net("vgg", "conv_bn", (2, 2, 4, 4, 4)),
     # CIFAR: layers = 6n + 2, stages of 16, 32 and 64 channels
@@ -62,16 +64,16 @@ DEPTHS: dict[str, Net] = {
 
 
 def why_no_counterpart(net: Net) -> str | None:
-    """Why torchvision and timm cannot hold this network, or None if they can.
+    """Returns why torchvision and timm do not have this network; None if they do.
 
-    Both have VGG and, of the residual nets, one form: ImageNet's, option B, the stride in the 3x3.
+    Both have VGG, and residual nets in one form: ImageNet's, option B, with the stride in the 3x3.
     """
     if net.form == "vgg":
         return None
     if net.form == "cifar":
-        return "it is of the CIFAR form"
+        return "it has the CIFAR form"
     if net.shortcut == "none":
         return "it is a plain network"
     if net.block == "bottleneck_v1":
-        return "its stride is in the 1x1, theirs in the 3x3 (the names fit, the outputs would not)"
+        return "its stride is in the 1x1, theirs in the 3x3 (names would match, outputs would not)"
     return None if net.shortcut == "B" else f"its shortcuts are option {net.shortcut}, theirs B"

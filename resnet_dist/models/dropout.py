@@ -1,6 +1,6 @@
-"""Dropout whose masks are a function of (seed, step, place of the image in the global batch).
+"""Dropout whose masks are a function of (seed, step, position of the image in the global batch).
 
-torch's own draws from a generator whose state is part of no checkpoint and differs by rank.
+torch's own dropout draws from a generator whose state is not saved and differs between ranks.
 """
 
 from collections.abc import Iterable
@@ -12,13 +12,14 @@ from resnet_dist.draws import bits, keys
 
 
 class KeyedDropout(nn.Module):
-    """[B, C] -> [B, C]: each value is zero with probability p, else divided by 1 - p.
+    """Dropout (Srivastava et al. 2014): [B, C] -> [B, C].
 
-    Srivastava et al. 2014. In training mode it needs `set_dropout_keys` before each forward pass.
+    Each value becomes zero with probability p, and is divided by 1 - p otherwise. In training mode,
+    `set_dropout_keys` must be called before each forward pass.
     """
 
     def __init__(self, layer: int, p: float = 0.5):
-        """layer: tells the masks of a network's dropout layers apart."""
+        """layer: number of this dropout layer, so that the layers of a network differ."""
         super().__init__()
         self.layer, self.p = layer, p
         self.keys: Tensor | None = None  # int64 [B], on the device of x
@@ -34,9 +35,9 @@ class KeyedDropout(nn.Module):
 def set_dropout_keys(
     layers: Iterable[KeyedDropout], seed: int, step: int, positions: range, device: torch.device
 ) -> None:
-    """Sets the keys for the next forward pass: of the images at `positions` in the batch of `step`.
+    """Sets the keys for the next forward pass, of the images at `positions` in `step`'s batch.
 
-    No sync: a copy of keys from the host's pageable memory might wait for the GPU.
+    The keys are computed on the device: copying them from the host might wait for the GPU.
     """
     items = torch.arange(positions.start, positions.stop, device=device)
     drawn = keys("dropout", seed, step, items)

@@ -1,5 +1,4 @@
-"""Plain and residual nets in the ImageNet form (He et al. 2015, table 1), with torchvision's
-parameter names."""
+"""Plain and residual nets for ImageNet (He et al. 2015, table 1), with torchvision's names."""
 
 from torch import Tensor, nn
 
@@ -10,8 +9,8 @@ from resnet_dist.models.residual import BLOCKS, initialize, stage
 class ImageNetNet(nn.Module):
     """[B, 3, H, W] -> logits [B, num_classes]; H and W are 224 in training.
 
-    Any larger image is taken too: the average pool and the linear layer commute, so the logits are
-    then the mean over the map of what a convolution in place of `fc` would give: the paper's fully
+    Larger images work too. Average pooling and the linear layer commute, so the logits are then the
+    mean over the map of what a convolution instead of `fc` would give, as in the paper's fully
     convolutional test.
     """
 

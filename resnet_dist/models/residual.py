@@ -1,5 +1,4 @@
-"""Blocks and stages, residual and plain (He et al. 2015, figures 2 and 5), under torchvision's
-names."""
+"""Residual and plain blocks (He et al. 2015, figures 2 and 5), with torchvision's names."""
 
 from collections.abc import Callable
 from functools import partial
@@ -18,7 +17,7 @@ def conv1x1(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
 
 
 class ZeroPad(nn.Module):
-    """Option A's shortcut: every stride-th pixel, new channels zero. It has no parameters."""
+    """Shortcut option A, without parameters: every stride-th pixel, with zeros in new channels."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int):
         super().__init__()
@@ -30,14 +29,14 @@ class ZeroPad(nn.Module):
 
 
 def projection(in_channels: int, out_channels: int, stride: int) -> nn.Module:
-    """Options B and C: a 1x1 convolution and BN."""
+    """Shortcut options B and C: a 1x1 convolution and BN."""
     return nn.Sequential(conv1x1(in_channels, out_channels, stride), nn.BatchNorm2d(out_channels))
 
 
 def make_shortcut(
     option: str, in_channels: int, out_channels: int, stride: int
 ) -> nn.Module | None:
-    """What the block's input passes through on its way around; None: nothing (section 3.3)."""
+    """Returns the module on a block's shortcut (section 3.3); None for the identity or none."""
     same_shape = in_channels == out_channels and stride == 1
     if option == "none" or (same_shape and option != "C"):
         return None
@@ -72,10 +71,10 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3, 1x1 (figure 5, right).
+    """1x1, 3x3 and 1x1 convolutions (figure 5, right).
 
-    The stride is in the 3x3: torchvision's form, "v1.5"; or, with stride_in_1x1, in the first 1x1:
-    the paper's.
+    The stride is in the 3x3 (torchvision's form, "v1.5") or, with stride_in_1x1, in the first 1x1
+    (the paper's form).
     """
 
     expansion = 4
@@ -119,14 +118,14 @@ BLOCKS: dict[str, tuple[Callable[[int, int, int, str], nn.Module], int]] = {
 
 
 def stage(block: str, in_channels: int, channels: int, blocks: int, shortcut: str) -> nn.Sequential:
-    """`blocks` blocks of one size; the first halves the map where the channels double.
+    """Returns a stage of `blocks` blocks. If the channels double, the first halves the map.
 
-    block: "basic", "bottleneck", or "bottleneck_v1" with the stride in the 1x1. shortcut: "A", "B",
-    "C" or, for the plain network of the same depth, "none" (basic blocks only).
+    block: "basic", "bottleneck" or "bottleneck_v1" (with the stride in the 1x1). shortcut: "A",
+    "B", "C" or, for the plain network of the same depth, "none" (basic blocks only).
     """
     make, expansion = BLOCKS[block]
     out_channels = channels * expansion
-    # The first stage keeps the map that the stem made; every later one doubles its channels.
+    # The first stage keeps the stem's map; every later stage doubles the channels.
     stride = 2 if out_channels == 2 * in_channels else 1
     first = make(in_channels, channels, stride, shortcut)
     rest = (make(out_channels, channels, 1, shortcut) for _ in range(blocks - 1))
@@ -134,7 +133,7 @@ def stage(block: str, in_channels: int, channels: int, blocks: int, shortcut: st
 
 
 def shortcut_modules(network: nn.Module) -> set[nn.Module]:
-    """What lies on the shortcuts: layers that do not count in the network's depth."""
+    """Returns the modules on shortcuts, which do not count in a network's depth."""
     return {
         module
         for block in network.modules()
@@ -145,9 +144,10 @@ def shortcut_modules(network: nn.Module) -> set[nn.Module]:
 
 @torch.no_grad()
 def initialize(model: nn.Module, zero_init_last_gamma: bool) -> None:
-    """He et al. 2015, arXiv:1502.01852, for convolutions (fan out); BN starts as the identity.
+    """Initializes convolutions as in He et al. 2015, arXiv:1502.01852 (fan out).
 
-    zero_init_last_gamma: each block starts as the identity (Goyal et al. 2017, section 5.1).
+    BN starts as the identity. zero_init_last_gamma: each block starts as the identity too (Goyal et
+    al. 2017, section 5.1).
     """
     for module in model.modules():
         if isinstance(module, nn.Conv2d):

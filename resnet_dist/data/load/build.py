@@ -1,4 +1,4 @@
-"""A config's data set, opened: the index of a split, its mean image, and the loader over it."""
+"""Builds what a config says about data: the index of a split, the way of decoding, the loader."""
 
 import json
 import os
@@ -40,13 +40,13 @@ MAX_DECODE_THREADS = 16
 
 
 def load_index(config: Config, split: str, world: World) -> Index:
-    """The index of "train" or "val", the same on every rank. A collective.
+    """Returns the index of "train" or "val", the same on every rank. A collective.
 
-    Each node's data must be rank 0's. What the data's quarantine names is in `bad`. With
-    data.holdout_images, both splits are parts of the training images.
+    Each node must have the same data as rank 0. Images in the data's quarantine are in the index's
+    `bad`. With data.holdout_images, both splits are taken from the training images.
 
     Raises:
-        UserError: what `agreed_index` raises, or fewer images than data.holdout_images.
+        UserError: what `agreed_index` raises, or there are fewer images than data.holdout_images.
     """
     root, cache = Path(config.data.root), _kept_in(config)
     holdout_images = config.data.holdout_images
@@ -64,21 +64,21 @@ def load_index(config: Config, split: str, world: World) -> Index:
 def agreed_decoding(
     config: Config, world: World, recorded: str | None = None
 ) -> tuple[Decoding, str]:
-    """How images are decoded, the same way on every rank, and why. A collective.
+    """Chooses how images are decoded, the same on every rank. Returns it and the reason.
 
-    On a GPU: of the ways that the config allows, the fastest that is sound on each kind of machine
-    in the world. One rank of each kind reads the probe's report from beside the index, or probes
-    now. recorded: the way of the run so far; it is kept unless it is broken here, and then no other
-    is probed.
+    On a GPU it is the fastest way that the config allows and that works correctly on each kind of
+    machine in the world. One rank per kind of machine reads the probe's report, which is kept next
+    to the indexes, or probes now. recorded: the way that the run has used so far. It is kept, and
+    no other is probed, unless it is broken here. A collective.
 
     Raises:
-        UserError: the config asks for a way that the probe found broken.
+        UserError: the config demands a way that the probe found broken.
     """
     if not _decodes_on_gpu(config, world.device):
         extent = "window" if config.data.decode == "auto" else config.data.decode
         return Decoding(extent), "the CPU's decoder"
     if recorded == str(HOST) and is_probed(config):
-        return HOST, "as this run has had it"
+        return HOST, "as before in this run"
     kind = json.dumps(versions_of(world.device))
     say = partial(print, file=sys.stderr, flush=True)
 
@@ -87,18 +87,17 @@ def agreed_decoding(
         return once_per_kind(kind, probe, world)
 
     ways = allowed_ways(config)
-    of_run = [way for asked, way in ways.items() if str(asked) == recorded]
-    reports = reports_of(of_run or list(ways.values()))
-    if any(report[str(way)].verdict in BROKEN for report in reports for way in of_run):
+    before = [way for asked, way in ways.items() if str(asked) == recorded]
+    reports = reports_of(before or list(ways.values()))
+    if any(report[str(way)].verdict in BROKEN for report in reports for way in before):
         reports = reports_of(list(ways.values()))
     return choose(config, reports, recorded)
 
 
 def once_per_kind(kind: str, make: Callable[[], T], world: World) -> list[T]:
-    """What `make` returns on the first rank of each kind of machine. A collective; raises what
-    `World.on_all` raises.
+    """Calls `make` on the first rank of each kind of machine; returns the results on every rank.
 
-    kind: of this rank's machine.
+    kind: the kind of this rank's machine. A collective; raises what `World.on_all` raises.
     """
     kinds = world.gather(kind)
     is_first = kinds.index(kind) == world.rank
@@ -107,7 +106,7 @@ def once_per_kind(kind: str, make: Callable[[], T], world: World) -> list[T]:
 
 
 def _kept_in(config: Config) -> Path:
-    """Where what took long to find out about data and machines is kept."""
+    """The folder of indexes and probe reports, which take long to make."""
     return config.run_dir.parent / ".index"
 
 
@@ -118,8 +117,10 @@ def make_loader(
     mean_image: np.ndarray | None = None,
     decoding: Decoding | None = None,
 ) -> Loader:
-    """Batches of at most train.max_local_batch_size images. mean_image: in place of data.mean.
-    decoding: None stands for agreed_decoding. A collective, as ranks of a node share data.cache.
+    """Returns a loader for batches of at most train.max_local_batch_size images. A collective.
+
+    mean_image: replaces data.mean. decoding: None means agreed_decoding's. It is a collective
+    because the ranks of a node share data.cache.
 
     Raises:
         UserError: data.cache does not fit in memory, or what `agreed_decoding` raises.
@@ -132,7 +133,7 @@ def make_loader(
         data = replace(data, decode_threads=min(max(1, cores), MAX_DECODE_THREADS))
     reader: Reader | DecodedCache | None = None
     if data.cache != "none":
-        # Memory for all images is reserved page by page, and filled with their pixels.
+        # This may take a while: memory for all images is reserved, and perhaps filled.
         with world.patiently(f"data.cache={data.cache}") as patient:
             if data.cache == "decoded":
                 reader = _decoded_cache(index, data, patient)
@@ -157,11 +158,11 @@ def _decodes_on_gpu(config: Config, device: torch.device) -> bool:
 
 
 def _decoded_cache(index: Index, data: DataConfig, world: World) -> DecodedCache:
-    """All images, decoded once by the CPUs of each node, a share by each of its ranks."""
+    """Returns a cache of all images; the ranks of each node decode a share of them each."""
     cache = DecodedCache(index, world)
     mine = slice_of(np.arange(len(index)), world.local_rank, world.local_size)
     samples = mine[(index.sizes[mine] > 0).all(axis=1)]
-    parts = [samples[i : i + DECODED_TOGETHER] for i in range(0, len(samples), DECODED_TOGETHER)]
+    batches = [samples[i : i + DECODED_TOGETHER] for i in range(0, len(samples), DECODED_TOGETHER)]
     loader = Loader(
         index,
         data,
@@ -171,7 +172,7 @@ def _decoded_cache(index: Index, data: DataConfig, world: World) -> DecodedCache
     )
 
     def fill() -> None:
-        for sample, pixels in loader.decoded(parts):
+        for sample, pixels in loader.decoded(batches):
             cache.put(sample, pixels)
 
     world.on_all(fill)

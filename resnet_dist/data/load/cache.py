@@ -1,7 +1,7 @@
-"""Images kept in memory that the ranks of a node share: as their encoded bytes, or decoded.
+"""Caches of encoded or decoded images, in memory that the ranks of a node share.
 
-The memory is a file in /dev/shm whose name is gone once all ranks have it mapped, so that it
-goes with the last of them, however that ends.
+The memory is a file in /dev/shm that is unlinked once all ranks have mapped it. So it is freed when
+the last of them ends, in whatever way.
 """
 
 import mmap
@@ -19,25 +19,25 @@ from resnet_dist.distributed import World
 from resnet_dist.errors import UserError
 
 SHARED_MEMORY = Path("/dev/shm")
-BLANK_PX, BLANK_GREY = 8, 128  # of the image that an evaluation sees in place of a bad one
-SPARE_BYTES = 2**30  # NCCL and others keep things there, too
+BLANK_PX, BLANK_GREY = 8, 128  # the image that replaces an unreadable one in an evaluation
+SPARE_BYTES = 2**30  # left free in /dev/shm for NCCL and others
 
 
 @dataclass(frozen=True)
 class Image:
-    """An image as it stands on the disk, or decoded."""
+    """An image, encoded as on the disk or decoded."""
 
-    data: np.ndarray  # uint8 [bytes], or [H, W, 3]
-    trusted: bool  # the decoder may be given it among others: see headers.py
+    data: np.ndarray  # encoded: uint8 [bytes]; decoded: uint8 [H, W, 3]
+    trusted: bool  # whether it may be decoded together with others, see headers.py
 
 
 Result = Image | UnreadableImage
 
 
 def shared_bytes(world: World, nbytes: int, what: str) -> np.ndarray:
-    """uint8 [nbytes], zeros at first: the same memory in all ranks of a node. A collective.
+    """Allocates memory that all ranks of a node share: uint8 [nbytes], zeros. A collective.
 
-    what: for the message.
+    what: what it is for, in the error message.
 
     Raises:
         UserError: it does not fit.
@@ -58,11 +58,13 @@ def shared_bytes(world: World, nbytes: int, what: str) -> np.ndarray:
         spare = free.f_bavail * free.f_frsize - SPARE_BYTES
         if nbytes > spare:
             raise UserError(
-                f"{what}: needs {nbytes / 2**30:,.1f} GiB of {SHARED_MEMORY}, and "
-                f"{max(0, spare) / 2**30:,.1f} GiB are to spare; use data.cache=none"
+                f"{what}: needs {nbytes / 2**30:,.1f} GiB of {SHARED_MEMORY}, which has "
+                f"{max(0, spare) / 2**30:,.1f} GiB to spare; use data.cache=none"
             )
         with open(path, "wb") as file:
-            os.posix_fallocate(file.fileno(), 0, max(1, nbytes))  # a hole could be filled too late
+            os.posix_fallocate(
+                file.fileno(), 0, max(1, nbytes)
+            )  # a sparse file could run out of memory later
 
     def open_() -> np.ndarray:
         with open(path, "r+b") as file:
@@ -77,10 +79,10 @@ def shared_bytes(world: World, nbytes: int, what: str) -> np.ndarray:
 
 
 class EncodedCache:
-    """The bytes of the images that some rank of the node has read already."""
+    """The encoded bytes of the images that any rank of the node has read so far."""
 
     def __init__(self, nbytes: np.ndarray, world: World) -> None:
-        """nbytes: int64 [N], of each image. A collective."""
+        """A collective. nbytes: the size of each image, int64 [N]."""
         self._ends = np.cumsum(nbytes)
         self._nbytes = nbytes
         total = int(nbytes.sum())
@@ -88,15 +90,17 @@ class EncodedCache:
         self._bytes, self._filled = memory[:total], memory[total:]
 
     def get(self, sample: int) -> np.ndarray | None:
-        """uint8 [bytes]; None: not read yet."""
+        """Returns an image, uint8 [bytes], or None if it has not been read yet."""
         if not self._filled[sample]:
             return None
         end = self._ends[sample]
         return self._bytes[end - self._nbytes[sample] : end]
 
     def put(self, sample: int, data: np.ndarray) -> None:
-        """Ranks that put the same image at once write the same bytes. A file that has changed its
-        length since it was indexed is not kept."""
+        """Stores an image, unless its file has changed its size since it was indexed.
+
+        Ranks that store the same image at the same time write the same bytes.
+        """
         if len(data) == self._nbytes[sample]:
             end = self._ends[sample]
             self._bytes[end - len(data) : end] = data
@@ -104,12 +108,12 @@ class EncodedCache:
 
 
 class DecodedCache:
-    """The pixels of all images that can be decoded, a share of them decoded by each rank."""
+    """The pixels of all images that can be decoded."""
 
     blank = np.full((BLANK_PX, BLANK_PX, 3), BLANK_GREY, np.uint8)
 
     def __init__(self, index: Index, world: World) -> None:
-        """A collective; `fill` follows."""
+        """Allocates the memory; the images are added with `put`. A collective."""
         self._index = index
         self._nbytes = 3 * index.sizes.astype(np.int64).prod(axis=1)
         self._ends = np.cumsum(self._nbytes)
@@ -118,13 +122,14 @@ class DecodedCache:
         self._pixels, self._filled = memory[:total], memory[total:]
 
     def put(self, sample: int, pixels: np.ndarray) -> None:
-        """pixels: uint8 [H, W, 3]."""
+        """Stores an image. pixels: uint8 [H, W, 3]."""
         end = self._ends[sample]
         self._pixels[end - self._nbytes[sample] : end] = pixels.reshape(-1)
         self._filled[sample] = 1
 
     def read(self, sample: int) -> Image:
-        """
+        """Returns an image.
+
         Raises:
             UnreadableImage: it could not be decoded.
         """
@@ -136,7 +141,7 @@ class DecodedCache:
         return Image(pixels.reshape(height, width, 3), trusted=True)
 
     def read_ahead(self, samples: np.ndarray) -> Callable[[], list[Result]]:
-        """There is nothing to wait for."""
+        """Like Reader.read_ahead, but there is nothing to wait for."""
         return lambda: [self._result(sample) for sample in samples.tolist()]
 
     def _result(self, sample: int) -> Result:

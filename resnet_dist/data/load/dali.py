@@ -1,8 +1,9 @@
-"""Executes requests (sample numbers + windows) with NVIDIA DALI, through dali_graphs.py.
+"""Turns requests (sample numbers and windows) into batches with NVIDIA DALI.
 
-Nothing is drawn here: what a batch shows is decided by resnet_dist.data.augment. The resampling is
-Pillow's and torchvision's antialiased bilinear, a triangle as wide as the scale, except at the
-image's border: taps beyond it repeat the edge pixel, where Pillow leaves them out.
+Nothing random happens here; data/view decides what a batch shows. dali_graphs.py has the pipelines.
+Resampling is antialiased bilinear as in Pillow and torchvision (a triangle filter as wide as the
+scale), except at the border of an image: filter taps beyond it repeat the edge pixel, while Pillow
+leaves them out.
 """
 
 from collections import deque
@@ -35,18 +36,18 @@ DALI_VERSION: str = __version__
 
 @dataclass(frozen=True)
 class _Graph:
-    """A DALI pipeline before it is built, and what it is fed."""
+    """A DALI pipeline that is not built yet, and how to make its inputs."""
 
     define: Callable[..., Pipeline]
     options: dict[str, Any]
-    inputs: Callable[[Work], tuple[Any, ...]]
+    inputs: Callable[[Work], tuple[Any, ...]]  # work -> the arrays that the pipeline polls
 
 
 class Loader:
     """Turns requests into batches, reading and decoding ahead of the consumer.
 
-    A bad image ends a DALI pipeline. Then its batch is decoded one by one, the bad ones replaced
-    (see feed.py), and a new pipeline goes on from that batch.
+    A bad image makes a DALI pipeline fail. Then the images of its batch are decoded one by one, bad
+    ones are replaced (see feed.py), and a new pipeline continues with that batch.
     """
 
     def __init__(
@@ -61,12 +62,12 @@ class Loader:
         reader: Reader | DecodedCache | None = None,
         decoding: Decoding = Decoding(),  # noqa: B008 (it is frozen)
     ) -> None:
-        """dtype: of the images. mean_image: float32 [H, W, 3] on the 0..1 scale, in place of
-        data.mean: of raw pixels, or of encoded images seen at H x W. reader: of this index, if
-        not a plain one.
+        """dtype: of the images in a batch. mean_image: float32 [H, W, 3] on the 0..1 scale, which
+        replaces data.mean; images must be seen at H x W. reader: None for a new Reader without a
+        cache.
 
         Raises:
-            ValueError: a GPU is to decode, and `device` is none.
+            ValueError: `decoding` needs a GPU, and `device` is not one.
         """
         if decoding.device == "mixed" and device.type != "cuda":
             raise ValueError(f"{decoding}: needs a GPU, and the images are for {device}")
@@ -96,18 +97,18 @@ class Loader:
 
     @property
     def bad(self) -> dict[int, str]:
-        """The samples that were asked for in vain so far, and why."""
+        """Unreadable samples so far, and why."""
         return {} if self._feed is None else self._feed.bad
 
     def batches(self, requests: Iterable[Request]) -> Generator[Batch]:
-        """One Batch per request, in order. B may vary from request to request; all windows of a
-        stream are cut_first, or none is.
+        """Yields one Batch per request, in order.
 
-        Its memory is held until the iterator ends or is closed.
+        The batch size may vary from request to request. Windows.cut_first must be the same in all.
+        The memory is held until the generator ends or is closed.
 
         Raises:
             UserError: more than data.max_bad_samples images cannot be read.
-            RuntimeError: DALI failed, and not because of an image.
+            RuntimeError: DALI failed for a reason other than a bad image.
         """
         requests = iter(requests)
         first = next(requests, None)
@@ -133,9 +134,10 @@ class Loader:
             )
 
     def decoded(self, batches: Iterable[np.ndarray]) -> Iterator[tuple[int, np.ndarray]]:
-        """Each image that can be decoded, whole: sample number, uint8 [H, W, 3]. For a CPU.
+        """Decodes whole images on the CPU: yields sample number and pixels, uint8 [H, W, 3].
 
-        batches: sample numbers, int64 [B], that are decoded together.
+        Leaves out images that cannot be decoded. batches: sample numbers to decode together, int64
+        [B] each.
         """
         assert self._feed is not None
         requests = (
@@ -153,12 +155,13 @@ class Loader:
                     yield sample, np.array(pixels)
 
     def _resizes_here(self, windows: Windows) -> bool:
+        """Whether resample.py does the resizing: on a CPU it is faster than DALI."""
         on_cpu = self._device.type == "cpu"
         return self._feed is not None and windows.cut_first and on_cpu
 
     def _graph_for(self, windows: Windows) -> _Graph:
-        # DALI has no bfloat16. Its float16 has three bits more mantissa, and normalised pixels lie
-        # far inside its range, so nothing is lost on the way.
+        # DALI has no bfloat16. float16 has three more bits of mantissa, and normalized pixels are
+        # far inside its range, so converting from it to bfloat16 loses nothing.
         dtype = types.FLOAT if self._dtype == torch.float32 else types.FLOAT16
         normalisation = {"mean": self._mean, "normalisation": {"std": self._std, "dtype": dtype}}
         if self._feed is None:
@@ -173,11 +176,11 @@ class Loader:
         return _Graph(image_graph, decode | normalisation, self._window_inputs)
 
     def _made_by_dali(self, work: Iterator[Work], graph: _Graph) -> Iterator[Batch]:
-        # The tensors are DALI's memory, whose reuse no stream orders. When torch is done with one,
-        # DALI 2.4 passes it to a thread of its own, which synchronizes the whole device, for about
-        # every batch, before it frees it. This thread does not wait, but the capture of a CUDA
-        # graph may fail by it, or the process may end. Copies in torch's own memory would need none
-        # of this: benchmarks/gpu_batch_copy.py measures what they cost.
+        # The tensors are views of DALI's memory. When torch releases one, a thread of DALI 2.4
+        # synchronizes the whole device before it frees the memory, about once per batch. That does
+        # not block this thread, but it may make the capture of a CUDA graph fail, or end the
+        # process. Copies into torch's own memory would avoid it; benchmarks/gpu_batch_copy.py
+        # measures what they would cost.
         for one, (images, labels) in self._run(work, graph):
             yield Batch(
                 # [B, H, W, 3] seen as [B, 3, H, W]: channels_last without a copy.
@@ -188,7 +191,7 @@ class Loader:
             )
 
     def _resized_here(self, cut: Iterable[tuple[Work, list[torch.Tensor]]]) -> Iterator[Batch]:
-        """Threads resize a batch while the consumer has the one before."""
+        """Resizes a batch in threads while the consumer works on the previous one."""
         resizing: deque[tuple[Work, Callable[[], torch.Tensor]]] = deque()
 
         def batch() -> Batch:
@@ -207,14 +210,14 @@ class Loader:
             self._resampler.forget()
 
     def _cut_out(self, work: Work) -> list[torch.Tensor]:
-        """The windows of decoded images, uint8 [h, w, 3] each."""
+        """Returns the windows of decoded images, uint8 [h, w, 3] each."""
         return _cut_boxes([torch.from_numpy(image) for image in work.images], *self._box(work))
 
     def _run(self, work: Iterator[Work], graph: _Graph) -> Iterator[tuple[Work, Any]]:
-        """Each Work, and what the graph makes of it."""
-        polled: deque[Work] = deque()  # given to DALI and not delivered yet
-        again: deque[Work] = deque()  # the same, when a pipeline failed
-        # DALI reads the inputs where they are, so they must live until it is done with them.
+        """Yields each Work with the outputs of the pipeline, which is rebuilt if it fails."""
+        polled: deque[Work] = deque()  # given to DALI, but not delivered yet
+        again: deque[Work] = deque()  # the same, to be given again after a pipeline failed
+        # DALI reads the inputs in place (no_copy), so they must stay alive until it is done.
         alive: deque[tuple[Any, ...]] = deque(maxlen=2 * self._data.prefetch_batches + 1)
 
         def poll() -> tuple[Any, ...]:
@@ -227,8 +230,8 @@ class Loader:
             pipe = graph.define(poll, **graph.options, **self._executor)
             try:
                 while True:
-                    # Waits on the host for DALI's CPU threads, not for the GPU: the current CUDA
-                    # stream is made to wait for the batch.
+                    # This waits for DALI's CPU threads, but not for the GPU: the current CUDA
+                    # stream is made to wait for the batch instead.
                     outputs = pipe.run(_current_stream(self._device))
                     yield polled.popleft(), outputs
             except StopIteration:
@@ -244,7 +247,10 @@ class Loader:
             polled.clear()
 
     def _mend_first_bad(self, polled: Iterable[Work], error: RuntimeError) -> None:
-        """Finds the Work with bad images, by decoding one by one, and replaces them."""
+        """Finds the first Work with bad images, by decoding one by one, and replaces them.
+
+        Raises `error` if there are none, or if not even a good image can be decoded.
+        """
         for work in polled:
             if self._feed is None:
                 break
@@ -259,14 +265,14 @@ class Loader:
         raise error
 
     def _decodes_at_all(self, work: Work) -> bool:
-        """Whether a good image can be decoded: if not, it is not the images."""
+        """Whether a good image can be decoded. If not, the fault is not in the images."""
         good = work.at(0)
         assert self._feed is not None
         good.put(0, BLANK_LABEL, whole_images(np.full((1, 2), BLANK_PX)), self._feed.blank)
         return not any(self._failures([good]))
 
     def _failures(self, singles: list[Work]) -> Iterator[tuple[int, str]]:
-        """Which of these, with one image each, cannot be decoded, and why."""
+        """Yields which of these, with one image each, cannot be decoded, and why."""
         graph = self._graph_for(singles[0].windows)
         executor = self._executor | {"batch_size": 1, "num_threads": 1, "prefetch_queue_depth": 1}
         done = 0
@@ -292,16 +298,19 @@ class Loader:
             done += 1
 
     def _image_inputs(self, work: Work) -> tuple[Any, ...]:
-        """Images, and the part of each that plays a part, unless it is all."""
+        """Encoded images and, unless the whole image is wanted, the box to decode."""
         if self._input_kind == "image" and not work.windows.cut_first:
             return (work.images,)
         start, end = self._box(work)
         if self._input_kind != "decoded":
             return work.images, start, end
-        return ([np.ascontiguousarray(part) for part in _cut_boxes(work.images, start, end)],)
+        return ([np.ascontiguousarray(box) for box in _cut_boxes(work.images, start, end)],)
 
     def _box(self, work: Work) -> tuple[np.ndarray, np.ndarray]:
-        """int32 [B, 2] each: top left and bottom right of what plays a part in the windows."""
+        """Returns the pixels that the windows depend on, as top left and bottom right corners.
+
+        int32 [B, 2] each.
+        """
         windows = work.windows
         if windows.cut_first:
             roi = windows.roi.astype(np.int32)
@@ -310,16 +319,17 @@ class Loader:
         return box_to_decode(windows.roi, sizes, windows.size_px)
 
     def _window_inputs(self, work: Work) -> tuple[Any, ...]:
-        """Also the window relative to the decoded part, its size after the resize, and what is then
-        subtracted from R, G and B."""
+        """Image inputs, and for each window: its place in the decoded box, its size after resizing,
+        the mean to subtract from R, G and B, whether to flip it, and its label."""
         windows = work.windows
         whole = self._input_kind == "image" and not windows.cut_first
         corner = np.zeros(4) if whole else np.tile(self._box(work)[0], (1, 2))
-        # DALI takes float32: enough once the part's corner is subtracted, 1/1000 pixel at 16,000.
+        # DALI takes float32. Relative to the decoded box that is precise enough: 1/1000 pixel at
+        # 16,000 pixels.
         roi = (windows.roi - corner).astype(np.float32)
         size = np.tile(np.array(windows.size_px, np.float32), (len(roi), 1))
         mean = self._mean if self._mean.ndim == 1 else np.zeros(3)
-        # Adding a colour is subtracting it from the mean: it costs no pass over the pixels.
+        # A colour shift is subtracted from the mean, which saves a pass over the pixels.
         mean = (mean - 255 * windows.color_shift).astype(np.float32)
         flip, labels = windows.flip.astype(np.int32), self._labels(work)
         return (
@@ -333,15 +343,15 @@ class Loader:
         )
 
     def _raw_inputs(self, work: Work) -> tuple[Any, ...]:
-        """Pixels, the top left corner of each window, which may lie outside the image, and its
-        size."""
+        """Pixels in memory, and for each window: its top left corner, which may be outside the
+        image (padding), its size, whether to flip it, and its label."""
         assert self._index.pixels is not None
         windows = work.windows
         corner, size = windows.roi[:, :2].astype(np.int32), np.array(windows.size_px, np.int32)
         if not np.array_equal(np.hstack([corner, corner + size]), windows.roi):
             raise ValueError(
                 f"windows of raw pixels must be {windows.size_px} pixels high and wide and start "
-                f"at whole pixels, to be cut out unscaled: got {windows.roi[0].tolist()}, ..."
+                f"at whole pixels, since they are not resized: got {windows.roi[0].tolist()}, ..."
             )
         pixels, size = self._index.pixels[work.shown], np.tile(size, (len(work.shown), 1))
         return pixels, corner, size, windows.flip.astype(np.int32), self._labels(work)
@@ -351,7 +361,7 @@ class Loader:
 
 
 def _cut_boxes(images: Sequence[Any], start: np.ndarray, end: np.ndarray) -> list[Any]:
-    """images: [h, w, 3] each; start, end: int32 [B, 2], rows first."""
+    """Cuts a box out of each image. images: [h, w, 3] each; start, end: int32 [B, 2], y first."""
     corners = zip(images, start.tolist(), end.tolist(), strict=True)
     return [image[top:bottom, left:right] for image, (top, left), (bottom, right) in corners]
 
@@ -359,12 +369,14 @@ def _cut_boxes(images: Sequence[Any], start: np.ndarray, end: np.ndarray) -> lis
 def box_to_decode(
     roi: np.ndarray, sizes: np.ndarray, size_px: tuple[int, int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The pixels that resampling `roi` touches: int32 start, end, each [B, 2], rows first.
+    """Returns the pixels that resampling `roi` to `size_px` reads, as start and end corners.
 
-    roi: float64 [B, 4] in pixels; sizes: [B, 2].
+    roi: float64 [B, 4] in pixels; sizes: [B, 2]. Returns int32 [B, 2] each; y comes first.
     """
+    # The triangle filter has a half-width of one output pixel, which is `scale` input pixels when
+    # shrinking, and one input pixel when enlarging. One more is for rounding.
     scale = (roi[:, 2:] - roi[:, :2]) / np.array(size_px)
-    reach = np.ceil(np.maximum(scale, 1)) + 1  # the triangle's half-width, and one for rounding
+    reach = np.ceil(np.maximum(scale, 1)) + 1
     start = np.maximum(np.floor(roi[:, :2] - reach), 0)
     end = np.minimum(np.ceil(roi[:, 2:] + reach), sizes)
     return start.astype(np.int32), end.astype(np.int32)

@@ -1,6 +1,7 @@
-"""NVIDIA DALI's graphs: what becomes of the bytes or pixels that the loader polls in.
+"""The NVIDIA DALI pipelines: from encoded bytes or pixels to normalized images.
 
-`input_kind` is "window" or "image" (what of a file's bytes is decoded) or "decoded" (pixels).
+`input_kind` says what comes in: encoded bytes of which only a "window" or the whole "image" is
+decoded, or "decoded" pixels.
 """
 
 from collections.abc import Callable
@@ -14,14 +15,14 @@ from resnet_dist.data.load.decoding import Decoding
 
 @pipeline_def
 def check_graph() -> Any:
-    """A whole image, on the CPU, that is fed by name."""
+    """Decodes one whole image on the CPU, which is fed by name."""
     encoded = fn.external_source(name="image", dtype=types.UINT8, ndim=1)
     return fn.decoders.image(encoded, device="cpu")
 
 
 @pipeline_def
 def decode_graph(poll: Callable[[], Any], input_kind: str, cut: bool, decoding: Decoding) -> Any:
-    """Pixels of windows, or of whole images."""
+    """Decodes windows or whole images, and does nothing else."""
     dtypes, ndim = _image_types(input_kind, cut)
     inputs = fn.external_source(
         source=poll, num_outputs=len(ndim), dtype=dtypes, ndim=ndim, no_copy=True
@@ -38,6 +39,7 @@ def image_graph(
     mean: np.ndarray,
     normalisation: dict[str, Any],
 ) -> tuple[Any, Any]:
+    """Decodes images, resamples their windows, normalizes and flips them."""
     dtypes, ndim = _image_types(input_kind, cut)
     *image, roi_start, roi_end, size, window_mean, flip, labels = fn.external_source(
         source=poll,
@@ -47,8 +49,8 @@ def image_graph(
         layout=["HWC" if input_kind == "decoded" else "", *[""] * (len(ndim) + 5)],
         no_copy=True,
     )
-    # float, not uint8: the resampled values are normalised as they are, where Pillow rounds them
-    # to whole grey levels twice.
+    # float, not uint8: the resampled values are normalized without rounding, while Pillow rounds
+    # them to whole grey levels twice.
     images = fn.resize(
         _decoded(input_kind, decoding, *image),
         roi_start=roi_start,
@@ -67,7 +69,7 @@ def image_graph(
 
 
 def _image_types(input_kind: str, cut: bool) -> tuple[list[Any], list[int]]:
-    """Types and dimensions of what `_decoded` takes."""
+    """Returns the types and the numbers of dimensions of the inputs of `_decoded`."""
     if input_kind == "window" or (input_kind == "image" and cut):
         return [types.UINT8, types.INT32, types.INT32], [1, 1, 1]
     return [types.UINT8], [3 if input_kind == "decoded" else 1]
@@ -91,7 +93,7 @@ def _decode_box(input_kind: str, decoder: dict[str, Any], images: Any, *box: Any
     if input_kind == "image":
         images = fn.decoders.image(images, **decoder)
         return fn.slice(images, start=box[0], end=box[1], axis_names="HW") if box else images
-    # Slices are taken in the frame that EXIF turns the image to, the one `Index.sizes` speaks of.
+    # Slices are in the coordinates after the EXIF rotation, like Index.sizes.
     start, end = box
     return fn.decoders.image_slice(images, start=start, end=end, axis_names="HW", **decoder)
 
@@ -100,6 +102,7 @@ def _decode_box(input_kind: str, decoder: dict[str, Any], images: Any, *box: Any
 def raw_graph(
     poll: Callable[[], Any], mean: np.ndarray, normalisation: dict[str, Any]
 ) -> tuple[Any, Any]:
+    """Cuts windows out of pixels in memory, with padding, normalizes and flips them."""
     images, corner, size, flip, labels = fn.external_source(
         source=poll,
         num_outputs=5,
@@ -108,7 +111,7 @@ def raw_graph(
         layout=["HWC"],
     )
     images = images.gpu() if _on_gpu() else images
-    # The mean first, then the padding: that must be zero for the network.
+    # Subtract the mean before padding, so that the padding is zero for the network.
     images = fn.slice(
         images - types.Constant(mean, device="gpu" if _on_gpu() else "cpu"),
         start=corner,

@@ -1,7 +1,7 @@
-"""How encoded images become pixels, and which of the ways is taken on a GPU.
+"""The ways to decode images, and the choice of one of them on a GPU.
 
-A GPU's decoders are not taken on trust: some driver, GPU and library versions together crash, or
-change pixels without a word. probe.py tries each way in a process of its own; here one is chosen.
+A GPU's decoders are not simply trusted: some combinations of driver, GPU and library versions crash
+or silently change pixels. probe.py tries each way in a process of its own; this module chooses.
 """
 
 from collections.abc import Sequence
@@ -10,26 +10,26 @@ from typing import Literal
 
 from resnet_dist.config import Config
 
-DEFAULT_HW_LOAD = 0.65  # DALI's own default: the hardware engine and the CUDA cores end together
-FAST_ENOUGH = 0.95  # of the fastest way: less than 5 % is noise, and the order of WAYS decides
+DEFAULT_HW_LOAD = 0.65  # DALI's default: hardware engine and CUDA cores take equally long
+FAST_ENOUGH = 0.95  # of the fastest: a smaller difference is noise, and the order of WAYS decides
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """One way of decoding. Pixels of two ways differ in the last bits."""
+    """One way to decode images. The pixels of two ways differ in the last bits."""
 
-    # The crop window and the margin that resampling reaches, or the whole image.
+    # What is decoded: the crop window with the margin that resampling needs, or the whole image.
     extent: Literal["window", "image"] = "window"
-    # "mixed": the GPU, with the CPU's help. "host": the CPU, and the GPU does all else. "cpu": the
-    # CPU does everything.
+    # "mixed": the GPU decodes, helped by the CPU. "host": the CPU decodes, the GPU does the rest.
+    # "cpu": the CPU does everything.
     device: Literal["cpu", "mixed", "host"] = "cpu"
-    # Share of a batch for the GPU's own JPEG decoder (A100, H100 and later), not its CUDA cores.
+    # Share of a batch for the GPU's hardware JPEG decoder (A100, H100 and later).
     hw_decoder_load: float = 0.0
-    # Chroma is interpolated, as libjpeg does it; otherwise each value is repeated.
+    # True: chroma is interpolated, as libjpeg does; False: each value is repeated.
     fancy_upsampling: bool = True
 
     def __str__(self) -> str:
-        """As the plan, a checkpoint and messages name it."""
+        """Returns the name of this way in the plan, in checkpoints and in messages."""
         words = [{"cpu": "cpu", "mixed": "gpu", "host": "cpu before the gpu"}[self.device]]
         if self.extent == "image":
             words += ["whole images"]
@@ -42,13 +42,13 @@ class Decoding:
         return ", ".join(words)
 
 
-# What a GPU does until a probe has said otherwise. Windows crash on H100 and B200 with nvImageCodec
-# 0.9.0 (nvImageCodec issue 55); the hardware decoder may change pixels (torchcodec issue 1634).
+# The default on a GPU without a probe. Windows crash on H100 and B200 with nvImageCodec 0.9.0
+# (nvImageCodec issue 55), and the hardware decoder may change pixels (torchcodec issue 1634).
 UNPROBED = Decoding("image", "mixed")
-# Where no way of the GPU works: the CPU's decoder, and the GPU does the rest.
+# For a GPU on which no way works: the CPU decodes, and the GPU does the rest.
 HOST = Decoding("window", "host")
-# What is tried, in order of preference: of ways that are as fast, the first. Interpolated chroma
-# agrees with the CPU's; the hardware decoder may lose speed by it, so it is tried without, too.
+# The ways to try, in order of preference among equally fast ones. Interpolated chroma agrees with
+# the CPU's; as it may slow down the hardware decoder, that is also tried without it.
 WAYS = (
     UNPROBED,
     Decoding("window", "mixed"),
@@ -61,10 +61,11 @@ WAYS = (
 
 @dataclass(frozen=True)
 class Trial:
-    """What the probe saw of one way.
+    """What the probe found out about one way.
 
-    verdict: "ok"; "crash" (the process died, or DALI raised an error); "hung"; "changed" (other
-    pixels when repeated); "differs" (from the CPU's pixels, beyond the tolerance); "not tried".
+    verdict: "ok"; "crash" (the process died, or DALI raised an error); "hung"; "changed"
+    (different pixels when repeated); "differs" (from the CPU's pixels, by more than the tolerance);
+    "not tried".
     """
 
     verdict: Literal["ok", "crash", "hung", "changed", "differs", "not tried"]
@@ -74,11 +75,14 @@ class Trial:
 
 UNTRIED = Trial("not tried")
 BROKEN = ("crash", "hung", "changed", "differs")
-Report = dict[str, Trial]  # str(way) -> what was seen of it, on one kind of machine
+Report = dict[str, Trial]  # str(way) -> its trial on one kind of machine
 
 
 def allowed_ways(config: Config) -> dict[Decoding, Decoding]:
-    """The ways that the config allows: as it asks for them -> as they are probed."""
+    """Returns the ways that the config allows, each with the way that is probed for it.
+
+    They differ in hw_decoder_load: any share is probed as DEFAULT_HW_LOAD.
+    """
     extent, load = config.data.decode, config.data.hw_decoder_load
     return {
         replace(way, hw_decoder_load=load) if load else way: way
@@ -94,13 +98,13 @@ def is_probed(config: Config) -> bool:
 
 
 def choose(config: Config, reports: Sequence[Report], recorded: str | None) -> tuple[Decoding, str]:
-    """The way that all machines take, and why.
+    """Chooses the way for all machines. Returns it and the reason.
 
-    reports: one for each kind of machine; a way that is missing from one was not tried there.
-    recorded: str() of the run's way so far, if any.
+    reports: one per kind of machine; a way that is missing was not tried there. recorded: str() of
+    the way that the run has used so far, if any.
 
     Raises:
-        UserError: the config asks for a way that is broken on one of them.
+        UserError: the config demands a way that is broken on one of the machines.
     """
     trials = {
         asked: [report.get(str(way), UNTRIED) for report in reports]
@@ -110,8 +114,8 @@ def choose(config: Config, reports: Sequence[Report], recorded: str | None) -> t
     for way, seen in trials.items():
         if str(way) == recorded and not any(trial.verdict in BROKEN for trial in seen):
             is_sound = all(trial.verdict == "ok" for trial in seen)
-            return way, f"as this run has had it, {'and sound' if is_sound else 'not probed'} here"
-    # The slowest machine sets the pace.
+            return way, f"as before in this run; {'sound' if is_sound else 'not probed'} here"
+    # The slowest machine determines the speed of a way.
     speeds = {
         way: min(trial.images_per_sec or 0.0 for trial in seen)
         for way, seen in trials.items()
@@ -126,6 +130,6 @@ def choose(config: Config, reports: Sequence[Report], recorded: str | None) -> t
         return safest, "not probed"
     why = f"{broken[0].verdict}: {broken[0].said}"
     if is_probed(config):
-        return HOST, f"the CPU's decoder, as none of this GPU's is sound ({why})"
+        return HOST, f"the CPU's decoder, because none of this GPU's works correctly ({why})"
     key, nearest = ("data.decode", "auto") if load is None else ("data.hw_decoder_load", None)
     raise config.invalid(key, f"was found broken when this GPU was probed ({why})", nearest)

@@ -1,9 +1,9 @@
-"""What the decoder is given: images that were read ahead, and stand-ins for those that are bad.
+"""Feeds the decoder: reads images ahead, and replaces unreadable ones by stand-ins.
 
-A stand-in is a function of (seed, epoch, sample) alone. Whether one is needed depends on the bytes
-that the window takes, or on all bytes of an image that is not trusted or that stands in itself: who
-finds a bad image, and when, changes no batch. Only a quarantine, made by hand or by `verify`, also
-sets aside what could be decoded in part.
+A stand-in is a function of (seed, epoch, sample). Whether one is needed depends on the bytes that
+decoding the window takes, or on all bytes if the image is not trusted or is itself a stand-in. So
+it makes no difference to any batch which rank finds a bad image, or when. Only a quarantine (made
+by hand or by `verify`) also excludes images that could be decoded in part.
 """
 
 from collections import deque
@@ -20,7 +20,7 @@ from resnet_dist.data.load.reader import Reader
 from resnet_dist.data.view.augment import Request, Windows, unchanged
 from resnet_dist.errors import UserError
 
-MAX_STAND_INS = 100  # tried for one image: where all are bad, it is not the images
+MAX_STAND_INS = 100  # attempts per image; if all fail, the fault is not in the images
 
 
 @dataclass
@@ -28,18 +28,19 @@ class Work:
     """A request on its way to the decoder."""
 
     request: Request
-    shown: np.ndarray  # int64 [B]: the request's samples, or what stands in for them
+    shown: np.ndarray  # int64 [B]: the requested samples, or their stand-ins
     windows: Windows
-    images: list[np.ndarray]  # [B], as the reader gives them; none where pixels are in memory
-    # (row, sample) of what was shown and failed: not to be put there again.
+    images: list[np.ndarray]  # [B], from the reader; empty if all pixels are in memory anyway
+    # (row, sample) pairs that could not be decoded and must not be tried again.
     failed: set[tuple[int, int]] = field(default_factory=set)
 
     def at(self, row: int) -> "Work":
-        """The image at `row` alone."""
+        """Returns the work for the single image in `row`."""
         one = slice(row, row + 1)
         return Work(self.request, self.shown[one], self.windows.at(row), self.images[one])
 
     def put(self, row: int, sample: int, window: Windows, image: np.ndarray) -> None:
+        """Replaces the image in `row`."""
         self.shown = self.shown.copy()
         self.shown[row] = sample
         self.windows = self.windows.put(row, window)
@@ -47,6 +48,8 @@ class Work:
 
 
 class Feed:
+    """Turns requests into work for the decoder, and keeps the list of bad images."""
+
     def __init__(
         self,
         index: Index,
@@ -54,20 +57,20 @@ class Feed:
         max_bad_samples: int,
         check: Callable[[np.ndarray], str | None],
     ) -> None:
-        """check: decodes an encoded image, and says what is wrong with it."""
+        """check: decodes an encoded image; returns what is wrong with it, or None."""
         self._index = index
         self._reader = reader
         self._max_bad_samples = max_bad_samples
         self._check = check
-        self._checked: dict[int, str | None] = {}  # what `check` said of samples
+        self._checked: dict[int, str | None] = {}  # sample -> result of `check`
         self.blank = reader.blank
-        self.bad: dict[int, str] = {}  # samples that were asked for in vain so far, and why
+        self.bad: dict[int, str] = {}  # unreadable samples so far, and why
 
     def work(self, requests: Iterable[Request], ahead: int) -> Iterator[Work]:
-        """In order; `ahead` requests are being read while one is worked on.
+        """Yields the work for each request, in order, while reading `ahead` requests in advance.
 
         Raises:
-            UserError: too many bad images, or no stand-in.
+            UserError: there are too many bad images, or no stand-in can be read.
         """
         reading: deque[tuple[Request, Callable[[], list[Result]]]] = deque()
         for request in requests:
@@ -92,7 +95,7 @@ class Feed:
         return work
 
     def _why_undecodable(self, sample: int, image: Image) -> str | None:
-        """Of its bytes; each sample is decoded once for it."""
+        """Returns why an image cannot be decoded, or None. Each sample is tried only once."""
         if image.data.ndim == 3:  # pixels
             return None
         if sample not in self._checked:
@@ -100,7 +103,7 @@ class Feed:
         return self._checked[sample]
 
     def mend(self, work: Work, row: int, why: str) -> None:
-        """Puts something else in the place of a bad image."""
+        """Replaces the bad image in `row`: by a stand-in, or in an evaluation by a blank image."""
         sample = int(work.request.samples[row])
         work.failed.add((row, int(work.shown[row])))
         self.bad.setdefault(sample, why)
@@ -122,15 +125,15 @@ class Feed:
                 work.put(row, other, window, image.data)
                 return
         raise UserError(
-            f"{self._index.paths[sample]}: {why}; nor could any of {MAX_STAND_INS} other images "
-            "be read in its place: is the data still there?"
+            f"{self._index.paths[sample]}: {why}, and none of {MAX_STAND_INS} other images could "
+            "be read instead; check that the data are still there"
         )
 
 
 def too_many_bad(bad: dict[int, str], index: Index, most: int) -> str:
-    """The line to stop with."""
+    """Returns the message for a run that stops because of bad images."""
     sample, why = next(iter(bad.items()))
     return (
         f"more than data.max_bad_samples={most} images cannot be read, such as "
-        f"{index.paths[sample]} ({why}); look at them with `resnet-dist verify`, or raise the limit"
+        f"{index.paths[sample]} ({why}); find them with `resnet-dist verify`, or raise the limit"
     )

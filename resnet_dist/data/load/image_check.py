@@ -1,6 +1,7 @@
-"""Whether an image decodes, tried by itself on the CPU.
+"""Tests whether an image can be decoded, by itself and on the CPU.
 
-Among others a damaged image ends the whole pipeline, and in some formats the process.
+Decoded together with others, a damaged image makes the whole pipeline fail, and in some formats it
+crashes the process.
 """
 
 import numpy as np
@@ -11,17 +12,17 @@ from resnet_dist.data.load.dali_graphs import check_graph
 
 
 class ImageCheck:
-    """Decodes one image after the other, whole, in a small pipeline that is kept.
+    """Decodes one whole image at a time, in a small pipeline that is kept.
 
-    The whole image, whatever its window: so the answer depends on its bytes alone, and is the same
-    in every epoch, on every rank and on every device.
+    It decodes the whole image, not only its window, so that the answer depends on the image's bytes
+    alone and is the same in every epoch, on every rank and on every device.
     """
 
     def __init__(self) -> None:
-        self._pipe: Pipeline | None = None  # none before the first image, and after a bad one
+        self._pipe: Pipeline | None = None  # None before the first image and after a bad one
 
     def __call__(self, data: np.ndarray) -> str | None:
-        """What is wrong with an encoded image (uint8 [bytes]); None: nothing."""
+        """Returns what is wrong with an encoded image (uint8 [bytes]), or None."""
         if self._pipe is None:
             self._pipe = check_graph(
                 batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1

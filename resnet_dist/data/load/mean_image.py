@@ -1,5 +1,7 @@
-"""The mean image of the training set, for per-pixel mean subtraction (He et al. 2015, sections 3.4
-and 4.2, after Krizhevsky et al. 2012)."""
+"""The mean image of the training set, for data.per_pixel_mean.
+
+He et al. 2015, sections 3.4 and 4.2, after Krizhevsky et al. 2012.
+"""
 
 from dataclasses import replace
 
@@ -14,14 +16,15 @@ from resnet_dist.data.view.order import slice_of
 from resnet_dist.distributed import World
 
 MAX_IMAGES = 50_000  # evenly spaced: a standard error of about 64 / sqrt(50,000) = 0.3 grey levels
-FIXED_POINT = 2**20  # sums of whole numbers are the same in any order, so on any number of ranks
+FIXED_POINT = 2**20  # sums of integers do not depend on their order, so not on the number of ranks
 
 
 def mean_image(index: Index, config: Config, world: World) -> np.ndarray | None:
-    """float32 [crop_px, crop_px, 3] on the 0..1 scale: the mean of the training images' centre
-    crops; None where the config wants none. A collective, the same bits on any world.
+    """Returns the mean of the training images' central crops, or None if it is not wanted.
 
-    ImageNet takes seconds to a minute, at the first start of a run: then it is in the checkpoint.
+    float32 [crop_px, crop_px, 3] on the 0..1 scale, with the same bits on any number of ranks. For
+    ImageNet it takes seconds to a minute at the first start of a run; after that it is in the
+    checkpoint. A collective.
     """
     if not config.data.per_pixel_mean:
         return None
@@ -34,9 +37,10 @@ def mean_image(index: Index, config: Config, world: World) -> np.ndarray | None:
     plain = replace(data, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), cache="none")
     exact = replace(config.train, precision="fp32")
     loader = make_loader(index, replace(config, data=plain, train=exact), world)
-    parts = (mine[start : start + batch] for start in range(0, len(mine), batch))
+    batches = (mine[start : start + batch] for start in range(0, len(mine), batch))
     requests = (
-        Request(part, center_windows(index.sizes[part], data.eval_resize_px, px)) for part in parts
+        Request(numbers, center_windows(index.sizes[numbers], data.eval_resize_px, px))
+        for numbers in batches
     )
     total = torch.zeros(3, px, px, dtype=torch.int64, device=world.device)
     readable = torch.zeros((), dtype=torch.int64, device=world.device)

@@ -1,4 +1,4 @@
-"""The same index on every rank, and the same data on every node."""
+"""Makes sure that every rank has the same index, and every node the same data."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -14,14 +14,14 @@ from resnet_dist.errors import UserError
 
 
 def agreed_index(data_format: str, root: Path, split: str, cache_dir: Path, world: World) -> Index:
-    """`build_index`, the same on every rank. A collective.
+    """Returns what `build_index` finds, the same on every rank. A collective.
 
-    Rank 0 walks folders and scans shards; the others map the index file that it wrote, or have the
-    index sent where one of them does not see that file. CIFAR, and shards with an index of their
-    own, are read by each rank. One rank of each node then looks whether its data are rank 0's.
+    Rank 0 walks folders and scans shards. The others map the index file that it wrote, or are sent
+    the index if one of them cannot see that file. CIFAR, and shards that have an index of their
+    own, are read by each rank. Then one rank per node compares its data with rank 0's.
 
     Raises:
-        UserError: what `build_index` raises, or the data of a node are missing or others.
+        UserError: what `build_index` raises, or the data of a node are missing or different.
     """
     made: list[Index] = []
 
@@ -50,14 +50,14 @@ def agreed_index(data_format: str, root: Path, split: str, cache_dir: Path, worl
             mine = index if index is not None else _of_this_node(known, root, split)
         except UserError as error:
             raise UserError(f"{os.uname().nodename}: {error}") from None
-        other = None if mine.fingerprint == fingerprint else "its index has another fingerprint"
+        other = None if mine.fingerprint == fingerprint else "its index has a different fingerprint"
         if other is None and world.local_rank == 0 and not world.is_main:
             other = _other_outline(known, root, split, outline)
             other = other or _why_other_bytes(mine, shard_bytes)
         if other is not None:
             raise UserError(
-                f"{os.uname().nodename}: data.root={root}: not the data of rank 0 in {split}: "
-                f"{other}; copy them to this node again, or leave the node out"
+                f"{os.uname().nodename}: data.root={root}: not the same {split} data as on rank 0: "
+                f"{other}; copy the data to this node again, or leave the node out"
             )
         return mine
 
@@ -65,7 +65,7 @@ def agreed_index(data_format: str, root: Path, split: str, cache_dir: Path, worl
 
 
 def _mapped(kept: Path, root: Path, fingerprint: str) -> Index | None:
-    """The index in the file `kept`; None where it is not seen, or not yet, as on a slow NFS."""
+    """Maps the index in the file `kept`; None if it is not visible (or not yet, on a slow NFS)."""
     try:
         index = load_index_file(kept, root)
     except UserError:
@@ -81,7 +81,7 @@ def _of_this_node(known: Format, root: Path, split: str) -> Index:
 def _other_outline(
     known: Format, root: Path, split: str, expected: Mapping[str, str]
 ) -> str | None:
-    """What in this node's outline is not as on rank 0; None if nothing is."""
+    """Returns what differs in this node's outline from rank 0's; None if nothing does."""
     try:
         found = known.outline(root, split)
     except OSError as error:
@@ -93,9 +93,10 @@ def _other_outline(
 
 
 def _why_other_bytes(index: Index, shard_bytes: Sequence[int]) -> str | None:
-    """Which of this node's files is not as in the index; None if none is. CIFAR has no files.
+    """Returns which of this node's files differs in size from rank 0's; None if none does.
 
-    Compared are the bytes of each shard; or of up to 10,000 evenly spaced files.
+    Compares the sizes of all shards, or of up to 10,000 evenly spaced files. CIFAR has no files to
+    compare.
     """
     if index.shards is not None:
         files, expected = index.shards.files, list(shard_bytes)
@@ -106,10 +107,10 @@ def _why_other_bytes(index: Index, shard_bytes: Sequence[int]) -> str | None:
         return None
     for file, there, here in zip(files, expected, _bytes_of(files), strict=True):
         if here != there:
-            return f"{file} has {here} bytes, and {there} there"
+            return f"{file} has {here} bytes here and {there} on rank 0"
     return None
 
 
 def _bytes_of(files: Sequence[str]) -> list[int]:
-    """The sizes of files; 0 of one that is not there."""
+    """Returns the sizes of files in bytes; 0 for a missing file."""
     return [facts[0] if facts else 0 for facts in facts_of(files)]

@@ -1,11 +1,10 @@
-"""Tries ways of decoding on this GPU, once per GPU and versions, and keeps what it saw.
+"""Tries the ways to decode JPEGs on this GPU, once per GPU model and library versions.
 
     python -m resnet_dist.data.load.probe [--device cuda:0] [--output FILE] [--keep RUN_ROOT/.index]
 
-The sums of what is known: nvImageCodec 0.9.0 ends the process on an H100 or B200 when it decodes
-windows (nvImageCodec issue 55); the hardware JPEG decoder changed pixels in 134 of 200 repeats on
-an H100 (torchcodec issue 1634, torchvision issue 9606). Which of it holds on a machine only trying
-tells.
+Why: nvImageCodec 0.9.0 crashes on an H100 or B200 when it decodes windows (nvImageCodec issue 55),
+and the hardware JPEG decoder changed pixels in 134 of 200 repeats on an H100 (torchcodec issue
+1634, torchvision issue 9606). Only a trial tells whether a given machine is affected.
 """
 
 import argparse
@@ -35,14 +34,14 @@ from resnet_dist.data.load.probe_way import READY
 from resnet_dist.files import replace_file
 from resnet_dist.process import set_up_process
 
-PROBE_VERSION = "3"  # another one is another question: what is kept is asked anew
-LIMIT_SECONDS = 60.0  # for all ways
+PROBE_VERSION = "3"  # a new version makes older reports invalid
+LIMIT_SECONDS = 60.0  # for all ways together
 WAY_LIMIT_SECONDS = 20.0
 KILL_SECONDS = 5.0
-# The process's own fault. Other signals come from a scheduler, a user or the out-of-memory killer.
+# Signals of a crash. Others come from a scheduler, a user or the out-of-memory killer.
 FAULTS = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL)
-# As torch, CUDA, DALI, nvJPEG, C++, Python and the system put it. The decoder is not at fault, and
-# the next start may find enough.
+# How torch, CUDA, DALI, nvJPEG, C++, Python and the system report a lack of resources. That is not
+# the decoder's fault, and the next start may have enough.
 OUT_OF_RESOURCES = re.compile(
     r"out.of.memory|memory.?(allocat|error)|bad_?alloc|alloc(at\w+)?.(failure|failed|error)"
     r"|(can.?t|cannot|unable to|failed to|could not) allocate|CUBLAS_STATUS_NOT_INITIALIZED"
@@ -52,7 +51,7 @@ OUT_OF_RESOURCES = re.compile(
 
 
 def versions_of(device: torch.device) -> dict[str, str]:
-    """What a way of decoding may work with, or not."""
+    """Returns the versions on which it may depend whether a way of decoding works."""
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     return {
         "probe": PROBE_VERSION,
@@ -68,7 +67,7 @@ def _driver() -> str:
     try:
         line = Path("/proc/driver/nvidia/version").read_text().splitlines()[0]
         words = [word for word in line.split() if word[:1].isdigit() and "." in word]
-    except (OSError, IndexError):  # a container or WSL without it
+    except (OSError, IndexError):  # missing in some containers and in WSL
         command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=10)
@@ -95,10 +94,10 @@ def report_of(
     try_ways: Callable[[torch.device, Sequence[Decoding]], Iterable[tuple[str, Trial]]]
     | None = None,
 ) -> Report:
-    """What the probe saw of `ways`, and maybe of others, on this GPU.
+    """Returns the trials of `ways`, and perhaps of others, on this GPU.
 
-    What `folder` lacks is tried now, in the order of `ways`, and kept there one by one, but for
-    what could not be tried.
+    Ways without a trial in `folder` are tried now, in the given order, and each trial is kept there
+    (except "not tried").
     """
     found = versions_of(device)
     key = hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:16]
@@ -118,12 +117,12 @@ def report_of(
             failure = _keep(path, found, {name: trial})
         kept[name] = trial
     if failure is not None:
-        say(f"warning: {path}: not kept: {failure}; the next start probes again")
+        say(f"warning: {path}: cannot be written: {failure}; the next start will probe again")
     return kept
 
 
 def _keep(path: Path, found: Mapping[str, str], seen: Report) -> str | None:
-    """Adds it to what is there. Returns why that failed."""
+    """Adds trials to the report on disk. Returns why that failed, or None."""
     ways = {name: asdict(trial) for name, trial in (_read(path, found) | seen).items()}
     text = json.dumps({"versions": found, "ways": ways}, indent=1) + "\n"
     try:
@@ -134,7 +133,7 @@ def _keep(path: Path, found: Mapping[str, str], seen: Report) -> str | None:
 
 
 def _read(path: Path, found: Mapping[str, str]) -> Report:
-    """Empty where there is none, or it is damaged."""
+    """Reads a report; it is empty if there is none or if it is damaged."""
     try:
         content = json.loads(path.read_text())
         if content["versions"] != found:
@@ -150,15 +149,15 @@ def probe(
     limit_seconds: float = LIMIT_SECONDS,
     options: Sequence[str] = (),
 ) -> Iterator[tuple[str, Trial]]:
-    """Tries ways of decoding, each in a process of its own that gets WAY_LIMIT_SECONDS.
+    """Tries ways of decoding, each in a process of its own that has WAY_LIMIT_SECONDS.
 
-    limit_seconds: for all of them. options: more of probe_way's arguments.
+    limit_seconds: for all of them together. options: further arguments for probe_way.
     """
-    if device.type == "cuda" and device.index is None:  # another process has another current one
+    if device.type == "cuda" and device.index is None:  # the current device is this process's own
         device = torch.device("cuda", torch.cuda.current_device())
     ends = time.monotonic() + limit_seconds
     for way in ways:
-        if ends - time.monotonic() < WAY_LIMIT_SECONDS:  # less would say nothing about the way
+        if ends - time.monotonic() < WAY_LIMIT_SECONDS:  # a shorter trial would prove nothing
             yield str(way), Trial("not tried", said="no time was left")
             continue
         command = [sys.executable, "-m", "resnet_dist.data.load.probe_way", str(WAYS.index(way))]
@@ -167,7 +166,7 @@ def probe(
 
 
 def run_apart(command: Sequence[str], limit_seconds: float) -> Trial:
-    """Runs a command that prints READY and then a Trial as JSON, and tells how it ended."""
+    """Runs a command that prints READY and then a Trial as JSON; returns what came of it."""
     code = str(Path(resnet_dist.__file__).parent.parent)
     paths = [code, *filter(None, [os.environ.get("PYTHONPATH")])]
     try:
@@ -178,7 +177,7 @@ def run_apart(command: Sequence[str], limit_seconds: float) -> Trial:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=errors,
-                # Ctrl-C in the terminal is for us, and would look like a crash there.
+                # Ctrl-C in the terminal must not reach it, as it would look like a crash.
                 start_new_session=True,
             )
             returncode = None
@@ -187,10 +186,10 @@ def run_apart(command: Sequence[str], limit_seconds: float) -> Trial:
                     returncode = process.wait(limit_seconds)
             finally:
                 process.kill()
-                # A process that waits for a broken driver cannot be killed: it is left behind.
+                # A process that waits for a broken driver cannot be killed, and is left behind.
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(KILL_SECONDS)
-                # READY is the last thing that a process writes before it hangs.
+                # A process that hangs has written nothing since READY.
                 since_ready = time.time() - os.fstat(output.fileno()).st_mtime
             told, complained = _text(output), _text(errors)
     except OSError as error:
@@ -206,7 +205,7 @@ def _text(file: IO[bytes]) -> str:
 
 
 def judge(returncode: int | None, output: str, errors: str, limit_seconds: float) -> Trial:
-    """returncode: None where the process had to be ended at its limit."""
+    """Derives the trial from how the process ended. returncode: None if it reached its limit."""
     lines = output.splitlines()
     if returncode == 0:
         with contextlib.suppress(ValueError, TypeError, IndexError):
@@ -225,7 +224,7 @@ def judge(returncode: int | None, output: str, errors: str, limit_seconds: float
 
 
 def _reason(errors: str) -> str:
-    """The line of a traceback that names the error. DALI's stands below "encountered:"."""
+    """Returns the line of a traceback with the error. In DALI's it comes after "encountered:"."""
     lines = [line.strip() for line in errors.splitlines() if line.strip()]
     for number in reversed(range(len(lines) - 1)):
         if lines[number].endswith("encountered:"):
@@ -234,6 +233,7 @@ def _reason(errors: str) -> str:
 
 
 def describe_trial(name: str, trial: Trial) -> str:
+    """Returns a row of the table of trials."""
     speed = "" if trial.images_per_sec is None else f"{trial.images_per_sec:,.0f} images/s, "
     return f"{name:<52} {trial.verdict:<9} {speed}{trial.said}"
 
@@ -242,13 +242,13 @@ def main() -> None:
     set_up_process()
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda", 0))
-    parser.add_argument("--output", type=Path, help="also as JSON")
-    parser.add_argument(
-        "--keep", type=Path, help="a folder for runs to find it in, RUN_ROOT/.index"
-    )
+    parser.add_argument("--output", type=Path, help="write the report as JSON")
+    parser.add_argument("--keep", type=Path, help="keep the report for runs, in RUN_ROOT/.index")
     parser.add_argument("--limit", type=float, default=LIMIT_SECONDS, help="seconds for all ways")
-    parser.add_argument("--images", type=int, default=64, help="in a batch")
-    parser.add_argument("--seconds", type=float, default=0.5, help="of the speed of a way")
+    parser.add_argument("--images", type=int, default=64, help="images per batch")
+    parser.add_argument(
+        "--seconds", type=float, default=0.5, help="seconds to measure the speed of a way"
+    )
     given = parser.parse_args()
     options = ["--images", str(given.images), "--seconds", str(given.seconds)]
     try_ways = partial(probe, limit_seconds=given.limit, options=options)

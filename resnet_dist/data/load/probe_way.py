@@ -1,9 +1,9 @@
-"""Tries one way of decoding in this process, which may not survive it. probe.py starts it.
+"""Tries one way of decoding in this process, which may crash. Started by probe.py.
 
     python -m resnet_dist.data.load.probe_way NUMBER --device cuda:0 [--images 64] [--seconds 0.5]
 
-NUMBER: of the way in decoding.WAYS. Prints READY once all but the way itself works, and
-then what it saw: a Trial as one line of JSON.
+NUMBER: index of the way in decoding.WAYS. Prints READY once everything but the way itself is known
+to work, and then the Trial as one line of JSON.
 """
 
 import argparse
@@ -34,23 +34,23 @@ from resnet_dist.data.view.augment import Request, train_windows
 from resnet_dist.process import set_up_process
 
 READY = "ready"
-HEIGHT_PX, WIDTH_PX = 375, 500  # ImageNet's mean size
+HEIGHT_PX, WIDTH_PX = 375, 500  # the mean size in ImageNet
 QUALITY = 90
 EXIF_ORIENTATION = 0x0112
 MAX_DECODE_THREADS = 16
-BATCHES = 4  # different ones, each repeated ROUNDS times
+BATCHES = 4  # different batches, each decoded ROUNDS times
 ROUNDS = 8
-# In grey levels after the resize. Repeating chroma where the CPU interpolates it leaves 2.2 on the
-# mean and 26 at most on these images, another IDCT 1.0 and 5 (libjpeg-turbo's own variants). A
-# block or an image that is wrong leaves much more.
+# Differences to the CPU's pixels in grey levels, after resizing. Repeated instead of interpolated
+# chroma differs by 2.2 in an image's mean and at most 26 anywhere on these images; a different IDCT
+# (libjpeg-turbo's variants) by 1.0 and 5. A wrong block or image differs by much more.
 MEAN_TOLERANCE, MAX_TOLERANCE = 4.0, 40.0
-BORDER_PX = 4  # taps beyond the border: DALI repeats the edge, and the CPU's resize leaves them out
-LAG_SIZE = 8192  # of the matrices that keep a GPU busy behind the decoder, as training does
-LAG_SECONDS = 5.0  # in all
+BORDER_PX = 4  # not compared: DALI repeats the edge pixel there, the CPU's resize does not
+LAG_SIZE = 8192  # size of the matrix products that keep the GPU busy, as training does
+LAG_SECONDS = 5.0  # total time of these products
 
 
 class KnownJpegs:
-    """Photo-like JPEGs in memory, the same in every process, in place of a data set's reader."""
+    """Photo-like JPEGs in memory, the same in every process; used instead of a Reader."""
 
     blank = Reader.blank
 
@@ -75,7 +75,7 @@ class KnownJpegs:
 
 
 def _jpeg(number: int) -> np.ndarray:
-    """Every kind in turn: EXIF orientations, chroma subsampling, progressive, restarts, grey."""
+    """Makes a JPEG. They vary in EXIF orientation, subsampling, restart markers, and so on."""
     rng = np.random.default_rng(number)
     coarse = Pillow.fromarray(rng.integers(0, 256, (47, 63, 3), np.uint8))
     smooth = np.asarray(coarse.resize((WIDTH_PX, HEIGHT_PX), Pillow.Resampling.BICUBIC), np.int16)
@@ -105,14 +105,14 @@ def try_way(
     seconds: float,
     ready: Callable[[], None],
 ) -> Trial:
-    """Decodes the same batches again and again, behind a consumer that lags, and then for speed.
+    """Decodes the same batches repeatedly with a slow consumer, then measures the speed.
 
-    images: in a batch. ready: called once the CPU has decoded and the GPU has computed: what fails
-    from then on is the way. Crashes where the way does.
+    images: per batch. ready: called once the CPU has decoded and the GPU has computed something;
+    what fails after that is the way's fault. The process crashes if the way does.
 
     Raises:
-        RuntimeError: DALI refuses.
-        UserError: an image cannot be decoded. DALI's error is its context.
+        RuntimeError: DALI fails.
+        UserError: an image cannot be decoded; DALI's error is its context.
     """
     known = KnownJpegs(images)
     threads = min(MAX_DECODE_THREADS, len(os.sched_getaffinity(0)))
@@ -146,7 +146,7 @@ def try_way(
     if trial.verdict != "ok":
         return trial
     endless = decoded(device, way, cycle(requests))
-    for _ in range(BATCHES):  # what is decoded ahead, and the start
+    for _ in range(BATCHES):  # start-up, and batches decoded in advance
         next(endless)
     began, count = _clock(device), 0
     while time.perf_counter() - began < seconds:
@@ -156,27 +156,27 @@ def try_way(
 
 
 def _clock(device: torch.device) -> float:
-    """Seconds, once the GPU has done all that it was given."""
+    """Returns the time in seconds, after the GPU has finished all its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)  # CPU-GPU sync point
     return time.perf_counter()
 
 
 class Lag:
-    """Work for the GPU's current stream, more and more until the decoder is ahead of it."""
+    """Work for the current CUDA stream, increased until the GPU is slower than the decoder."""
 
     def __init__(self, device: torch.device) -> None:
         self._busy = torch.randn(LAG_SIZE, LAG_SIZE, device=device)
-        self._multiply(1)  # the first one takes longer
+        self._multiply(1)  # the first product takes longer
         began = _clock(device)
         self._multiply(1)
         self._left = int(LAG_SECONDS / (_clock(device) - began))
-        self._products = 1  # for a batch
+        self._products = 1  # per batch
         self._done: torch.cuda.Event | None = None
 
     def queue(self) -> None:
-        """A batch's share of it."""
-        if self._done is not None and self._done.query():  # the GPU had nothing to do
+        """Queues the work that goes with one batch."""
+        if self._done is not None and self._done.query():  # the GPU was idle
             self._products *= 2
         count = min(self._products, self._left)
         self._left -= count
@@ -192,10 +192,10 @@ class Lag:
 def repeat(
     batches: Iterable[Tensor], device: torch.device, lag: Lag | None = None
 ) -> tuple[list[Tensor], int]:
-    """The first BATCHES of images, and how many of their repetitions are other pixels.
+    """Returns the first BATCHES of images, and how many repetitions have different pixels.
 
-    On a GPU a consumer lags behind the decoder, as training does: a decoder that frees or fills
-    memory too early shows only so.
+    On a GPU the consumer lags behind the decoder, as training does. Only then does it show if the
+    decoder frees or overwrites memory too early.
     """
     first: list[Tensor] = []
     changed = torch.zeros((), dtype=torch.int64, device=device)
@@ -210,7 +210,7 @@ def repeat(
 
 
 def compare(ours: list[Tensor], cpu: list[Tensor], std: Sequence[float]) -> Trial:
-    """Whether normalized images are the CPU's, but for rounding.
+    """Compares normalized images with the CPU's: "ok" if they are within the tolerances.
 
     ours, cpu: float32 [B, 3, H, W] each, in host memory.
     """
@@ -220,7 +220,7 @@ def compare(ours: list[Tensor], cpu: list[Tensor], std: Sequence[float]) -> Tria
         [(a - b).abs()[:, :, inner, inner] * grey_levels for a, b in zip(ours, cpu, strict=True)]
     )
     mean, most = off.flatten(1).mean(dim=1).max().item(), off.max().item()
-    is_near = mean <= MEAN_TOLERANCE and most <= MAX_TOLERANCE  # False where one is NaN
+    is_near = mean <= MEAN_TOLERANCE and most <= MAX_TOLERANCE  # False if a pixel is NaN
     said = f"at most {most:.1f} grey levels from the CPU's pixels, {mean:.2f} on an image's mean"
     return Trial("ok" if is_near else "differs", said=said)
 
@@ -232,24 +232,28 @@ def main() -> None:
     parser.add_argument("--device", type=torch.device, required=True)
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=0.5)
-    parser.add_argument("--limit", type=float, default=60.0, help="seconds until it ends itself")
+    parser.add_argument(
+        "--limit", type=float, default=60.0, help="seconds until the process ends itself"
+    )
     given = parser.parse_args()
-    signal.alarm(math.ceil(given.limit) + 1)  # should probe.py, which ends it, be gone
+    signal.alarm(
+        math.ceil(given.limit) + 1
+    )  # in case probe.py, which would kill this process, has died
     hard = resource.getrlimit(resource.RLIMIT_CORE)[1]
-    resource.setrlimit(resource.RLIMIT_CORE, (0, hard))  # of a process with a GPU: many GB
+    resource.setrlimit(resource.RLIMIT_CORE, (0, hard))  # core dumps of GPU processes are huge
     if given.device.type == "cuda":
-        # Whether this process may use the GPU at all: not the decoder's fault if not.
+        # If this process cannot use the GPU at all, that is not the decoder's fault.
         torch.cuda.set_device(given.device)
         torch.zeros(2**28, dtype=torch.uint8, device=given.device)
         torch.cuda.synchronize(given.device)
         torch.cuda.empty_cache()
     way = WAYS[given.way]
-    if given.device.type == "cpu":  # shows that the probe works, and nothing else
+    if given.device.type == "cpu":  # only to test the probe itself
         way = Decoding(way.extent)
     ready = partial(print, READY, flush=True)
     trial = try_way(way, given.device, given.images, given.seconds, ready)
     print(json.dumps(asdict(trial)), flush=True)
-    os._exit(0)  # what fails when libraries unload is not the decoder's fault
+    os._exit(0)  # failures while unloading libraries do not count
 
 
 if __name__ == "__main__":

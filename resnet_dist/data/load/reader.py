@@ -1,4 +1,4 @@
-"""The encoded bytes of images, from files or from the middle of shards, read ahead by threads."""
+"""Reads the encoded bytes of images, from files or from inside shards, ahead of time in threads."""
 
 import errno
 import io
@@ -18,11 +18,12 @@ from resnet_dist.data.load.cache import BLANK_GREY, BLANK_PX, EncodedCache, Imag
 from resnet_dist.data.view.order import BLOCK_IMAGES
 from resnet_dist.errors import UserError
 
-IMAGES_PER_TASK = 16  # a thread's errand: long against what it costs to send the thread
-RETRY_AFTER_SECONDS = (0.1, 1.0)  # a network file system may stumble
+IMAGES_PER_TASK = 16  # enough to amortize the cost of submitting a task to a thread
+RETRY_AFTER_SECONDS = (0.1, 1.0)  # errors of a network file system may be temporary
+# Errors that no retry can cure, and errors that are not the image's fault but the process's.
 GONE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP)
 OURS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
-BLOCKS_REMEMBERED = 4096
+BLOCKS_REMEMBERED = 4096  # blocks of shards that the kernel has been asked to read ahead
 
 
 def _blank_png() -> np.ndarray:
@@ -32,21 +33,24 @@ def _blank_png() -> np.ndarray:
 
 
 class Reader:
+    """Reads the images of an index, as they are encoded."""
+
     blank = _blank_png()
 
     def __init__(self, index: Index, threads: int, cache: EncodedCache | None = None) -> None:
-        """threads: of `read_ahead`. cache: of this index, shared with the ranks of the node."""
+        """threads: used by `read_ahead`. cache: the node's shared cache of encoded images."""
         self._index = index
         self._cache = cache
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="reader")
         self._shard_files: dict[int, int] = {}  # open file descriptors
-        self._asked_for: set[int] = set()  # blocks
+        self._asked_for: set[int] = set()  # blocks whose read-ahead was requested
         weakref.finalize(self, _close_all, self._shard_files)
 
     def read(self, sample: int) -> Image:
-        """
+        """Reads one image.
+
         Raises:
-            UnreadableImage: known to be bad, gone, or not an image of the index's size.
+            UnreadableImage: it is known to be bad, missing, or not an image of the indexed size.
         """
         why = self._index.bad.get(sample)
         if why is not None:
@@ -62,7 +66,7 @@ class Reader:
         return image
 
     def read_ahead(self, samples: np.ndarray) -> Callable[[], list[Result]]:
-        """Starts to read; what is returned waits for the images, in order."""
+        """Starts reading. Returns a function that waits for the images, in order."""
         numbers = samples.tolist()
         tasks = [
             self._threads.submit(self._read_some, numbers[start : start + IMAGES_PER_TASK])
@@ -88,8 +92,8 @@ class Reader:
                 failure = error
                 if error.errno in OURS:
                     raise UserError(
-                        f"{self._index.paths[sample]}: {error.strerror}: the fault of this process "
-                        "or machine, not of the image; raise `ulimit -n`, or give it more memory"
+                        f"{self._index.paths[sample]}: {error.strerror}, which is not the image's "
+                        "fault; raise `ulimit -n`, or provide more memory"
                     ) from None
                 if error.errno in GONE:
                     break
@@ -99,7 +103,7 @@ class Reader:
     def _read_file(self, sample: int) -> bytes:
         with open(self._index.paths[sample], "rb", buffering=0) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise UnreadableImage("not a plain file")
+                raise UnreadableImage("not a regular file")
             return file.read()
 
     def _read_from_shard(self, sample: int) -> bytes:
@@ -109,7 +113,7 @@ class Reader:
         shard = int(shards.shard[sample])
         file = self._shard_files.get(shard)
         if file is None:
-            # Two threads may come here at once: the second finds the first one's file.
+            # If two threads get here at once, the second uses the file that the first has opened.
             opened = os.open(shards.files[shard], os.O_RDONLY)
             file = self._shard_files.setdefault(shard, opened)
             if file != opened:
@@ -117,11 +121,11 @@ class Reader:
         self._ask_for_block(file, sample)
         data = os.pread(file, int(nbytes[sample]), int(shards.offset[sample]))
         if len(data) < nbytes[sample]:
-            raise UnreadableImage("cannot be read (its shard ends before it does)")
+            raise UnreadableImage("cannot be read (its shard is too short)")
         return data
 
     def _ask_for_block(self, file: int, sample: int) -> None:
-        """Has the kernel read the neighbours too, in one go: this rank comes to them soon."""
+        """Asks the kernel to read the image's whole block, since this rank needs it all soon."""
         shards, nbytes = self._index.shards, self._index.nbytes
         assert shards is not None
         assert nbytes is not None
@@ -135,7 +139,7 @@ class Reader:
         last = min(first + BLOCK_IMAGES, len(self._index)) - 1
         start, end = shards.offset[first], shards.offset[last] + nbytes[last]
         if shards.shard[first] != shards.shard[last] or end < start:
-            return  # a block on two shards, or an index that was reordered: image by image
+            return  # the block spans two shards, or samples are not in the order of the shards
         os.posix_fadvise(file, int(start), int(end - start), os.POSIX_FADV_WILLNEED)
 
 

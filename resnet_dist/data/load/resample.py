@@ -1,7 +1,7 @@
-"""Resizing on the CPU: windows of uint8 pixels, antialiased bilinear as Pillow does it; then
-mirrored and normalised.
+"""Resizes, flips and normalizes windows of uint8 pixels on the CPU.
 
-torch has a kernel for this that is several times faster than DALI's on a CPU, and than Pillow.
+Resizing is antialiased bilinear, as in Pillow. torch's kernel for it is several times faster than
+Pillow, and than DALI on a CPU.
 """
 
 import sys
@@ -16,14 +16,14 @@ from torch import Tensor
 from resnet_dist.data.view.augment import Windows
 
 IMAGES_PER_TASK = 8
-MAX_KEPT = 16
+MAX_KEPT = 16  # buffers
 
 
 class Buffers:
-    """Tensors whose memory is used again when nobody has them any more.
+    """Tensors whose memory is reused once nothing refers to them any more.
 
-    A batch is larger than what malloc keeps: made anew it costs a page fault for each 4 KiB, which
-    is as long as the resize takes.
+    A batch is larger than the blocks that malloc keeps. A new allocation would cost a page fault
+    for every 4 KiB, which takes as long as the resizing itself.
     """
 
     def __init__(self) -> None:
@@ -31,8 +31,9 @@ class Buffers:
         (self._free_count,) = _reference_counts([np.empty(1)])
 
     def take(self, shape: tuple[int, ...], dtype: type) -> Tensor:
-        """Of any content."""
-        # A tensor made of an array holds on to it, as do all views of the tensor.
+        """Returns a tensor with arbitrary content."""
+        # A tensor made from an array keeps a reference to it, and so do all views of the tensor. An
+        # array with as few references as one that is not in use is free.
         for array, count in zip(self._kept, _reference_counts(self._kept), strict=True):
             if array.shape == shape and array.dtype == dtype and count == self._free_count:
                 return torch.from_numpy(array)
@@ -40,7 +41,7 @@ class Buffers:
         return torch.from_numpy(self._kept[-1])
 
     def forget(self) -> None:
-        """Those that nobody has are freed, the others when they are no longer held."""
+        """Frees buffers that are not in use now, and the others when they no longer are."""
         self._kept = []
 
 
@@ -49,6 +50,8 @@ def _reference_counts(arrays: list[np.ndarray]) -> list[int]:
 
 
 class Resampler:
+    """Resizes the windows of a batch, in threads."""
+
     def __init__(self, mean: np.ndarray, std: Sequence[float], threads: int) -> None:
         """mean: float32 [3] or [H, W, 3], std: [3], in grey levels."""
         self._mean = mean
@@ -57,18 +60,18 @@ class Resampler:
         self._buffers = Buffers()
 
     def forget(self) -> None:
-        """Frees what it keeps for the next batch."""
+        """Frees the memory that is kept for the next batch."""
         self._buffers.forget()
 
     def start(self, images: Sequence[Tensor], windows: Windows) -> Callable[[], Tensor]:
-        """Starts to resize images to windows.size_px, mirror and normalise them.
+        """Starts to resize images to windows.size_px, flip and normalize them.
 
-        images: uint8 [h, w, 3] each. What is returned waits for them: float32 [B, 3, H, W], with
-        channels_last strides.
+        images: uint8 [h, w, 3] each. Returns a function that waits for the result: float32
+        [B, 3, H, W] with channels_last strides.
         """
         batch, (height, width) = len(images), windows.size_px
         out = self._buffers.take((batch, height, width, 3), np.float32)
-        # (pixels - mean + color_shift) / std, as pixels * scale + bias
+        # (pixels - mean + color_shift) / std, computed as pixels * scale + bias
         scale = np.tile(1 / self._std, width)
         bias = (255 * windows.color_shift[:, None, None] - self._mean) / self._std
         rows = np.broadcast_to(bias, (*bias.shape[:2], width, 3))  # [B, 1 or H, W, 3]
@@ -76,14 +79,14 @@ class Resampler:
         tasks = [
             self._threads.submit(
                 _resize,
-                images[part],
-                windows.flip[part],
+                images[some],
+                windows.flip[some],
                 torch.from_numpy(scale).float(),
-                torch.tensor(rows[part], dtype=torch.float32),
-                out[part],
+                torch.tensor(rows[some], dtype=torch.float32),
+                out[some],
             )
             for start in range(0, batch, IMAGES_PER_TASK)
-            for part in [slice(start, start + IMAGES_PER_TASK)]
+            for some in [slice(start, start + IMAGES_PER_TASK)]
         ]
 
         def finish() -> Tensor:
@@ -97,7 +100,7 @@ class Resampler:
 def _resize(
     images: Sequence[Tensor], flips: np.ndarray, scale: Tensor, biases: Tensor, out: Tensor
 ) -> None:
-    """scale: [3 W], biases: [B, 1 or H, 3 W], out: [B, H, W, 3], all float32."""
+    """Does one task. scale: [3 W], biases: [B, 1 or H, 3 W], out: [B, H, W, 3], all float32."""
     height, width = out.shape[1:3]
     pixels = torch.empty(height, width, 3, dtype=torch.uint8)
     levels = torch.empty(height, 3 * width)
@@ -110,13 +113,13 @@ def _resize(
             out=pixels.permute(2, 0, 1)[None],
         )
         seen = pixels.flip(1) if flip else pixels
-        # Rows of 3 W numbers, not pixels of three: only long rows are vectorized.
+        # As rows of 3 W numbers rather than pixels of 3, because only long rows are vectorized.
         levels.copy_(seen.view(height, 3 * width))
         torch.addcmul(bias, levels, scale, out=row.view(height, 3 * width))
 
 
 def _serial_threads(count: int) -> ThreadPoolExecutor:
-    """Threads in which torch starts none of its own: they would wait for each other, spinning."""
+    """Returns threads in which torch starts no threads of its own, which would compete."""
     before = torch.get_num_threads()
     threads = ThreadPoolExecutor(count, "resampler", initializer=_be_serial)
     all_here = Barrier(count)
@@ -126,5 +129,5 @@ def _serial_threads(count: int) -> ThreadPoolExecutor:
 
 
 def _be_serial() -> None:
-    torch.set_num_threads(1)  # of this thread, and of those that begin until it is set again
-    torch.get_num_threads()  # a thread takes its number at the first use
+    torch.set_num_threads(1)  # for this thread, and for threads that start before it is set again
+    torch.get_num_threads()  # the setting takes effect at the first use

@@ -1,7 +1,9 @@
-"""WHO comes next: the permutation of an epoch, and a rank's slice of a step.
+"""Which images make up a step: the permutation of an epoch, cut into global batches.
 
-A function of (seed, step) alone. The global batch of a step is cut into slices by position, so the
-union over ranks is the same set of images, in the same order, for any world size.
+Everything here is a function of (seed, step). With N images and a global batch of B, an epoch has
+N // B steps, and its step s takes the images from s * B to (s + 1) * B - 1 of the permutation. The
+ranks then take slices of that batch by position (Plan.positions), so together they see the same
+images in the same order, however many ranks there are.
 """
 
 from functools import lru_cache
@@ -11,20 +13,20 @@ import numpy as np
 from resnet_dist.draws import generator
 
 BLOCK_IMAGES = 16  # neighbours in a shard that are read together: 1.8 MB of ImageNet
-WINDOW_IMAGES = 32_768  # the blocks of about so many images are mixed with each other
+WINDOW_IMAGES = 32_768  # about this many images are mixed with each other
 
 
 @lru_cache(maxsize=2)  # 10 MB each for ImageNet; two, because DALI reads ahead over an epoch's end
 def epoch_order(seed: int, epoch: int, images: int) -> np.ndarray:
-    """int64 [images]: a permutation of all sample numbers, seeded by (seed, epoch)."""
+    """Returns a permutation of all sample numbers, seeded by (seed, epoch): int64 [images]."""
     order = generator("order", seed, epoch).permutation(images)
-    order.flags.writeable = False  # it is shared by all callers of this cache
+    order.flags.writeable = False  # the cache gives the same array to every caller
     return order
 
 
 @lru_cache(maxsize=2)
 def block_order(seed: int, epoch: int, images: int, global_batch_size: int) -> np.ndarray:
-    """The permutation of an epoch that reads shards almost sequentially: int64 [images].
+    """Returns a permutation that reads shards almost sequentially: int64 [images].
 
     Blocks of BLOCK_IMAGES neighbouring samples are shuffled, and each position in the global batch
     is given its own run of blocks, from which it takes one image per step. The images of a position
@@ -36,7 +38,7 @@ def block_order(seed: int, epoch: int, images: int, global_batch_size: int) -> n
     random = generator("order", seed, epoch)
     blocks = random.permutation(-(-images // BLOCK_IMAGES))
     sequence = (blocks[:, None] * BLOCK_IMAGES + np.arange(BLOCK_IMAGES)).reshape(-1)
-    sequence = sequence[sequence < images]  # the last block may be a part of one
+    sequence = sequence[sequence < images]  # the last block may be incomplete
     steps = images // global_batch_size
     window_steps = max(1, WINDOW_IMAGES // global_batch_size)
     positions = sequence[: steps * global_batch_size].reshape(global_batch_size, steps)
@@ -51,9 +53,9 @@ def block_order(seed: int, epoch: int, images: int, global_batch_size: int) -> n
 def step_samples(
     seed: int, step: int, images: int, global_batch_size: int, in_blocks: bool = False
 ) -> tuple[int, np.ndarray]:
-    """(epoch, int64 [global_batch_size]): the images of global step `step`.
+    """Returns the epoch and the images of a global step: int64 [global_batch_size].
 
-    The last, partial batch of an epoch is dropped (see plan.py). in_blocks: by `block_order`.
+    The last, partial batch of an epoch is dropped (see plan.py). in_blocks: use `block_order`.
     """
     epoch, step_in_epoch = divmod(step, images // global_batch_size)
     start = step_in_epoch * global_batch_size

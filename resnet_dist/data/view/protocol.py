@@ -1,9 +1,9 @@
-"""How a trained network is tested: what it sees of an image, and which images make a batch.
+"""Evaluation protocols: which views of an image the network sees, and how images form batches.
 
 center-crop  The central crop.
-ten-crop     Four corners, the centre, and their mirrors: Krizhevsky et al. 2012, section 4.1; He et
-             al. 2015, tables 2 and 3.
-multi-scale  The whole image at several scales, and its mirrors: the fully convolutional form of
+ten-crop     Four corners, the centre, and their mirror images: Krizhevsky et al. 2012, section 4.1;
+             He et al. 2015, tables 2 and 3.
+multi-scale  The whole image at several scales, and mirrored: the fully convolutional form of
              He et al. 2015, section 3.4, after Simonyan & Zisserman 2015, section 3.2.
 """
 
@@ -18,27 +18,32 @@ from resnet_dist.errors import UserError
 
 @dataclass(frozen=True)
 class Protocol:
+    """The views of an image over which an evaluation averages."""
+
     name: str
-    crops: tuple[tuple[float, float], ...] = ()  # `anchor` of each, see augment.crop_windows
-    scales_px: tuple[int, ...] = ()  # of the shorter side of the whole image
-    mirrored: bool = False
+    crops: tuple[tuple[float, float], ...] = ()  # the anchor of each, see augment.crop_windows
+    scales_px: tuple[int, ...] = ()  # the shorter side of the whole image, for each scale
+    mirrored: bool = False  # whether each view is also seen mirrored
 
     @property
     def views(self) -> int:
-        """Of one image: what its score is the mean over."""
+        """Number of views averaged per image."""
         return (len(self.crops) + len(self.scales_px)) * (1 + self.mirrored)
 
     def windows(self, data: DataConfig, sizes: np.ndarray) -> list[Windows]:
-        """Of the images of one batch; each is then also seen mirrored, or not. sizes: [B, 2]."""
+        """Returns the windows of a batch of images, one Windows per view. sizes: [B, 2].
+
+        Mirrored views are not included; `evaluate` flips the images.
+        """
         resize_px, crop_px = data.eval_resize_px, data.eval_crop_px
         crops = [crop_windows(sizes, resize_px, crop_px, anchor) for anchor in self.crops]
         return crops + [whole_windows(sizes, px) for px in self.scales_px]
 
     def batches(self, config: Config, sizes: np.ndarray) -> list[np.ndarray]:
-        """Sample numbers of each batch, int64 [B]: all images, once. sizes: [N, 2].
+        """Divides all images into batches: the sample numbers of each, int64 [B]. sizes: [N, 2].
 
-        The images of a batch have one shape at every scale, and together no more pixels than
-        train.max_local_batch_size crops; or the batch is one image.
+        If whole images are seen, those of a batch have the same shape at every scale, and no more
+        pixels in total than train.max_local_batch_size crops (or the batch is a single image).
         """
         most = config.train.max_local_batch_size
         if not self.scales_px:
@@ -65,10 +70,10 @@ PROTOCOLS = {protocol.name: protocol for protocol in (CENTER_CROP, TEN_CROP, MUL
 
 
 def protocol_of(name: str, scales: str | None) -> Protocol:
-    """Of the command line. scales: such as "224,256"; None: the paper's.
+    """Returns a protocol from the command line. scales: such as "224,256"; None: the paper's.
 
     Raises:
-        UserError: scales that are none, or that the protocol does not take.
+        UserError: the scales are invalid, or the protocol has no scales.
     """
     protocol = PROTOCOLS[name]
     if scales is None:
@@ -79,7 +84,7 @@ def protocol_of(name: str, scales: str | None) -> Protocol:
     numbers = tuple(int(text) for text in given if text.isdecimal() and int(text) > 0)
     if len(set(numbers)) < len(given):
         raise UserError(
-            f"command line: --scales {scales}: must be different whole numbers above zero, "
+            f"command line: --scales {scales}: must be distinct whole numbers above zero, "
             "such as 224,256,384"
         )
     return Protocol(name, scales_px=numbers, mirrored=True)

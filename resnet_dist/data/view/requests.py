@@ -1,4 +1,8 @@
-"""A rank's requests, in order: which samples, seen through which windows."""
+"""The requests of a rank, in order: which images it takes, and through which windows it sees them.
+
+train_requests is where it all comes together. For each step: the global batch (order.py), this
+rank's slice of it (Plan.positions), and a window for each image (augment.py).
+"""
 
 from collections.abc import Iterator
 from functools import partial
@@ -17,7 +21,7 @@ from resnet_dist.plan import Plan
 def train_requests(
     config: Config, plan: Plan, index: Index, rank: int, first_step: int
 ) -> Iterator[Request]:
-    """`plan.accumulation` requests per step, from `first_step` to the end of the run."""
+    """Yields `plan.accumulation` requests per step, from `first_step` to the end of the run."""
     in_blocks = index.shards is not None
     for step in range(first_step, plan.total_steps):
         epoch, batch = step_samples(
@@ -31,7 +35,7 @@ def train_requests(
 
 
 def train_request(config: Config, index: Index, epoch: int, samples: np.ndarray) -> Request:
-    """Training images as they are seen in `epoch`. samples: int64 [B]."""
+    """Returns a request for training images, as they are seen in `epoch`. samples: int64 [B]."""
     windows = train_windows(config.data, config.seed, epoch, samples, index.sizes[samples])
     return Request(samples, windows, partial(_stand_in, config, index, epoch))
 
@@ -39,9 +43,12 @@ def train_request(config: Config, index: Index, epoch: int, samples: np.ndarray)
 def _stand_in(
     config: Config, index: Index, epoch: int, sample: int, attempt: int
 ) -> tuple[int, Windows]:
-    """Another training image in the place of `sample`, seen as in its own place: a function of
-    (seed, epoch, sample), so that neither ranks nor restarts change what is shown."""
-    key = np.array([len(index) * (1 + attempt) + sample])  # beyond the numbers of the samples
+    """Returns the training image that replaces an unreadable one, with its own window.
+
+    A function of (seed, epoch, sample, attempt), so that neither the number of ranks nor restarts
+    change what is shown.
+    """
+    key = np.array([len(index) * (1 + attempt) + sample])  # distinct from all sample numbers
     other = (uniforms("stand-in", config.seed, epoch, key, draws=1)[0] * len(index)).astype(
         np.int64
     )
@@ -51,12 +58,12 @@ def _stand_in(
 def eval_requests(
     config: Config, index: Index, protocol: Protocol, rank: int, world_size: int
 ) -> Iterator[Request]:
-    """This rank's part of all samples, each of them once over the ranks; nothing is padded.
+    """Yields this rank's share of all images. Over all ranks each image comes once; no padding.
 
-    Each batch is asked for once per window of the protocol, one request after the other. Whole
-    batches are dealt out: what stands together in one does not depend on the number of ranks, so
-    neither do the network's answers. A rank may so have one batch more than another: 25 of 256
-    images where 24.4 were even (ImageNet on 8 ranks), 4 where 3.1 were (on 64).
+    Each batch is requested once per view of the protocol, one request after the other. Ranks get
+    whole batches, so which images share a batch does not depend on the number of ranks, and neither
+    do the network's outputs. In return some ranks have one batch more than others: 25 batches of
+    256 images instead of an even 24.4 (ImageNet on 8 ranks), 4 instead of 3.1 (on 64 ranks).
     """
     for samples in protocol.batches(config, index.sizes)[rank::world_size]:
         for windows in protocol.windows(config.data, index.sizes[samples]):

@@ -264,7 +264,7 @@ def test_a_pipe_is_not_waited_for(index: Index) -> None:
     os.mkfifo(index.paths[3])
     with ThreadPoolExecutor(1) as writer:  # lets the reader open it
         writer.submit(lambda: open(index.paths[3], "wb").close())
-        with pytest.raises(UnreadableImage, match="not a plain file"):
+        with pytest.raises(UnreadableImage, match="not a regular file"):
             Reader(index, 1).read(3)
 
 
