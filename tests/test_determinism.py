@@ -35,6 +35,7 @@ from resnet_dist.models.dropout import KeyedDropout, set_dropout_keys
 from resnet_dist.run.interrupt import Interrupt
 from resnet_dist.train import train
 from tests.support.multirank import run_ranks
+from tests.support.slow import slow
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.int64)
 SIZES = (1, 2, 3, 4, 5, 64, 1001)  # of which most do not divide by the ranks
@@ -146,7 +147,7 @@ def gradients(rank: int, world_size: int, config: Config) -> tuple[list[int], li
     return ours, [differing(a, b) for a, b in pairwise(theirs)]
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [2, slow(4)])
 def test_gradients_do_not_depend_on_ddps_buckets(
     tiny_config: Callable[..., Config],
     world_size: int,
@@ -185,6 +186,7 @@ def largest_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     return max((a[key].double() - b[key].double()).abs().max().item() for key in a)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_a_resume_on_four_ranks(
     tiny_config: Callable[..., Config],
@@ -211,6 +213,7 @@ def test_a_resume_on_four_ranks(
         assert 0 < difference < 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_a_save_changes_nothing_with_local_batchnorm(
     tiny_config: Callable[..., Config],
@@ -327,6 +330,7 @@ def bench(rank: int, world_size: int, output: Path) -> None:
     bench_deterministic(distributed.start(), runs=2, steps=1, output=output)
 
 
+@pytest.mark.slow
 def test_the_benchmark_runs(tmp_path: Path) -> None:
     run_ranks(bench, 2, tmp_path / "figures.json")
     written = json.loads((tmp_path / "figures.json").read_text())

@@ -99,6 +99,7 @@ def wait_for_a_slow_disk(rank: int, world_size: int, rendezvous: Path) -> tuple[
     return ranks, said.getvalue()
 
 
+@pytest.mark.slow
 def test_a_slow_disk_has_a_limit_of_its_own(tmp_path: Path) -> None:
     said_by_0, said_by_1 = run_ranks(
         wait_for_a_slow_disk, 2, tmp_path / "rendezvous", init_process_group=False
@@ -125,6 +126,7 @@ def leave_often(rank: int, world_size: int, folder: Path) -> None:
         leave_with_ddp_alive(rank, world_size, folder / str(number))
 
 
+@pytest.mark.slow
 def test_a_run_that_is_done_ends(tmp_path: Path) -> None:
     """With torch 2.11 it would hang after fewer than 100 times, if DDP let go of the group last."""
     run_ranks(leave_often, 2, tmp_path, init_process_group=False)

@@ -31,6 +31,7 @@ from resnet_dist.verbs.trained import load_trained
 from tests.support.host_sync import no_host_sync
 from tests.support.multirank import run_ranks
 from tests.support.recorded import record
+from tests.support.slow import slow
 
 State = dict[str, Tensor]
 Record = Callable[[str, float], None]
@@ -205,8 +206,12 @@ def run_on(world_size: int, config: Config, stop_before: int | None = None) -> s
 
 @pytest.mark.parametrize(
     ("world_size", "more"),
-    [(1, ()), (1, ("train.precision=bf16",)), (2, ())]
-    + [(3, ("model.sync_batchnorm=none", "train.deterministic=true"))],
+    [
+        (1, ()),
+        (1, ("train.precision=bf16",)),
+        slow(2, ()),
+        slow(3, ("model.sync_batchnorm=none", "train.deterministic=true")),
+    ],
 )
 def test_a_stop_changes_nothing(
     tiny_config: Callable[..., Config],

@@ -8,6 +8,7 @@ import pytest
 
 from resnet_dist.errors import not_installed
 from tests.support.paths import REPO
+from tests.support.slow import slow
 
 WITHOUT_TORCH = """
 import sys
@@ -47,7 +48,7 @@ def test_a_part_that_is_missing_is_not_a_package(module: str) -> None:
     assert raised.value is error
 
 
-@pytest.mark.parametrize(("rank", "local_rank", "lines"), [(0, 0, 1), (9, 1, 0), (8, 0, 1)])
+@pytest.mark.parametrize(("rank", "local_rank", "lines"), [(0, 0, 1), slow(9, 1, 0), (8, 0, 1)])
 def test_one_rank_of_each_node_says_so(rank: int, local_rank: int, lines: int) -> None:
     """A package may be missing on one node."""
     ranks = {"RANK": str(rank), "LOCAL_RANK": str(local_rank), "WORLD_SIZE": "16"}

@@ -144,6 +144,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(
     assert largest_difference(weights(torn), weights(whole)) == 0
 
 
+@pytest.mark.slow
 def test_dropout_resumes_exactly(
     tiny_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -275,6 +276,7 @@ def test_the_plateau_rule_drops_and_remembers(tiny_config: Callable[..., Config]
     assert state.lr_memory.plateau_drops == (4, 8)
 
 
+@pytest.mark.slow
 def test_the_warmup_by_training_error_resumes_exactly(tiny_config: Callable[..., Config]) -> None:
     """The rule fires at one step, on any world, and its memory outlives a stop."""
     settings = ["optim.warmup_epochs=0", "optim.warmup_until_train_error_pct=63", "seed=3"]
@@ -334,6 +336,7 @@ def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 @needs("mlflow")
 def test_the_command_line_of_the_readme(
     tiny_yaml: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -102,6 +102,7 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Driver:
     return driver
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("selection", "seen", "skipped"),
     [
@@ -124,6 +125,7 @@ def test_the_gpus_are_seen_by_gpu_tests_alone(
     assert skipped is None or f": {skipped}\n" in said
 
 
+@pytest.mark.slow
 def test_collecting_all_tests_does_not_initialize_cuda(driver: Driver) -> None:
     """Nor so does importing torch, DALI and the package: hiding the GPUs would come too late."""
     said, questions = driver.run("-m", "pytest", "--collect-only", "-q", "tests")

@@ -39,6 +39,7 @@ from tests.support.recorded import (
     record,
     relative_difference,
 )
+from tests.support.slow import slow
 
 STEPS = 50
 BATCH = 256
@@ -139,7 +140,7 @@ def assert_same_data(ranks: list[Run], alone: list[Run]) -> None:
     assert {len(batch.samples) for batch in seen.values()} == {BATCH}
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize("world_size", [2, slow(3), slow(4)])
 def test_n_ranks_equal_one(
     config_of: Callable[..., Config],
     alone: tuple[Config, list[Run]],
@@ -163,6 +164,7 @@ def test_n_ranks_equal_one(
     record_difference(f"{what}: weights and BN statistics", of_weights)
 
 
+@pytest.mark.slow
 def test_float32_differs_by_rounding(
     config_of: Callable[..., Config],
     alone: tuple[Config, list[Run]],
@@ -252,6 +254,7 @@ def gradients(rank: int, world_size: int, config: Config) -> dict[int, dict[str,
     return found
 
 
+@pytest.mark.slow
 def test_accumulation_gives_the_same_gradients_where_bn_sees_the_same(
     config_of: Callable[..., Config], record_difference: Callable[[str, float], None]
 ) -> None:
@@ -290,6 +293,7 @@ def test_the_plan_says_what_bn_sees(config_of: Callable[..., Config]) -> None:
                 assert f"BN batch         {plan.bn_batch_size} images = " in describe_plan(plan)
 
 
+@pytest.mark.slow
 def test_a_node_is_a_rank_to_bn(
     config_of: Callable[..., Config], record_difference: Callable[[str, float], None]
 ) -> None:

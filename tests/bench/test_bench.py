@@ -97,6 +97,7 @@ def test_the_versions_are_of_what_is_installed(
 TOY = ["--batch-size", "4", "--threads", "1", "--images", "12", "--runs", "1"]
 
 
+@pytest.mark.slow
 def test_loaders_side_by_side(
     tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -149,6 +150,7 @@ def test_growth_is_of_the_last_epochs_against_the_first() -> None:
     assert growth_of([100, 200, 190, 180, 200, 200, 170, 200, 210, 200]) == pytest.approx(0.05)
 
 
+@pytest.mark.slow
 def test_index_is_shared_by_processes(tmp_path: Path) -> None:
     written = figures(tmp_path, "index", "--images", "20000")
     one, four = written["loaded_by"]["1"], written["loaded_by"]["4"]

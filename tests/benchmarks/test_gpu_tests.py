@@ -68,6 +68,7 @@ def run_them(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_each_test_has_a_process_of_its_own(of_all_kinds: Path) -> None:
     done = run_them(of_all_kinds, "--jobs=2", "--timeout=8", "--logs=logs", "-m", "not gpu")
     *lines, numbers = done.stdout.splitlines()
@@ -120,6 +121,7 @@ def test_a_module_that_cannot_be_imported_costs_its_own_tests_only(of_all_kinds:
     assert "test_no_package.py:1: in <module>" in log.read_text()
 
 
+@pytest.mark.slow
 def test_the_gpu_tests_need_no_more_than_a_machine_without_internet_is_given() -> None:
     """Of the packages that offline_pack.py does not carry over, none is needed to collect them."""
     given = {"torch", "torchvision", "numpy", "pillow", "resnet-dist"}

@@ -317,6 +317,7 @@ def test_one_checkpoint_in_so_many_epochs_stays(tiny_config: Callable[..., Confi
     assert names == ["best", "latest", "step-00000005", "step-00000010", "step-00000012"]
 
 
+@pytest.mark.slow
 def test_the_benchmark_in_small(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -215,6 +215,7 @@ def test_submit_local_trains_on_two_ranks(tmp_path):
     assert (tmp_path / "runs" / "tiny" / "checkpoints" / "latest" / "state.pt").is_file()
 
 
+@pytest.mark.slow
 @needs("submitit")
 @pytest.mark.parametrize(
     ("overrides", "code", "last_line"),

@@ -190,7 +190,7 @@ def test_other_networks_are_refused(tiny_config: Callable[..., Config], tmp_path
             assert "\n" not in text
             return text.removeprefix(f"model.init_from={init_from}: ")
 
-    way_out = "give the weights of a resnet18, or the model.name that they are of"
+    way_out = "give the weights of a resnet18, or set model.name to the network that they belong to"
     assert said(checkpoint_of_plain20, "resnet20") == (
         "holds a plain20, this run trains a resnet20; "
         "give model.name=plain20, or another checkpoint"

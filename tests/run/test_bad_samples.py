@@ -121,6 +121,7 @@ def test_it_trains_through_them_and_says_so_once(
         assert acc1 * 17 / 100 == pytest.approx(round(acc1 * 17 / 100))
 
 
+@pytest.mark.slow
 def test_ranks_see_the_same_stand_ins(spoiled: Callable[..., Config]) -> None:
     one, many = spoiled("name=one"), spoiled("name=many")
     run_ranks(train_on_rank, 1, one, init_process_group=False)

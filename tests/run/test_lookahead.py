@@ -28,6 +28,7 @@ from resnet_dist.run.interrupt import Interrupt
 from resnet_dist.run.outcome import Ending, Outcome
 from resnet_dist.train import train
 from tests.support.multirank import run_ranks
+from tests.support.slow import slow
 
 STEPS = 6  # with an evaluation after the third and the last
 # The steps before which the loop asks whether to stop: before and after an evaluation, too.
@@ -54,7 +55,7 @@ def train_and_stop(rank: int, world_size: int, config: Config, asked: int, ask: 
 
 
 @pytest.mark.parametrize("ask", range(len(ASKS)))
-@pytest.mark.parametrize(("world_size", "asked"), [(2, 1), (3, 2), (2, 0)])
+@pytest.mark.parametrize(("world_size", "asked"), [(2, 1), slow(3, 2), slow(2, 0)])
 def test_all_ranks_stop_before_the_same_step(
     tiny_config: Callable[..., Config], world_size: int, asked: int, ask: int
 ) -> None:
@@ -68,7 +69,7 @@ def test_all_ranks_stop_before_the_same_step(
     assert Checkpoint.load(newest).step == ASKS[ask]
 
 
-@pytest.mark.parametrize("ask", [3, 7])
+@pytest.mark.parametrize("ask", [3, slow(7)])
 def test_a_stop_does_not_wait_for_an_evaluation(
     tiny_config: Callable[..., Config], ask: int
 ) -> None:

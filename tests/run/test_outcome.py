@@ -113,6 +113,7 @@ def test_a_direct_start_that_is_told_to_stop_exits_with_75(running: Running, run
     assert (run_dir / f"checkpoints/step-{step:08d}").is_dir()
 
 
+@pytest.mark.slow
 def test_ranks_under_a_launcher_that_are_told_to_stop_exit_with_0(
     start: Start, tiny_yaml: Path, run_dir: Path
 ) -> None:
@@ -138,6 +139,7 @@ def test_bad_input_that_the_run_has_met(
     assert status(run_dir) == 2
 
 
+@pytest.mark.slow
 def test_a_run_whose_other_rank_has_died_failed(
     start: Start, tiny_yaml: Path, run_dir: Path
 ) -> None:
@@ -172,6 +174,7 @@ def test_what_another_start_wrote_does_not_count(trained: Trained, capsys: Captu
     )
 
 
+@pytest.mark.slow
 def test_a_process_that_is_refused_leaves_the_ending_alone(
     running: Running, start: Start, tiny_yaml: Path, run_dir: Path
 ) -> None:

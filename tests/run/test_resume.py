@@ -34,6 +34,7 @@ from tests.support.recorded import (
     record,
     relative_difference,
 )
+from tests.support.slow import slow
 
 TRAIN_IMAGES, VAL_IMAGES, PX = 44, 12, 32
 STEPS = 12
@@ -184,12 +185,18 @@ def test_the_comparison_sees_a_bit(config_of: Callable[..., Config]) -> None:
 ALL = tuple(STOPS.values())
 # On a GPU each precision, and each format, has one case with all stops.
 ALL_ON_GPU = {("folder", "fp32"), ("shards", "bf16"), ("cifar10", "fp16")}
+QUICK = [("folder", "fp32"), ("cifar10", "bf16")]
 
 
 @pytest.mark.parametrize(
     ("device", "data_format", "precision", "stops"),
     [
-        *(("cpu", name, precision, ALL) for precision in ("fp32", "bf16") for name in FORMATS),
+        *(("cpu", *case, ALL) for case in QUICK),
+        *(
+            slow("cpu", *case, ALL)
+            for case in product(FORMATS, ("fp32", "bf16"))
+            if case not in QUICK
+        ),
         *(
             pytest.param("cuda", *case, ALL if case in ALL_ON_GPU else (7,), marks=pytest.mark.gpu)
             for case in product(FORMATS, ("fp32", "bf16", "fp16"))
@@ -282,10 +289,10 @@ def runs(
     [
         (2, "folder", [0, STEPS - 1], []),
         (2, "shards", [7], ["train.precision=bf16"]),
-        (2, "cifar10", [5], ["train.max_local_batch_size=2"]),
-        (3, "folder", [7], ["model.sync_batchnorm=none"]),
-        (4, "folder", [7], []),
-        (4, "folder", [7], ["model.sync_batchnorm=node"]),  # two nodes of two
+        slow(2, "cifar10", [5], ["train.max_local_batch_size=2"]),
+        slow(3, "folder", [7], ["model.sync_batchnorm=none"]),
+        slow(4, "folder", [7], []),
+        slow(4, "folder", [7], ["model.sync_batchnorm=node"]),  # two nodes of two
     ],
     ids=str,
 )
@@ -330,6 +337,7 @@ FOUR_TWO_THREE = ("train.global_batch_size=11", "train.max_local_batch_size=11")
 FOUR_TWO_THREE += ("train.iterations=8", "train.ema_decay=null")
 
 
+@pytest.mark.slow
 def test_the_world_changes_in_the_middle_of_an_epoch(
     config_of: Callable[..., Config], record_difference: Callable[[str, float], None]
 ) -> None:
@@ -364,6 +372,7 @@ def test_the_world_changes_in_the_middle_of_an_epoch(
     record_difference(f"{what}: weights and BN statistics", of_weights)
 
 
+@pytest.mark.slow
 def test_another_bn_batch_is_warned_of(
     config_of: Callable[..., Config], record_difference: Callable[[str, float], None]
 ) -> None:

@@ -220,6 +220,7 @@ def test_what_does_not_fit_is_refused_even_so(
             assert line.endswith("; undo that or use another name=")
 
 
+@pytest.mark.slow
 def test_only_deterministic_mode_minds_who_made_it(
     trained: Callable[..., Config], tiny_config: Callable[..., Config]
 ) -> None:

@@ -372,6 +372,7 @@ def launch(cwd: Path, *command: object, **environment: str) -> subprocess.Comple
     )
 
 
+@pytest.mark.slow
 @needs("submitit")
 def test_submit_refuses_before_it_queues_and_hands_the_flag_on(
     trained: Callable[..., Config], tiny_yaml: Path, tmp_path: Path

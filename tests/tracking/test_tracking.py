@@ -53,6 +53,7 @@ def start_and_close(rank: int, world_size: int, config: Config) -> str:
     return record.experiment_id
 
 
+@pytest.mark.slow
 @needs("mlflow")
 def test_runs_that_start_at_once_share_a_new_database(tiny_config: Callable[..., Config]) -> None:
     config = tiny_config("tracking.mlflow=true")
@@ -289,6 +290,7 @@ def test_a_copied_run_folder_is_another_run_in_mlflow(
     assert again.run_id == first.run_id
 
 
+@pytest.mark.slow
 @needs("mlflow")
 def test_a_real_server_whose_artifact_store_fails(
     tiny_config: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

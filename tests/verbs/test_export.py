@@ -121,6 +121,7 @@ def test_torchvision_and_timm_load_the_resnets(
         file.unlink()
 
 
+@pytest.mark.slow
 def test_torchvision_timm_and_pt2_take_vgg_with_bn(tmp_path: Path) -> None:
     """At 224 pixels, the map that its head is made for. The files are large: one at a time."""
     timm = pytest.importorskip("timm")

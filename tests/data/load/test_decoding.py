@@ -156,6 +156,7 @@ def test_a_process_that_others_end_says_nothing_of_the_decoder(name: str) -> Non
     assert run(program).verdict == "not tried"
 
 
+@pytest.mark.slow
 def test_a_hang_is_ended_and_told() -> None:
     began = time.monotonic()
     trial = run("import time; print('ready', flush=True); time.sleep(600)", limit_seconds=6)
@@ -263,6 +264,7 @@ def test_an_image_that_a_way_refuses_is_told_with_the_decoders_reason() -> None:
     assert "nvImageCodec failure" in trial.said
 
 
+@pytest.mark.slow
 def test_the_probe_itself_on_a_cpu(tmp_path: Path) -> None:
     """The same processes as on a GPU, with the CPU's decoder in place of each way."""
     output = tmp_path / "probe.json"

@@ -94,7 +94,7 @@ def test_a_resumed_run_keeps_its_own(
     for path in (root / "train").rglob("*.jpg"):
         with Image.open(path) as image:
             Image.new("RGB", image.size, "white").save(path)
-    with pytest.raises(UserError, match="other training images in bytes"):
+    with pytest.raises(UserError, match="different training images in bytes"):
         build(config, distributed.start())
     again = mean_in(build(config, distributed.start(), resume_anyway=True))
     fresh = mean_in(build(replace(config, name="fresh"), distributed.start()))
