@@ -1,1 +1,1 @@
-"""From files to batches: index (what there is), view (how it is seen), load (its pixels)."""
+"""From files to batches: index (which images), view (their order and crops), load (pixels)."""

@@ -184,8 +184,8 @@ def test_a_network_has_a_counterpart_or_is_refused() -> None:
         ("plain18", "it is a plain network"),
         ("resnet18_a", "its shortcuts are option A"),
         ("resnet34_c", "its shortcuts are option C"),
-        ("resnet20", "it is of the CIFAR form"),
-        ("plain20", "it is of the CIFAR form"),
+        ("resnet20", "it has the CIFAR form"),
+        ("plain20", "it has the CIFAR form"),
     ],
 )
 def test_refusals_are_one_line(

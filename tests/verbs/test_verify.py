@@ -175,8 +175,10 @@ def test_each_kind_is_found(awkward: Path, verify: Callable[..., Ran]) -> None:
     found, out, code = verify(awkward)
     assert found == expected()
     assert code == 1
-    assert "train/a/turned6.jpg: EXIF: turned by its EXIF orientation 6" in out
-    assert "train/a/png.JPEG: other format: is PNG under a name of JPEG; decoded as PNG" in out
+    assert "train/a/turned6.jpg: EXIF: rotated by its EXIF orientation 6" in out
+    assert (
+        "train/a/png.JPEG: other format: is a PNG with the suffix of a JPEG; decoded as PNG" in out
+    )
     assert "train/a/empty.jpg: empty: an empty file; a stand-in takes its place" in out
     assert "val/a/no_end_mark.jpg: truncated: not a readable image (image file is truncated" in out
     assert "); counts as wrong" in out

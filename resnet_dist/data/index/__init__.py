@@ -1,1 +1,1 @@
-"""What there is: the samples of a data set, from listings, headers and index files."""
+"""Which images a data set has: formats, listings, image headers, index files."""

@@ -1,6 +1,6 @@
-"""CIFAR-10 and CIFAR-100, binary or Python's batches: the same records, labels and pixels.
+"""The index of CIFAR-10 and CIFAR-100, from the binary or the Python version.
 
-https://www.cs.toronto.edu/~kriz/cifar.html describes both forms.
+Both give the same labels and pixels. https://www.cs.toronto.edu/~kriz/cifar.html describes them.
 """
 
 import hashlib
@@ -35,20 +35,22 @@ CLASSES = {
 
 
 def cifar_index(data_format: str, root: Path, split: str) -> Index:
-    """data_format: "cifar10", or "cifar100" with its fine labels. Pixels are in memory.
+    """Returns the index of a split, with its pixels in memory.
+
+    data_format: "cifar10", or "cifar100", whose fine labels are used.
 
     Raises:
         UserError: a file is missing or damaged.
     """
     files, form = cifar_files(data_format, root, split)
     names = CIFAR_LABELS[data_format]
-    parts = [
+    batches = [
         np.fromfile(file, np.uint8).reshape(-1, len(names) + CIFAR_PIXEL_BYTES)
         if file.suffix == ".bin"
         else _records(file, names)
         for file in files
     ]
-    records = np.concatenate(parts)
+    records = np.concatenate(batches)
     classes = _class_names(data_format, files[0].parent, form)
     labels = records[:, len(names) - 1].astype(np.int64)
     if labels.max() >= len(classes):
@@ -66,27 +68,27 @@ def cifar_index(data_format: str, root: Path, split: str) -> Index:
 
 
 def _records(file: Path, names: tuple[str, ...]) -> np.ndarray:
-    """A Python batch as the records of the binary form, uint8 [N, labels + 3072]."""
+    """Returns a Python batch as records of the binary version: uint8 [N, labels + 3072]."""
     batch = read_pickle(file)
     try:
         data = batch["data"]
         if not isinstance(data, PlainArray):
-            raise ValueError("data is no array")
+            raise ValueError("data is not an array")
         pixels = np.frombuffer(data.data, np.uint8).reshape(data.shape, order=data.order)
         labels = [np.array(batch[name]) for name in names]
         count = len(pixels)
         if not count or pixels.shape != (count, CIFAR_PIXEL_BYTES):
             raise ValueError(f"data of shape {pixels.shape}")
         if any(of.shape != (count,) or of.min() < 0 or of.max() > 255 for of in labels):
-            raise ValueError("not a label for each image")
+            raise ValueError("without a label for each image")
         return np.column_stack([*(of.astype(np.uint8) for of in labels), pixels])
     except (KeyError, TypeError, ValueError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else error
-        raise UserError(f"{file}: not a batch of CIFAR ({reason}); copy it again") from None
+        raise UserError(f"{file}: not a CIFAR batch ({reason}); copy it again") from None
 
 
 def _class_names(data_format: str, folder: Path, form: CifarForm) -> tuple[str, ...]:
-    """As the file of names has them; without that file, as its authors gave them."""
+    """Returns the class names from their file or, without that file, the original ones."""
     expected = CLASSES[data_format].split()
     file = folder / form.names
     if not file.is_file():
@@ -97,5 +99,5 @@ def _class_names(data_format: str, folder: Path, form: CifarForm) -> tuple[str, 
         key = "label_names" if data_format == "cifar10" else "fine_label_names"
         found = [str(name) for name in read_pickle(file).get(key, ())]
     if len(set(found)) != len(expected):
-        raise UserError(f"{file}: {len(found)} names; expected {len(expected)}, copy it again")
+        raise UserError(f"{file}: {len(found)} names instead of {len(expected)}; copy it again")
     return tuple(found)

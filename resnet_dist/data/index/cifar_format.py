@@ -1,4 +1,4 @@
-"""data.format=cifar10 and cifar100."""
+"""data.format=cifar10 and data.format=cifar100."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING

@@ -1,6 +1,6 @@
-"""CIFAR's Python batches, which are pickles, read without running what a pickle may ask for.
+"""Reads CIFAR's Python batches, which are pickles, without running code from them.
 
-Only the standard library is imported here, so that a plan can be made on a login node.
+Imports only the standard library, so that a login node can make a plan.
 """
 
 import pickle
@@ -11,7 +11,7 @@ from resnet_dist.errors import UserError
 
 
 class PlainArray:
-    """What a pickle says of a NumPy array. `data` is uint8, `shape` and `order` NumPy's."""
+    """A NumPy array in a pickle. `data` is uint8; `shape` and `order` are as in NumPy."""
 
     shape: tuple[int, ...] = ()
     order: Literal["C", "F"] = "C"
@@ -22,7 +22,7 @@ class PlainArray:
         if getattr(kind, "name", None) not in ("u1", "|u1", "uint8"):
             raise pickle.UnpicklingError("its pixels are not of type uint8")
         self.order = "F" if fortran else "C"
-        # Python 2's bytes come as text of as many characters.
+        # Bytes that Python 2 has pickled arrive as text, one character per byte.
         self.data = data.encode("latin1") if isinstance(data, str) else bytes(data)
 
 
@@ -31,7 +31,7 @@ class _PlainType:
         self.name = name
 
     def __setstate__(self, state: Any) -> None:
-        """Byte order and the like: a byte has none."""
+        """Ignores byte order and alignment, which bytes do not have."""
 
 
 def _reconstruct(*_: Any) -> PlainArray:
@@ -45,10 +45,10 @@ def _from_buffer(data: Any, kind: Any, shape: Any, order: Any) -> PlainArray:
 
 
 def _encode(text: Any, *_: Any) -> bytes:
-    return str.encode(text, "latin1")  # how Python 3 writes bytes into an old protocol
+    return str.encode(text, "latin1")  # Python 3 pickles bytes like this in old protocols
 
 
-# All that NumPy, 1 or 2, names in the pickle of an array. Our own stand-ins take it in.
+# Everything that NumPy 1 and 2 refer to in the pickle of an array, and our replacement for it.
 _ALLOWED = {
     ("numpy", "ndarray"): PlainArray,
     ("numpy", "dtype"): _PlainType,
@@ -69,21 +69,21 @@ class _Unpickler(pickle.Unpickler):
         try:
             return _ALLOWED[module, name]
         except KeyError:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}") from None
+            raise pickle.UnpicklingError(f"it refers to {module}.{name}") from None
 
 
 def read_pickle(file: Path) -> dict[str, Any]:
-    """The dictionary in `file`: plain data, and `PlainArray`s.
+    """Returns the dictionary in a file: plain data and `PlainArray`s.
 
     Raises:
-        UserError: the file cannot be read, is no such pickle, or asks for anything else.
+        UserError: the file cannot be read, is not such a pickle, or refers to anything else.
     """
     try:
         with file.open("rb") as stream:
             found = _Unpickler(stream, encoding="latin1").load()
         if not isinstance(found, dict):
-            raise pickle.UnpicklingError("it holds no dictionary")
+            raise pickle.UnpicklingError("it does not contain a dictionary")
         return {key.decode() if isinstance(key, bytes) else str(key): found[key] for key in found}
-    except Exception as error:  # a damaged pickle fails in any way
+    except Exception as error:  # a damaged pickle may raise anything
         reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
-        raise UserError(f"{file}: not a batch of CIFAR ({reason}); copy it again") from None
+        raise UserError(f"{file}: not a CIFAR batch ({reason}); copy it again") from None

@@ -1,4 +1,4 @@
-"""The index of images that are files. Reading 1.28 M headers takes minutes, so that it is kept."""
+"""The index of images that are files. It is kept, as reading 1.28 M headers takes minutes."""
 
 import os
 import stat
@@ -18,28 +18,29 @@ from resnet_dist.data.index.listing import Listing
 from resnet_dist.errors import UserError
 
 CHECKED_FILES = 10_000
-CHUNK = 256  # files that a thread takes at a time
-# A folder that changed as short a time before it was read may have changed again after, within one
-# tick of the file system's clock: its time of change proves nothing. The coarsest clock in use is
-# FAT's, of 2 s.
+CHUNK = 256  # files per task of a thread
+# A folder that changed less than this before it was read may have changed again afterwards, within
+# the same tick of the file system's clock, without a new modification time. The coarsest clock in
+# use is FAT's, with 2 s.
 CLOCK_TICK_NS = 2_000_000_000
 
 
 def index_of_files(
     list_files: Callable[[], Listing], top: Path, root: Path, kept: Path | None
 ) -> Index:
-    """The index of the files that `list_files` gives, from the index file `kept` while that is
-    valid. top: where relative paths of the listing start. root: the data's.
+    """Returns the index of the files that `list_files` lists.
 
-    An image that cannot be read is in the index's `bad`. The index file stays valid while all that
-    was read for the listing keeps its modification time, and up to 10,000 evenly spaced images (all
-    of a small set) and those in `bad` keep their size and time. Where it cannot be written, the
-    index is made each time.
+    Uses the index file `kept` while it is valid: that is, while everything that was read for the
+    listing has its modification time, and up to 10,000 evenly spaced images (all in a small data
+    set) and those in `bad` have their size and modification time. If it cannot be written, the
+    index is made again each time. Images that cannot be read are in the index's `bad`.
+
+    top: the folder to which paths in the listing are relative. root: the root of the data.
 
     Raises:
         UserError: what `list_files` raises.
     """
-    if kept is not None and (index := _still_true(kept, list_files, top, root)) is not None:
+    if kept is not None and (index := _still_valid(kept, list_files, top, root)) is not None:
         return index
     started = time.time_ns()
     listing = list_files()
@@ -66,11 +67,11 @@ def index_of_files(
 
 
 def evenly_spaced(count: int) -> list[int]:
-    """Up to 10,000 of `count` samples."""
+    """Returns up to 10,000 evenly spaced samples out of `count`."""
     return np.unique(np.linspace(0, count - 1, min(count, CHECKED_FILES), dtype=np.int64)).tolist()
 
 
-def _still_true(
+def _still_valid(
     kept: Path, list_files: Callable[[], Listing], top: Path, root: Path
 ) -> Index | None:
     extra, started = read_extra(kept), time.time_ns()
@@ -87,7 +88,7 @@ def _still_true(
         return None
     if extra["settled"]:
         return index
-    listing = list_files()  # read it again: its names and labels tell what its times do not
+    listing = list_files()  # times cannot be trusted (see CLOCK_TICK_NS), names and labels can
     if listing.classes != index.classes or _absolute(listing, top) != tuple(index.paths):
         return None
     if not np.array_equal(listing.labels, index.labels):
@@ -101,13 +102,13 @@ def _absolute(listing: Listing, top: Path) -> tuple[str, ...]:
 
 def _extra(listing: Listing, facts: dict[str, Any], started: int) -> dict[str, Any]:
     latest = max((time_ns for time_ns in listing.read.values() if time_ns is not None), default=0)
-    # The key is older than formats that read lists: index files of older versions stay valid.
+    # The key "folders" is older than formats with lists; it keeps older index files valid.
     settled = latest < started - CLOCK_TICK_NS
     return {"folders": listing.read, "files": facts, "settled": settled}
 
 
 def _keep(index: Index, kept: Path, root: Path, extra: Any) -> Index:
-    """Writes the index and gives it as mapped. A folder that cannot be written costs only time."""
+    """Writes the index and maps it. If the folder cannot be written, that only costs time later."""
     try:
         save_index(index, kept, root, extra)
     except OSError:
@@ -116,7 +117,7 @@ def _keep(index: Index, kept: Path, root: Path, extra: Any) -> Index:
 
 
 def facts_of(paths: Sequence[str]) -> list[list[int] | None]:
-    """[st_size, st_mtime_ns] of files: what changes when one is replaced. None: it is not there."""
+    """Returns [st_size, st_mtime_ns] of each file; None for a missing one."""
     return list(_threaded(_size_and_time, paths))
 
 
@@ -126,20 +127,20 @@ def _facts(top: str | Path, names: Iterable[str]) -> dict[str, Any]:
 
 
 def _threaded(function: Any, paths: Sequence[str]) -> Iterable[Any]:
-    """function(path) of each path, in their order."""
+    """Calls function(path) for each path in threads; yields the results in order."""
     chunks = [paths[i : i + CHUNK] for i in range(0, len(paths), CHUNK)]
     with ThreadPoolExecutor(HEADER_THREADS) as pool:
         return chain.from_iterable(pool.map(lambda chunk: [*map(function, chunk)], chunks))
 
 
 def _header(path: str) -> tuple[int, int, int, str]:
-    """Height, width, bytes, and why the image cannot be read."""
+    """Returns height, width, size in bytes, and why the image cannot be read, or ""."""
     nbytes = 0
     try:
         facts = os.stat(path)
         nbytes = facts.st_size
-        if not stat.S_ISREG(facts.st_mode):  # a pipe would be waited for
-            return 0, 0, 0, "not a plain file"
+        if not stat.S_ISREG(facts.st_mode):  # opening a pipe would block
+            return 0, 0, 0, "not a regular file"
         return *displayed_size(path), nbytes, ""
     except OSError as error:
         return 0, 0, nbytes, error.strerror or type(error).__name__

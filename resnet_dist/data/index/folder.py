@@ -1,4 +1,4 @@
-"""data.format=folder: root/SPLIT/CLASS/**, as torchvision's ImageFolder reads it."""
+"""data.format=folder: root/SPLIT/CLASS/**, like torchvision's ImageFolder."""
 
 import os
 from pathlib import Path
@@ -13,7 +13,7 @@ class Folder(ImageFiles):
     outline_noun = "class folders"
 
     def is_in(self, root: Path) -> bool:
-        return True  # whatever is nothing else
+        return True  # the fallback, last in the table of formats
 
     def has_split(self, root: Path, split: str) -> bool:
         return (root / split).is_dir()
@@ -29,17 +29,17 @@ class Folder(ImageFiles):
 
 
 def list_folder(root: Path, split: str) -> Listing:
-    """Lists `root/split/<class>/**`; a class's number is its place in sorted order.
+    """Lists `root/split/<class>/**`; classes are numbered in sorted order.
 
     Raises:
         UserError: no such folder, no classes, a class without images, or one that cannot be read.
     """
     if not root.is_dir():
-        raise UserError(f"data.root={root}: no such folder; it must hold train/ and val/")
+        raise UserError(f"data.root={root}: no such folder; it must contain train/ and val/")
     top = root / split
     if not top.is_dir():
         raise UserError(
-            f"data.root={root}: no folder {split}/ in it; expected {split}/<class>/<image files>"
+            f"data.root={root}: has no folder {split}/; expected {split}/<class>/<image files>"
         )
     try:
         folders: dict[str, int | None] = {"": os.stat(top).st_mtime_ns}
@@ -47,9 +47,7 @@ def list_folder(root: Path, split: str) -> Listing:
     except OSError as error:
         raise UserError(f"{top}: {error.strerror}; make the folder readable") from None
     if not classes:
-        raise UserError(
-            f"data.root={root}: {split}/ holds no class folders; expected one per class"
-        )
+        raise UserError(f"data.root={root}: {split}/ has no class folders; expected one per class")
     paths: list[str] = []
     labels: list[int] = []
     for label, name in enumerate(classes):

@@ -1,7 +1,7 @@
-"""What each format of data has to tell; formats.py has the table of them.
+"""The interface of a data format; formats.py has the table of formats.
 
-Only the standard library is imported here, and at the top of each format's file, so that a plan can
-be made on a login node. What makes an index is imported when an index is made.
+This file, and each format's file at its top, imports only the standard library, so that a login
+node can make a plan. What is needed to make an index is imported when one is made.
 """
 
 from abc import ABC, abstractmethod
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 
 class Format(ABC):
-    """One kind of data set. `root` is data.root, `split` "train" or "val"."""
+    """A kind of data set. In its methods, `root` is data.root and `split` is "train" or "val"."""
 
-    name: str  # as data.format has it
-    is_pixels = False  # in memory, all of one size: windows are cut out of them, unscaled
-    outline_noun = "files"  # what `outline` names, for messages
+    name: str  # the value of data.format
+    is_pixels = False  # True: pixels in memory, all of one size; windows are cut out, not resized
+    outline_noun = "files"  # what the keys of `outline` are, for messages
 
     @abstractmethod
     def is_in(self, root: Path) -> bool:
@@ -27,56 +27,58 @@ class Format(ABC):
 
     @abstractmethod
     def count(self, root: Path, split: str) -> int:
-        """Images in a split, without opening one of them.
+        """Returns the number of images in a split, without opening any.
 
         Raises:
-            UserError: they are not there, or cannot be counted at once.
+            UserError: they are missing, or cannot be counted quickly.
         """
 
     @abstractmethod
     def index(self, root: Path, split: str, kept: Path | None) -> "Index":
-        """What there is. An image that cannot be read does not fail: it is in the index's `bad`.
+        """Returns the index of a split. Images that cannot be read are in its `bad`.
 
-        kept: an index file, which is used while it holds true, and written otherwise. Where it
-        cannot be written, the index is made each time.
+        kept: an index file to use if it is still valid, and to write otherwise. If it cannot be
+        written, the index is made again each time.
 
         Raises:
             UserError: the data are missing or damaged.
         """
 
     def has_split(self, root: Path, split: str) -> bool:
-        """Whether there is anything of it: with data.holdout_images there need be no val. True
-        also stands for what has to be looked at to be told."""
+        """Whether the split exists; with data.holdout_images there may be no val.
+
+        May return True if that cannot be told without reading the data.
+        """
         return True
 
     def outline(self, root: Path, split: str) -> dict[str, str]:
-        """Names -> contents that must be the same on every node; quickly told. The index's shards,
-        or up to 10,000 of its files, are compared besides.
+        """Returns names and contents that must be the same on every node, and are quick to get.
+
+        In addition, the sizes of all shards, or of up to 10,000 files, are compared anyway.
 
         Raises:
-            OSError, UserError: something is missing, or cannot be read.
+            OSError, UserError: something is missing or cannot be read.
         """
         return {}
 
     def own_index(self, root: Path, split: str) -> Path | None:
-        """The index file that belongs to the data themselves, if data of this format may have
-        one."""
+        """Returns the path of an index file that is part of the data, if the format has such."""
         return None
 
 
 class ImageFiles(Format):
-    """A format whose images are files of their own: it has to list them, and gets the rest."""
+    """A format whose images are files of their own. It only has to list them."""
 
     @abstractmethod
     def listing(self, root: Path, split: str) -> Listing:
-        """
+        """Returns the image files of a split and their labels.
+
         Raises:
-            UserError: what is there cannot be listed; names the file, and the line where there is
-                one.
+            UserError: they cannot be listed; with the file, and the line if there is one.
         """
 
     def top(self, root: Path, split: str) -> Path:
-        """The folder that relative paths of the listing start from."""
+        """Returns the folder to which paths in the listing are relative."""
         return root
 
     def count(self, root: Path, split: str) -> int:

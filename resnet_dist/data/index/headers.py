@@ -1,7 +1,7 @@
-"""What an image's header says: its size, and whether its bytes can be trusted to the decoder.
+"""Reads image headers: the size of an image, and whether it is safe to decode with others.
 
-DALI 2.4 parses the headers of a large batch in several threads, and decodes in several; where an
-image of some formats is bad, the process may crash. So they are looked at before they go there.
+DALI 2.4 parses the headers of a large batch, and decodes it, in several threads; a bad image of
+some formats may then crash the process. So headers are checked before the images go there.
 """
 
 import io
@@ -17,27 +17,27 @@ from PIL import Image
 from resnet_dist.errors import UserError
 
 EXIF_ORIENTATION = 0x0112
-MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # from here Pillow takes an image for an attack
+MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # with more, Pillow assumes an attack
 JPEG_SIGNATURE = b"\xff\xd8"
 HARMLESS_SIGNATURES = (b"RIFF", b"P2", b"P3", b"P5", b"P6")
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
 class UnreadableImage(UserError):
-    """One image cannot be read; the text says why, and leaves it to others to name it."""
+    """One image cannot be read. The message says why, but not which image it is."""
 
 
 def displayed_size(file: str | os.PathLike[str] | BinaryIO) -> tuple[int, int]:
-    """(height, width) as a viewer shows the image: after its EXIF orientation.
+    """Returns (height, width) as a viewer shows the image, after its EXIF orientation.
 
     Raises:
-        UnreadableImage: the header cannot be read, or names an absurd size.
+        UnreadableImage: the header cannot be read, or gives an absurd size.
     """
     try:
         with Image.open(file) as image:
             width, height = image.size
-            # Only the EXIF block itself: Pillow's getexif() also looks in XMP, which DALI does not,
-            # and in a TIFF's own tags, by which Pillow has turned `size` already.
+            # Only the EXIF block counts. Pillow's getexif() would also read XMP, which DALI
+            # ignores, and a TIFF's own tags, which Pillow has already applied to `size`.
             turned = exif_orientation(image.info.get("exif", b"")) in (5, 6, 7, 8)
     except MemoryError:
         raise
@@ -47,47 +47,47 @@ def displayed_size(file: str | os.PathLike[str] | BinaryIO) -> tuple[int, int]:
 
 
 def why_undecodable(data: bytes) -> str:
-    """What is wrong with an image that DALI, which does not say, could not decode."""
+    """Returns what is wrong with an image that DALI could not decode, as DALI does not say."""
     try:
         with warnings.catch_warnings(), Image.open(io.BytesIO(data)) as image:
             warnings.simplefilter("ignore")
             image.load()
     except Exception as error:  # Pillow's plugins raise whatever they meet
         return f"not a readable image ({said_by_pillow(error)})"
-    return "not a readable image (of a kind that DALI does not decode)"
+    return "not a readable image (a kind that DALI does not decode)"
 
 
 def screen(data: bytes, size: tuple[int, int]) -> bool:
-    """Whether the decoder may be given `data` among others; if not, only alone.
+    """Whether an encoded image can safely be decoded together with others.
 
-    size: height and width that the index has.
+    size: height and width in the index.
 
     Raises:
-        UnreadableImage: no image, or one of another size.
+        UnreadableImage: it is not an image, or has a different size.
     """
     if not data:
         raise UnreadableImage("an empty file")
     found = _plain_size(data)
-    # Of other formats, damaged BMP and TIFF files crash it; damaged WebP and PNM files do not.
+    # Among other formats, damaged BMP and TIFF files crash DALI; damaged WebP and PNM files do not.
     trusted = found is not None or data.startswith(HARMLESS_SIGNATURES)
     found = found or displayed_size(io.BytesIO(data))
     if sorted(found) != sorted(size):  # EXIF may have turned it
         raise UnreadableImage(
-            f"is {found[1]} x {found[0]} pixels, and was {size[1]} x {size[0]} in the index"
+            f"is {found[1]} x {found[0]} pixels, but {size[1]} x {size[0]} in the index"
         )
     return trusted
 
 
 def _plain_size(data: bytes) -> tuple[int, int] | None:
-    """(height, width) before EXIF of a JPEG whose header is complete and without oddities, or of a
-    PNG that is whole; None for all else."""
+    """Returns (height, width) before EXIF for a JPEG with a complete and ordinary header, or for a
+    complete PNG; None for everything else."""
     size = None
     try:
         if data.startswith(JPEG_SIGNATURE):
             size = _plain_jpeg_size(data)
         elif data.startswith(PNG_SIGNATURE):
             size = _plain_png_size(data)
-    except struct.error:  # the data end in the header
+    except struct.error:  # the data end inside the header
         return None
     return size if size is not None and size[0] * size[1] <= MAX_PIXELS else None
 
@@ -127,16 +127,16 @@ def _plain_png_size(data: bytes) -> tuple[int, int] | None:
 
 
 def said_by_pillow(error: Exception) -> str:
-    """What is wrong with an image, without the path, or the Python object, that it quotes."""
+    """Returns Pillow's reason, without the path or Python object that it quotes."""
     said = getattr(error, "strerror", None) or re.split(" ['<]", str(error))[0]
     return said or type(error).__name__
 
 
 def exif_orientation(exif_block: bytes) -> object:
-    """1 to 8, or whatever stands there; None if nothing does."""
+    """Returns the orientation, 1 to 8, or whatever value is stored; None if there is none."""
     exif = Image.Exif()
     try:
         exif.load(exif_block)
         return exif.get(EXIF_ORIENTATION)
     except (OSError, ValueError, SyntaxError, struct.error):
-        return None  # a damaged block turns nothing, and the image is whole
+        return None  # a damaged block does not make the image unreadable

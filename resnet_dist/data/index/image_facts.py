@@ -1,4 +1,4 @@
-"""What is particular about an image, by its header, and what becomes of it in training."""
+"""Finds out what is special about an image, and what is done with it in training."""
 
 import io
 import os
@@ -22,34 +22,34 @@ FORMATS = {
 PNG_BIT_DEPTH_AT = 24  # in the header chunk, the first one
 ADOBE_YCCK = 2  # "color transform" of Adobe's APP14 segment
 END_MARKS = {JPEG_SIGNATURE: b"\xff\xd9", PNG_SIGNATURE: b"IEND"}
-END_BYTES = 1024  # some writers leave a few bytes behind the end
+END_BYTES = 1024  # some programs write a few bytes after the end mark
 
 
 def particulars(data: bytes, name: str) -> dict[str, str]:
-    """Kind -> what is done to train on such an image; empty for an RGB image like any other.
+    """Returns kind -> what is done with such an image in training; empty for a plain RGB image.
 
-    data: a whole encoded image. name: its file, whose suffix says what it should be.
+    data: a whole encoded image. name: its file name, whose suffix says which format to expect.
     """
     try:
         with warnings.catch_warnings(), Image.open(io.BytesIO(data)) as image:
             warnings.simplefilter("ignore")
             return _particulars(image, data, os.path.splitext(name)[1].lower())
     except Exception:  # Pillow's plugins raise whatever they meet
-        return {}  # the decoder has the last word
+        return {}  # whether it is readable is for the decoder to say
 
 
 def _particulars(image: Image.Image, data: bytes, suffix: str) -> dict[str, str]:
     mode, info = image.mode, image.info
     found = {}
     named, form = FORMATS.get(suffix), image.format or ""
-    form = "JPEG" if form == "MPO" else form  # JPEG with more pictures behind the first
+    form = "JPEG" if form == "MPO" else form  # a JPEG followed by more pictures
     if named is not None and form != named:
-        found["other format"] = f"is {form} under a name of {named}; decoded as {form}"
+        found["other format"] = f"is a {form} with the suffix of a {named}; decoded as {form}"
     if mode == "CMYK":
         kind = "YCCK" if info.get("adobe_transform") == ADOBE_YCCK else "CMYK"
         found[kind] = "converted to RGB"
     if mode in ("1", "L", "LA", "F") or mode.startswith("I"):
-        found["grayscale"] = "its gray is taken for R, G and B"
+        found["grayscale"] = "its gray is used for R, G and B"
     if mode in ("P", "PA"):
         found["palette"] = "its colours are looked up"
     if mode in ("LA", "PA", "RGBA") or "transparency" in info:
@@ -57,14 +57,14 @@ def _particulars(image: Image.Image, data: bytes, suffix: str) -> dict[str, str]
     if mode.startswith("I") or (form == "PNG" and data[PNG_BIT_DEPTH_AT] == 16):
         found["16-bit"] = "scaled to 8 bits"
     if info.get("progressive"):
-        found["progressive"] = "as any JPEG, decoded more slowly"
+        found["progressive"] = "decoded like any JPEG, but more slowly"
     orientation = exif_orientation(info.get("exif", b""))
     if isinstance(orientation, int) and 2 <= orientation <= 8:
-        found["EXIF"] = f"turned by its EXIF orientation {orientation}"
+        found["EXIF"] = f"rotated by its EXIF orientation {orientation}"
     return found
 
 
 def ends_early(data: bytes) -> bool:
-    """Whether a JPEG or PNG lacks its end."""
+    """Whether the end mark of a JPEG or PNG is missing."""
     marks = [mark for start, mark in END_MARKS.items() if data.startswith(start)]
     return bool(marks) and marks[0] not in data[-END_BYTES:]

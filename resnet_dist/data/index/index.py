@@ -1,7 +1,7 @@
-"""WHAT there is: the samples of a split, their classes, labels and sizes.
+"""The index: the images of a split, with their classes, labels and sizes.
 
-EXIF has one policy in the whole project: the orientation is honoured. `sizes` holds what a viewer
-shows, crop windows are drawn in that frame, and DALI and Pillow are both told to turn the image.
+The whole project treats EXIF orientation the same way: images are rotated. `sizes` has what a
+viewer shows, crop windows are in those coordinates, and both DALI and Pillow are told to rotate.
 """
 
 import hashlib
@@ -13,17 +13,17 @@ from typing import Any
 
 import numpy as np
 
-HEADER_THREADS = 16  # reading a header is mostly waiting
-IN_BYTES = " in bytes"
+HEADER_THREADS = 16  # reading headers is mostly waiting
+IN_BYTES = " in bytes"  # suffix in Index.fingerprints, for the sizes of encoded images
 
 
 @dataclass(frozen=True)
 class Shards:
-    """Where the images stand in tar files: image i is nbytes[i] bytes of files[shard[i]]."""
+    """Where images are in tar files: image i is nbytes[i] bytes of files[shard[i]]."""
 
     files: tuple[str, ...]  # absolute
     shard: np.ndarray  # int32 [N]
-    offset: np.ndarray  # int64 [N]: of the image's first byte
+    offset: np.ndarray  # int64 [N]: offset of the image's first byte
 
 
 @dataclass(frozen=True)
@@ -33,21 +33,24 @@ class Index:
     classes: tuple[str, ...]
     labels: np.ndarray  # int64 [N]
     sizes: np.ndarray  # int32 [N, 2]: height, width, after the EXIF rotation; 0, 0 in `bad`
-    # Image files, absolute, or SHARD.tar/MEMBER; empty where the pixels are in memory.
+    # Absolute paths of image files, or SHARD.tar/MEMBER; empty if the pixels are in memory.
     paths: Sequence[str]
     pixels: np.ndarray | None  # uint8 [N, H, W, 3] raw pixels (CIFAR), or None
-    fingerprint: str  # changes when a name, a label or a size does
-    nbytes: np.ndarray | None = None  # int64 [N]: of each encoded image; None: not known here
+    fingerprint: str  # changes if a name, a label or a size does
+    nbytes: np.ndarray | None = None  # int64 [N]: size of each encoded image; None: unknown
     shards: Shards | None = None  # None: each image is a file
-    # Samples known beforehand to be unreadable, and why. They keep their number and are replaced.
+    # Samples that are known to be unreadable -> reason. They keep their number and are replaced.
     bad: Mapping[int, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def fingerprints(self, split: str) -> dict[str, str]:
-        """What a checkpoint notes of its data: `fingerprint`, and the encoded images' sizes, which
-        change when they are encoded anew. split: "training" or "validation"."""
+        """Returns what a checkpoint records about the data. split: "training" or "validation".
+
+        That is `fingerprint`, and a hash of the encoded images' sizes in bytes, which changes if
+        images are re-encoded.
+        """
         found = {f"{split} images": self.fingerprint}
         if self.nbytes is not None:
             nbytes = np.ascontiguousarray(self.nbytes, np.int64).data
@@ -55,7 +58,7 @@ class Index:
         return found
 
     def take(self, samples: np.ndarray) -> "Index":
-        """The index of these samples alone, renumbered in their order. samples: int64 [M]."""
+        """Returns an index of these samples only, renumbered in this order. samples: int64 [M]."""
         digest = hashlib.sha256(self.fingerprint.encode() + samples.astype(np.int64).tobytes())
         number = {int(old): new for new, old in enumerate(samples)} if self.bad else {}
         shards = self.shards
@@ -65,7 +68,7 @@ class Index:
             self,
             labels=self.labels[samples],
             sizes=self.sizes[samples],
-            paths=_Part(self.paths, samples) if len(self.paths) else (),
+            paths=_Selection(self.paths, samples) if len(self.paths) else (),
             pixels=None if self.pixels is None else self.pixels[samples],
             fingerprint=digest.hexdigest(),
             nbytes=None if self.nbytes is None else self.nbytes[samples],
@@ -74,8 +77,8 @@ class Index:
         )
 
 
-class _Part(Sequence[str]):
-    """Some of the paths, in any order, without a copy of them."""
+class _Selection(Sequence[str]):
+    """Some of the paths, in any order, without copying them."""
 
     def __init__(self, whole: Sequence[str], samples: np.ndarray) -> None:
         self._whole, self._samples = whole, samples
@@ -92,7 +95,7 @@ class _Part(Sequence[str]):
 def fingerprint_of(
     classes: Sequence[str], names: Iterable[str], labels: np.ndarray, sizes: np.ndarray
 ) -> str:
-    """Changes when a class, a name, a label (int64 [N]) or a size (int32 [N, 2]) does."""
+    """Returns a hash of classes, names, labels (int64 [N]) and sizes (int32 [N, 2])."""
     digest = hashlib.sha256(os.fsencode("\0".join((*classes, "", *names))))
     digest.update(np.ascontiguousarray(labels, np.int64).data)
     digest.update(np.ascontiguousarray(sizes, np.int32).data)
@@ -100,8 +103,10 @@ def fingerprint_of(
 
 
 def name_of(path: str, root: Path) -> str:
-    """As messages, quarantines and index files name an image or shard (absolute `path`): relative
-    to the data's root, or absolute where it lies elsewhere."""
+    """Returns the name of an image or shard in messages, quarantines and index files.
+
+    It is the absolute `path`, made relative if it is below the root of the data.
+    """
     return path.removeprefix(os.path.join(root.absolute(), ""))
 
 
@@ -111,7 +116,7 @@ def path_of(name: str, root: Path) -> str:
 
 
 def set_aside(index: Index, root: Path, quarantine: Mapping[str, str]) -> dict[int, str]:
-    """The samples that `quarantine` (name relative to root -> reason) names, and why."""
+    """Returns the samples in a quarantine (name relative to root -> reason), with the reasons."""
     if not quarantine:
         return {}
     wanted = {path_of(name, root): why for name, why in quarantine.items()}
@@ -119,7 +124,10 @@ def set_aside(index: Index, root: Path, quarantine: Mapping[str, str]) -> dict[i
 
 
 def without(index: Index, bad: Mapping[int, str]) -> Index:
-    """The index with these samples in `bad`, too. The fingerprint stays, and so a run goes on."""
+    """Returns the index with these samples added to `bad`.
+
+    The fingerprint stays the same, so that a run can be resumed.
+    """
     if not bad:
         return index
     sizes = index.sizes.copy()

@@ -1,7 +1,7 @@
-"""An index on disk: one Arrow file that every process of a node maps, and a note for humans.
+"""An index on disk: one Arrow file that all processes of a node map, and a summary for people.
 
-The columns are used where they lie in the map, so that 1.28 M samples cost a process neither time
-nor memory of its own. The format is the Arrow IPC file format, uncompressed, in one record batch:
+The columns are used directly from the memory map, so 1.28 M samples cost a process neither time nor
+memory of its own. It is an uncompressed Arrow IPC file with a single record batch:
 https://arrow.apache.org/docs/format/Columnar.html#ipc-file-format
 """
 
@@ -22,19 +22,19 @@ VERSION = 1
 METADATA = b"resnet_dist"
 TYPES = {
     "label": pa.int64(),
-    "size": pa.list_(pa.int32(), 2),  # height, width: together, as Index.sizes has them
+    "size": pa.list_(pa.int32(), 2),  # height, width, contiguous as in Index.sizes
     "nbytes": pa.int64(),
-    "name": pa.large_binary(),  # see index.name_of, in the file system's bytes
+    "name": pa.large_binary(),  # index.name_of, in the file system's bytes
     "shard": pa.int32(),
     "offset": pa.int64(),
 }
 
-# What reading a damaged file, or another file, may raise.
+# What reading a damaged or unrelated file may raise.
 _DAMAGE = (OSError, pa.ArrowException, ValueError, KeyError, TypeError, IndexError)
 
 
 class StoredPaths(Sequence[str]):
-    """The samples' absolute paths, made when asked for."""
+    """The samples' absolute paths, built on demand."""
 
     def __init__(self, names: pa.LargeBinaryArray, top: str) -> None:
         self.names, self._top = names, top
@@ -48,17 +48,17 @@ class StoredPaths(Sequence[str]):
         return os.path.join(self._top, os.fsdecode(self.names[int(i)].as_py()))
 
     def __iter__(self) -> Iterator[str]:
-        for start in range(0, len(self), 4096):  # far faster than one by one
+        for start in range(0, len(self), 4096):  # in chunks, which is far faster
             for name in self.names.slice(start, 4096).to_pylist():
                 yield os.path.join(self._top, os.fsdecode(name))
 
 
 def save_index(index: Index, path: Path, top: Path, extra: Any = None) -> None:
-    """Writes an index of files or shards to `path`, and `path` with .json for humans beside it.
+    """Writes an index of files or shards to `path`, and a summary for people next to it (.json).
 
-    path: a name that ends in .arrow. A kill leaves the old file or the new one, never a part.
-    top: the data's root; names below it are stored relative to it, so that the data may be moved.
-    extra: JSON that `read_extra` gives back. Shards must be in their place: their bytes are noted.
+    path: must end in .arrow. It is replaced atomically. top: the data's root; names below it are
+    stored relative to it, so that the data can be moved. extra: JSON that `read_extra` returns.
+    Shards must be in place, since their sizes are recorded.
 
     Raises:
         OSError: it cannot be written.
@@ -72,7 +72,7 @@ def save_index(index: Index, path: Path, top: Path, extra: Any = None) -> None:
     }
     if index.nbytes is not None:
         columns["nbytes"] = index.nbytes
-    note: dict[str, Any] = {
+    summary: dict[str, Any] = {
         "version": VERSION,
         "images": len(index),
         "classes": len(index.classes),
@@ -83,9 +83,9 @@ def save_index(index: Index, path: Path, top: Path, extra: Any = None) -> None:
     if index.shards is not None:
         columns |= {"shard": index.shards.shard, "offset": index.shards.offset}
         shards = [[name_of(file, top), os.path.getsize(file)] for file in index.shards.files]
-        note["shards"] = [{"file": name, "bytes": size} for name, size in shards]
+        summary["shards"] = [{"file": name, "bytes": size} for name, size in shards]
     metadata = {
-        **note,
+        **summary,
         "classes": index.classes,
         "bad": sorted(index.bad.items()),
         "shards": shards,
@@ -98,21 +98,21 @@ def save_index(index: Index, path: Path, top: Path, extra: Any = None) -> None:
     batch = pa.record_batch(arrays, schema=schema)
     with replacing(path) as file, pa.ipc.new_file(file, schema) as writer:
         writer.write_batch(batch)
-    replace_file(path.with_suffix(".json"), json.dumps(note, indent=1) + "\n")
+    replace_file(path.with_suffix(".json"), json.dumps(summary, indent=1) + "\n")
 
 
 def load_index_file(path: Path, top: Path) -> Index:
-    """Maps what `save_index` wrote. Arrays are read-only views of the map; `paths` is lazy.
+    """Maps an index that `save_index` wrote. Its arrays are read-only views, `paths` is lazy.
 
     Raises:
-        UserError: missing, damaged or of another version. Shards are not looked at.
+        UserError: it is missing, damaged or of a different version. Shards are not checked.
     """
     try:
         batch, metadata = _open(path)
         batch.validate(full=True)
         columns = {name: batch.column(name) for name in batch.schema.names}
         if any(column.null_count for column in columns.values()) or not len(batch):
-            raise ValueError("holes in it")
+            raise ValueError("missing values")
         labels = _view(columns["label"], np.int64)
         sizes = _view(columns["size"].values, np.int32).reshape(-1, 2)
         nbytes = _view(columns["nbytes"], np.int64) if "nbytes" in columns else None
@@ -134,7 +134,7 @@ def load_index_file(path: Path, top: Path) -> Index:
 
 
 def read_extra(path: Path) -> Any:
-    """The JSON given to `save_index`; None where there is no such file, or none of this version."""
+    """Returns the `extra` of `save_index`; None if there is no valid file of this version."""
     try:
         return _open(path)[1]["extra"]
     except _DAMAGE:
@@ -142,7 +142,7 @@ def read_extra(path: Path) -> Any:
 
 
 def check_shards(path: Path, top: Path) -> None:
-    """Raises UserError where a shard of an index is missing or of another size, or no index is."""
+    """Raises UserError if a shard is missing or differs in size, or if there is no valid index."""
     try:
         shards = [(str(name), int(size)) for name, size in _open(path)[1]["shards"]]
     except _DAMAGE as error:
@@ -155,7 +155,7 @@ def check_shards(path: Path, top: Path) -> None:
             raise UserError(f"{file}: {error.strerror}; copy the shards again") from None
         if found != expected:
             raise UserError(
-                f"{file}: {found} bytes, and {expected} in {path.name}; copy the shards again"
+                f"{file}: {found} bytes, but {expected} in {path.name}; copy the shards again"
             )
 
 
@@ -170,21 +170,21 @@ def _open(path: Path) -> tuple[pa.RecordBatch, Mapping[str, Any]]:
     if metadata["version"] != VERSION:
         raise ValueError(f"version {metadata['version']}, not {VERSION}")
     if any(TYPES[name] != reader.schema.field(name).type for name in reader.schema.names):
-        raise ValueError("columns of other types")
+        raise ValueError("columns of unexpected types")
     if reader.num_record_batches != 1:
-        raise ValueError("not one record batch")
+        raise ValueError("more or less than one record batch")
     return reader.get_batch(0), metadata
 
 
 def _view(column: pa.Array, dtype: type) -> np.ndarray:
-    # Not column.to_numpy(), which imports pandas: 40 MB in each process.
+    # Not column.to_numpy(), which imports pandas and costs each process 40 MB.
     return np.frombuffer(column.buffers()[-1], dtype, len(column))
 
 
 def _check_ranges(
     shards: Shards, nbytes: np.ndarray | None, files: Sequence[Sequence[Any]]
 ) -> None:
-    """An index from elsewhere must not make us read past a shard's end."""
+    """Raises ValueError if the index would make us read outside of its shards."""
     if any(os.path.isabs(name) or ".." in name.split("/") for name, _ in files):
         raise ValueError("a shard outside the data")
     if shards.shard.min() < 0 or shards.shard.max() >= len(files):

@@ -1,11 +1,11 @@
-"""data.format=list: a CSV or TSV of `path,label[,split]`, a row per image.
+"""data.format=list: a CSV or TSV file with a row `path,label[,split]` per image.
 
     root/train.csv, root/val.csv    a list for each split (or .tsv)
-    root/ANY.csv                    else the only list in root, whose rows name their split
-    root/classes.txt                the classes, a line each; else they are the training labels
+    root/ANY.csv                    otherwise, the only list in root, with a column for the split
+    root/classes.txt                the classes, one per line; otherwise, the training labels
 
-Paths are absolute or relative to root. A header is optional; with one the columns stand in any
-order, and others are passed over.
+Paths are absolute or relative to root. A header is optional; with a header, columns may be in any
+order, and other columns are ignored.
 """
 
 import csv
@@ -13,17 +13,17 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from resnet_dist.data.index.quarantine import QUARANTINE
-from resnet_dist.data.index.row_files import MEND, NoRows, Row, RowFiles
+from resnet_dist.data.index.row_files import FIX, NoRows, Row, RowFiles
 from resnet_dist.errors import UserError
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
-# What a header may call the columns.
+# Names of the columns in a header.
 TITLES = {
     "path": ("path", "image", "file", "filename", "filepath", "image_path"),
     "label": ("label", "class", "target"),
     "split": ("split",),
 }
-# What a row's split may be called; None: left out of training and validation.
+# Names of splits in a row; None: used neither for training nor for validation.
 SPLIT_NAMES = {
     "train": "train",
     "training": "train",
@@ -42,10 +42,10 @@ class ListFile(RowFiles):
 
     def file_of(self, root: Path, split: str) -> Path:
         if not root.is_dir():
-            raise NoRows(f"data.root={root}: no such folder; it must hold train.csv and val.csv")
+            raise NoRows(f"data.root={root}: no such folder; it must contain train.csv and val.csv")
         own = [path for name in self.names_of(split) if (path := root / name).is_file()]
         if len(own) > 1:
-            raise UserError(f"{own[0]}: beside {own[1].name}; remove one of them")
+            raise UserError(f"{own[0]}: there is also {own[1].name}; remove one of them")
         if own:
             return own[0]
         others = [
@@ -58,15 +58,15 @@ class ListFile(RowFiles):
         ]
         if len(others) != 1 or others[0].stem in SPLIT_NAMES:
             raise NoRows(
-                f"data.root={root}: no {split}.csv or {split}.tsv in it, nor one list alone whose "
-                "rows name their split"
+                f"data.root={root}: has neither {split}.csv or {split}.tsv nor a single list with "
+                "a column for the split"
             )
         return others[0]
 
     def rows(self, file: Path, split: str) -> Iterator[Row]:
         number = 0
         try:
-            # A path may hold any bytes; and Excel writes a mark at the start.
+            # A path may contain any bytes, and Excel writes a byte order mark at the start.
             with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as text:
                 reader = csv.reader(text, delimiter=DELIMITERS[file.suffix.lower()], strict=True)
                 columns: dict[str, int] | None = None
@@ -81,41 +81,43 @@ class ListFile(RowFiles):
                         width = len(cells)
                         if "split" not in columns and file.stem != split:
                             raise UserError(
-                                f"{where}: no split; add it to each row, or make a train and a "
-                                "val list of this one"
+                                f"{where}: no column for the split; add one, or make two lists, "
+                                "train and val"
                             )
                         if is_header:
                             continue
                     if len(cells) != width:
                         raise UserError(
-                            f"{where}: {len(cells)} cells, and {width} in the first row; a path "
-                            f"with a delimiter stands in quotes: {MEND}"
+                            f"{where}: {len(cells)} cells, but {width} in the first row (a path "
+                            f"with a delimiter needs quotes); {FIX}"
                         )
                     if "split" in columns and _split(cells[columns["split"]], where) != split:
                         continue
                     yield Row(where, cells[columns["path"]], cells[columns["label"]])
         except csv.Error as error:
-            raise UserError(f"{file}:{number + 1}: {error}; {MEND}") from None
+            raise UserError(f"{file}:{number + 1}: {error}; {FIX}") from None
         except OSError as error:
             raise UserError(f"{file}: {error.strerror}; make it readable") from None
 
 
 def _columns(cells: list[str], where: str) -> tuple[dict[str, int], bool]:
-    """Where each column stands, and whether the first row says so itself."""
+    """Returns the number of each column, and whether the first row is a header."""
     titles = [cell.strip().lower() for cell in cells]
     found = {
         column: [number for number, title in enumerate(titles) if title in names]
         for column, names in TITLES.items()
     }
     if found["path"] and found["label"]:
-        for column, places in found.items():
-            if len(places) > 1:
-                raise UserError(f"{where}: {len(places)} columns are a {column}; leave one")
-        return {column: places[0] for column, places in found.items() if places}, True
-    # A title is no file's name; a file without a suffix may stand in any other row.
+        for column, numbers in found.items():
+            if len(numbers) > 1:
+                raise UserError(
+                    f"{where}: {len(numbers)} columns for the {column}; remove all but one"
+                )
+        return {column: numbers[0] for column, numbers in found.items() if numbers}, True
+    # Without a header the first cell must look like a file name. (In other rows it need not.)
     if not 2 <= len(cells) <= 3 or "." not in cells[0]:
         raise UserError(
-            f"{where}: expected path, label and perhaps split, or a header that names them "
+            f"{where}: expected path, label and perhaps split, or a header with these titles "
             f"({', '.join(names[0] for names in TITLES.values())}), not {', '.join(cells)[:80]}"
         )
     return {column: number for number, column in enumerate([*TITLES][: len(cells)])}, False
@@ -126,5 +128,5 @@ def _split(cell: str, where: str) -> str | None:
         return SPLIT_NAMES[cell.strip().lower()]
     except KeyError:
         raise UserError(
-            f"{where}: split {cell[:80]!r}; expected {', '.join(SPLIT_NAMES)}: {MEND}"
+            f"{where}: split {cell[:80]!r}; expected {', '.join(SPLIT_NAMES)}; {FIX}"
         ) from None

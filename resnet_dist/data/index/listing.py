@@ -1,6 +1,6 @@
-"""The image files of a split, by name: what a format that is made of files has to tell.
+"""Lists the image files of a split by name, without opening them.
 
-Only the standard library is imported here, so that a plan can be made on a login node.
+Imports only the standard library, so that a login node can make a plan.
 """
 
 import os
@@ -14,23 +14,23 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".p
 
 @dataclass(frozen=True)
 class Listing:
-    """Image files of one split, in an order that every machine agrees on."""
+    """The image files of one split, in an order that every machine agrees on."""
 
     classes: tuple[str, ...]
     paths: tuple[str, ...]  # relative to ImageFiles.top, or absolute
     labels: tuple[int, ...]
-    # What was read to know all this, folders or lists: path relative to top -> st_mtime_ns from
-    # before it was read, None if it was not there. While they are so, the listing is the same.
+    # The folders and lists that were read for this: path relative to top -> st_mtime_ns before
+    # reading, None if it did not exist. While these stay the same, so does the listing.
     read: dict[str, int | None]
 
 
 def images_below(
     folder: str | Path, name: str, folders: dict[str, int | None] | None = None
 ) -> list[str]:
-    """Paths of the image files in `folder` and its sub-folders, `name` standing for the folder.
+    """Returns the paths of image files in `folder` and its sub-folders, which start with `name`.
 
-    Where links lead to a folder twice, its files count once, under the path that sorts first.
-    folders: takes in the st_mtime_ns of every folder read, under its path.
+    If links lead to a folder twice, its files count once, under the path that sorts first. folders:
+    is filled with path -> st_mtime_ns of every folder that was read.
 
     Raises:
         UserError: a folder cannot be read.
@@ -42,7 +42,7 @@ def images_below(
         while todo:
             inner = todo.pop()
             facts = os.stat(os.path.join(folder, inner))
-            if (facts.st_dev, facts.st_ino) in seen:  # a link to a folder above, or beside
+            if (facts.st_dev, facts.st_ino) in seen:  # a link to a folder that was visited
                 continue
             seen.add((facts.st_dev, facts.st_ino))
             prefix = os.path.join(name, inner) if inner else name

@@ -1,7 +1,7 @@
-"""DATA/bad_samples.tsv: samples known beforehand to be unreadable, a line `name<TAB>reason` each.
+"""DATA/bad_samples.tsv: samples that are known to be unreadable, a line `name<TAB>reason` each.
 
-A name is relative to DATA: train/cat/1.jpg, or train/000000.tar/1.jpg. It may hold any bytes that a
-file system allows; tabs, line ends and backslashes are written as \\t, \\n, \\r and \\\\.
+Names are relative to DATA: train/cat/1.jpg, or train/000000.tar/1.jpg. They may contain any bytes
+that a file system allows; tabs, line ends and backslashes are written as \\t, \\n, \\r and \\\\.
 """
 
 import os
@@ -19,10 +19,10 @@ _PLAIN = {text: character for character, text in _ESCAPES.items()}
 
 
 def read_quarantine(root: Path) -> dict[str, str]:
-    """Name -> reason; empty if there is no such file.
+    """Returns name -> reason; empty if there is no such file.
 
     Raises:
-        UserError: the file cannot be read, or a line of it holds no tab.
+        UserError: the file cannot be read, or a line has no tab.
     """
     path = root / QUARANTINE
     try:
@@ -39,14 +39,14 @@ def read_quarantine(root: Path) -> dict[str, str]:
         name, tab, reason = line.partition("\t")
         if not tab:
             raise UserError(
-                f"{path}:{number}: no tab in it; expected name<TAB>reason: mend or remove this line"
+                f"{path}:{number}: has no tab; expected name<TAB>reason: fix or remove this line"
             )
         bad[_unescape(name)] = _unescape(reason)
     return bad
 
 
 def write_quarantine(root: Path, bad: Mapping[str, str]) -> None:
-    """Replaces the file, sorted by name; with nothing bad, removes it.
+    """Writes the file, sorted by name; removes it if nothing is bad.
 
     Raises:
         OSError: `root` cannot be written.
@@ -61,7 +61,7 @@ def write_quarantine(root: Path, bad: Mapping[str, str]) -> None:
 
 
 def escape(text: str) -> str:
-    """On one line, whatever is in it."""
+    """Escapes tabs, line ends and backslashes, so that the text fits on one line."""
     return re.sub(r"[\\\t\n\r]", lambda found: _ESCAPES[found[0]], text)
 
 

@@ -1,4 +1,4 @@
-"""What formats share that have a file with a row per image: labels, classes, and what is wrong."""
+"""The common part of formats that have a file with a row per image."""
 
 import hashlib
 import os
@@ -13,50 +13,55 @@ from resnet_dist.data.index.format import ImageFiles
 from resnet_dist.data.index.listing import Listing
 from resnet_dist.errors import UserError
 
-CLASSES = "classes.txt"  # a class on each line; without it the training labels are the classes
-MEND = "mend or remove this row"
+CLASSES = "classes.txt"  # one class per line; without it the training labels are the classes
+FIX = "fix or remove this row"
 
 
 @dataclass(frozen=True)
 class Row:
+    """A row: an image and its label."""
+
     where: str  # FILE:LINE, for messages
     path: str  # absolute, or relative to data.root
-    label: str  # the name of a class, or its number in classes.txt
+    label: str  # name of a class, or its line number in classes.txt, from 0
 
 
 class NoRows(UserError):
-    """A split has no file of rows, or its file has no row of it."""
+    """There is no file with rows for a split, or no row for it in the file."""
 
 
 class RowFiles(ImageFiles):
-    """Such a format has to tell which file holds a split, and to read its rows."""
+    """A format with a file of rows. It has to find the file of a split and to read its rows."""
 
     outline_noun = "files"
 
     @abstractmethod
     def file_of(self, root: Path, split: str) -> Path:
-        """The file with the rows of a split.
+        """Returns the file with the rows of a split.
 
         Raises:
             NoRows: there is none.
-            UserError: it cannot be told.
+            UserError: it is ambiguous which file it is.
         """
 
     @abstractmethod
     def names_of(self, split: str) -> Sequence[str]:
-        """Names that such a file may have: where one comes to be, `file_of` may be another."""
+        """Returns possible names of that file. If one of them appears, `file_of` may change."""
 
     @abstractmethod
     def rows(self, file: Path, split: str) -> Iterator[Row]:
-        """The rows of a split, in their order.
+        """Yields the rows of a split, in order.
 
         Raises:
-            UserError: the file cannot be read, or a row is not what it should be.
+            UserError: the file cannot be read, or a row is malformed.
         """
 
     def is_in(self, root: Path) -> bool:
-        """Whether there is a file of rows. Beside folders train/CLASS/, only if its first row
-        names an image that is there: a stray table hides no image folder."""
+        """Whether there is a file of rows.
+
+        If there are folders train/CLASS/ too, the first row must be of an existing image, so that
+        an unrelated table does not hide an image folder.
+        """
         try:
             row = next(self.rows(self.file_of(root, "train"), "train"), None)
         except NoRows:
@@ -75,11 +80,11 @@ class RowFiles(ImageFiles):
             return next(self.rows(self.file_of(root, split), split), None) is not None
         except NoRows:
             return False
-        except UserError:  # to be told
+        except UserError:  # reported when the rows are read
             return True
 
     def listing(self, root: Path, split: str) -> Listing:
-        # Times first: what changes while it is read has another time in the next start.
+        # Times are read first, so that a change during reading shows at the next start.
         watched = {CLASSES, *self.names_of(split), *self.names_of("train")}
         watched |= {self.file_of(root, split).name}
         read = {name: _time_of(root / name) for name in sorted(watched)}
@@ -98,12 +103,12 @@ class RowFiles(ImageFiles):
         seen: dict[str, tuple[int, Row]] = {}
         for row in rows:
             if row.label not in number:
-                raise UserError(f"{row.where}: label {row.label[:80]!r}: {missing}; {MEND}")
+                raise UserError(f"{row.where}: label {row.label[:80]!r}: {missing}; {FIX}")
             labels.append(number[row.label])
             label, first = seen.setdefault(row.path, (labels[-1], row))
             if label != labels[-1]:
                 raise UserError(
-                    f"{row.where}: {row.path} is of class {row.label}, and of {first.label} in "
+                    f"{row.where}: {row.path} has label {row.label}, but {first.label} in "
                     f"line {first.where.rpartition(':')[2]}; remove one of them"
                 )
         return Listing(tuple(classes), tuple(row.path for row in rows), tuple(labels), read)
@@ -114,12 +119,12 @@ class RowFiles(ImageFiles):
             Row(row.where, _path(row, root), row.label.strip()) for row in self.rows(file, split)
         ]
         if not rows:
-            raise NoRows(f"{file}: no rows of {split} in it")
+            raise NoRows(f"{file}: has no rows for {split}")
         return rows
 
     def outline(self, root: Path, split: str) -> dict[str, str]:
         files = {self.file_of(root, split), root / CLASSES}
-        if not (root / CLASSES).is_file():  # training's labels are the classes
+        if not (root / CLASSES).is_file():  # then the training labels are the classes
             files.add(self.file_of(root, "train"))
         return {
             file.name: hashlib.sha256(file.read_bytes()).hexdigest()
@@ -129,16 +134,18 @@ class RowFiles(ImageFiles):
 
 
 def _path(row: Row, root: Path) -> str:
-    """Relative to root if it lies below, so that data may be moved; one path for one file."""
+    """Returns a normalized path, relative to root if it is below, so that data can be moved."""
     path = row.path.strip()
     if not path or not row.label.strip():
-        raise UserError(f"{row.where}: no {'label' if path else 'path'}; {MEND}")
+        raise UserError(f"{row.where}: no {'label' if path else 'path'}; {FIX}")
     try:
         if b"\0" in os.fsencode(path):
             raise ValueError
-    except ValueError:  # halves of characters are one, too
-        raise UserError(f"{row.where}: path {path[:80]!r}: no file has it; {MEND}") from None
-    if ".." not in path.split("/"):  # which may lead on from a link
+    except ValueError:  # also half of a surrogate pair
+        raise UserError(
+            f"{row.where}: path {path[:80]!r}: no file can have this name; {FIX}"
+        ) from None
+    if ".." not in path.split("/"):  # ".." may follow a link, so it cannot be resolved here
         path = os.path.normpath(path)
     return path.removeprefix(os.path.join(root.absolute(), ""))
 
@@ -155,7 +162,7 @@ def _is_number(text: str) -> bool:
 
 
 def _by_number(label: str) -> tuple[bool, int, str]:
-    """Numbers in the order of their values, before names."""
+    """A sort key: numbers by their value, before names."""
     if not _is_number(label):
         return (True, 0, label)
     digits = label.lstrip("0")

@@ -1,4 +1,4 @@
-"""Which tar files a split has: ours, with an index beside them, or anybody's."""
+"""Finds the tar files of a split: our own shards with an index, or other tools' shards."""
 
 import re
 from pathlib import Path
@@ -6,18 +6,22 @@ from pathlib import Path
 from resnet_dist.errors import UserError
 
 SPLIT_WORDS = {"train": {"train"}, "val": {"val", "validation"}}
-PREPARED = "prepare.json"  # what `resnet-dist prepare` leaves before its first shard
+PREPARED = "prepare.json"  # exists while `resnet-dist prepare` is unfinished
 
 
 def own_index_file(root: Path, split: str) -> Path:
-    """Where `resnet-dist prepare` writes the index of a split."""
+    """Returns where `resnet-dist prepare` writes the index of a split."""
     return root / split / "index.arrow"
 
 
 def shard_files(root: Path, split: str) -> list[Path]:
-    """Absolute, sorted. Raises UserError: none, or `prepare` is not done with them."""
+    """Returns the shards of a split: absolute paths, sorted.
+
+    Raises:
+        UserError: there are none, or `prepare` has not finished them.
+    """
     if not root.is_dir():
-        raise UserError(f"data.root={root}: no such folder; it must hold shards (.tar)")
+        raise UserError(f"data.root={root}: no such folder; it must contain shards (.tar)")
     if (root / PREPARED).is_file():
         raise UserError(
             f"{own_index_file(root, split)}: no such file: `resnet-dist prepare` has not finished; "
@@ -31,7 +35,7 @@ def shard_files(root: Path, split: str) -> list[Path]:
         )
     if not files:
         raise UserError(
-            f"data.root={root}: no shards of {split}; expected {split}/*.tar, or *.tar with "
-            f"{' or '.join(sorted(SPLIT_WORDS[split]))} in their name"
+            f"data.root={root}: has no {split} shards; expected {split}/*.tar, or *.tar with "
+            f"{' or '.join(sorted(SPLIT_WORDS[split]))} in the name"
         )
     return [file.absolute() for file in files]

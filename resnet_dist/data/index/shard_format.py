@@ -1,4 +1,4 @@
-"""data.format=shards: WebDataset's tar files, ours with an index beside them or anybody's."""
+"""data.format=shards: WebDataset tar files, our own with an index or other tools'."""
 
 import json
 from pathlib import Path
@@ -19,16 +19,16 @@ class ShardFiles(Format):
         return any(root.glob("*.tar")) or any(root.glob("train/*.tar"))
 
     def count(self, root: Path, split: str) -> int:
-        note = root / split / "index.json"
+        summary = root / split / "index.json"
         try:
-            return int(json.loads(note.read_bytes())["images"])
+            return int(json.loads(summary.read_bytes())["images"])
         except FileNotFoundError:
             raise UserError(
-                f"{note}: no such file; shards without an index cannot be counted at once"
+                f"{summary}: no such file; shards without an index cannot be counted quickly"
             ) from None
         except (OSError, ValueError, KeyError, TypeError):
             raise UserError(
-                f"{note}: not an index; make it again with `resnet-dist prepare`"
+                f"{summary}: not an index; make it again with `resnet-dist prepare`"
             ) from None
 
     def index(self, root: Path, split: str, kept: Path | None) -> "Index":

@@ -1,8 +1,8 @@
 """The index of WebDataset shards: tar files, read in place and never unpacked.
 
-Successive members with the same name up to the first dot are a sample: an image, and its label as
-`.cls` (decimal text) or in `.json` (https://github.com/webdataset/webdataset). Our own shards have
-an index beside them. Those from elsewhere, such as the hub's, are scanned once.
+Consecutive members with the same name up to the first dot form a sample: an image, and its label as
+`.cls` (decimal text) or in `.json` (https://github.com/webdataset/webdataset). Our own shards come
+with an index. Other tools' shards, such as the Hugging Face hub's, are scanned once.
 """
 
 import io
@@ -30,16 +30,16 @@ from resnet_dist.data.index.tar_members import RefusedTar, TarHeaders, plain_fil
 from resnet_dist.data.index.worker_pool import worker_pool
 from resnet_dist.errors import UserError
 
-SAMPLE = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)")  # the key, the kind
-LABEL_KEYS = ("label", "cls")  # in .json
+SAMPLE = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)")  # key and kind
+LABEL_KEYS = ("label", "cls")  # keys of the label in a .json
 MAX_CLASSES = 1_000_000
-MAX_LABEL_BYTES = 1 << 20  # of a .cls or .json
-PREFIX_BYTES = 1 << 14  # holds the header of nearly every JPEG and PNG
+MAX_LABEL_BYTES = 1 << 20  # size of a .cls or .json
+PREFIX_BYTES = 1 << 14  # contains the header of nearly every JPEG and PNG
 
 
 @dataclass
 class _Scan:
-    """What a shard holds, a list entry per image."""
+    """The content of a shard, with a list entry per image."""
 
     names: list[str] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
@@ -47,25 +47,27 @@ class _Scan:
     nbytes: list[int] = field(default_factory=list)
     offsets: list[int] = field(default_factory=list)
     bad: dict[int, str] = field(default_factory=dict)
-    folders: dict[int, set[str]] = field(default_factory=dict)  # by label, of the .json's filename
+    folders: dict[int, set[str]] = field(
+        default_factory=dict
+    )  # label -> folders of the filenames in .json
 
 
 def shard_index(root: Path, split: str, kept: Path | None) -> Index:
-    """The index of root/SPLIT/*.tar, or else of the tars in `root` with the split in their name.
+    """Returns the index of root/SPLIT/*.tar, or else of the tars in `root` named after the split.
 
-    kept: root/SPLIT/index.arrow, used as it is; another index file is used while the shards have
-    the sizes and times it was made with, and is made anew after. Classes are named by
-    root/classes.txt, by the folders in the .json's filename, or by number. Samples keep the order
-    of the shards and of the members.
+    kept: root/SPLIT/index.arrow, which is used as it is; or another index file, which is used while
+    sizes and times of the shards are those recorded in it, and written otherwise. Class names come
+    from root/classes.txt, else from the folders in the .json's filename, else they are numbers.
+    Samples are in the order of the shards and of their members.
 
     Raises:
-        UserError: no shards, a hostile or damaged one, or one that is not as indexed.
+        UserError: there are no shards, or one is malicious, damaged, or not as indexed.
     """
     if kept == own_index_file(root, split):
         check_shards(kept, root)
         index = load_index_file(kept, root)
         if index.shards is None:
-            raise UserError(f"{kept}: an index of no shards; make it again")
+            raise UserError(f"{kept}: not an index of shards; make it again")
         return index
     files = shard_files(root, split)
     names = class_list(root / "classes.txt")
@@ -87,13 +89,13 @@ def shard_index(root: Path, split: str, kept: Path | None) -> Index:
         return index
     try:
         save_index(index, kept, root, extra)
-    except OSError:  # a folder that cannot be written costs only time
+    except OSError:  # if the folder cannot be written, that only costs time later
         return index
     return load_index_file(kept, root)
 
 
 def _scan_all(files: list[Path]) -> Iterator[_Scan]:
-    """Each shard's scan, in their order. A process per core: tar headers are read by Python."""
+    """Scans all shards and yields the results in order. Python code, so a process per core."""
     workers = min(len(files), len(os.sched_getaffinity(0)))
     if workers == 1:
         yield from map(_scan, files)
@@ -117,12 +119,12 @@ def _merged(files: list[Path], scans: list[_Scan], root: Path, names: list[str] 
     counts = [len(scan.names) for scan in scans]
     starts = np.cumsum([0, *counts])
     if not starts[-1]:
-        raise UserError(f"{files[0]}: no images in this shard, nor in the others; copy them again")
+        raise UserError(f"{files[0]}: no images in this shard or any other; copy them again")
     labels = np.array([label for scan in scans for label in scan.labels], np.int64)
     if names is not None and labels.max() >= len(names):
         shard = int(np.searchsorted(starts, labels.argmax(), "right")) - 1
         raise UserError(
-            f"{files[shard]}: a label {labels.max()}, and {len(names)} classes in "
+            f"{files[shard]}: has a label {labels.max()}, but there are {len(names)} classes in "
             f"{root / 'classes.txt'}; correct one of them"
         )
     classes = tuple(names or _classes(scans, int(labels.max()) + 1))
@@ -154,7 +156,7 @@ def _merged(files: list[Path], scans: list[_Scan], root: Path, names: list[str] 
 
 
 def _classes(scans: list[_Scan], count: int) -> list[str]:
-    """The folders in the .json's filename, if each label has one of its own; else the numbers."""
+    """Returns the folders in the .json's filename, if each label has its own; else numbers."""
     found: list[set[str]] = [set() for _ in range(count)]
     for scan in scans:
         for label, folders in scan.folders.items():
@@ -169,7 +171,7 @@ def _scan(file: Path) -> _Scan:
     """Reads the headers of a tar and of its images.
 
     Raises:
-        UserError: naming the shard, and the member where there is one.
+        UserError: the shard cannot be used; names the shard, and the member if there is one.
     """
     scan = _Scan()
     try:
@@ -184,7 +186,7 @@ def _scan(file: Path) -> _Scan:
 
 
 def _samples(stream: TarHeaders) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
-    """Each sample's key and its members by kind, as "jpg"."""
+    """Yields the key of each sample, and its members by kind, such as "jpg"."""
     seen: set[str] = set()
     members: dict[str, tarfile.TarInfo] = {}
     key = ""
@@ -199,10 +201,10 @@ def _samples(stream: TarHeaders) -> Iterator[tuple[str, dict[str, tarfile.TarInf
                 yield key, members
             key, members = parts[1], {}
             if key in seen:
-                raise RefusedTar(f"{name}: its key stands in two places")
+                raise RefusedTar(f"{name}: members with this key are not consecutive")
             seen.add(key)
         if kind in members:
-            raise RefusedTar(f"{name}: twice")
+            raise RefusedTar(f"{name}: is there twice")
         members[kind] = member
     if members:
         yield key, members
@@ -211,7 +213,7 @@ def _samples(stream: TarHeaders) -> Iterator[tuple[str, dict[str, tarfile.TarInf
 def _add(scan: _Scan, stream: TarHeaders, key: str, members: dict[str, tarfile.TarInfo]) -> None:
     images = [kind for kind in members if f".{kind}" in IMAGE_SUFFIXES]
     if len(images) > 1:
-        raise RefusedTar(f"{key}: two images ({', '.join(images)}) under one name")
+        raise RefusedTar(f"{key}: two images ({', '.join(images)}) with one key")
     if not images:
         if any(kind == "cls" or kind.endswith(IMAGE_SUFFIXES) for kind in members):
             kinds = ", ".join(f".{kind}" for kind in members)
@@ -241,9 +243,9 @@ def _add(scan: _Scan, stream: TarHeaders, key: str, members: dict[str, tarfile.T
 
 
 def _size(stream: TarHeaders, image: tarfile.TarInfo) -> tuple[int, int]:
-    """Height and width, from no more of the image than it takes."""
+    """Returns height and width, reading no more of the image than necessary."""
     start = os.pread(stream.fileno(), min(image.size, PREFIX_BYTES), image.offset_data)
-    # What else there is may have its EXIF block at its end.
+    # Other formats may have their EXIF block at the end.
     if image.size > len(start) and start.startswith((b"\xff\xd8", b"\x89PNG")):
         try:
             return displayed_size(io.BytesIO(start))
@@ -260,7 +262,7 @@ def _content(stream: TarHeaders, member: tarfile.TarInfo) -> bytes:
 
 
 def _json(stream: TarHeaders, member: tarfile.TarInfo) -> dict[str, Any]:
-    """The object in a .json; empty if there is none, as the file may be of any kind."""
+    """Returns the object in a .json; empty if there is none, as any file may be called .json."""
     try:
         about = json.loads(_content(stream, member))
     except (ValueError, RecursionError):
@@ -271,5 +273,5 @@ def _json(stream: TarHeaders, member: tarfile.TarInfo) -> dict[str, Any]:
 def _label(text: bytes | Any, member: str) -> int:
     plain = text.decode("latin1") if isinstance(text, bytes) else str(text)
     if not re.fullmatch("[0-9]{1,7}", plain) or int(plain) >= MAX_CLASSES:
-        raise RefusedTar(f"{member}: {plain[:40]!r} is no label; expected a number from 0 on")
+        raise RefusedTar(f"{member}: {plain[:40]!r} is not a label; expected a number, 0 or more")
     return int(plain)

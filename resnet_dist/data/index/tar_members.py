@@ -1,19 +1,19 @@
-"""The plain files in a tar that nobody vouches for, found by its headers and never unpacked."""
+"""Lists the regular files in an untrusted tar by its headers, without unpacking it."""
 
 import io
 import os
 import tarfile
 from collections.abc import Iterator
 
-MAX_HEADER_BYTES = 1 << 20  # a long name; no more of it is held in memory
+MAX_HEADER_BYTES = 1 << 20  # limit for long names, which are read into memory
 
 
 class RefusedTar(Exception):
-    """Why a tar is refused: one line, with the member and without the tar."""
+    """A tar is refused. The message names the member, but not the tar."""
 
 
 class TarHeaders(io.FileIO):
-    """A tar for `tarfile`, which would believe any length that a header of it states."""
+    """A tar opened for `tarfile`, which alone would read as many bytes as a header says."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         if size is None or not 0 <= size <= MAX_HEADER_BYTES:
@@ -22,37 +22,38 @@ class TarHeaders(io.FileIO):
 
 
 def plain_files(stream: TarHeaders, end: int | None = None) -> Iterator[tarfile.TarInfo]:
-    """Members of the tar from the stream's position to byte `end`, or to the file's end.
+    """Yields the members of the tar from the stream's position to byte `end`, or the file's end.
 
-    `offset_data` of each counts from the file's start, so that a tar inside a tar is read in place.
+    Their `offset_data` counts from the start of the file, so that a tar inside a tar can be read in
+    place.
 
     Raises:
-        RefusedTar: a link, a device, a path that leads elsewhere, a size past the end, or a tar
-            that is damaged or cut short.
+        RefusedTar: there is a link, a device, a path that leads outside or a size past the end, or
+            the tar is damaged or truncated.
         OSError: it cannot be read.
     """
     end = os.fstat(stream.fileno()).st_size if end is None else end
     try:
         with tarfile.open(fileobj=stream, mode="r:") as tar:
             for member in tar:
-                # From here on, or `tarfile` would follow what the header says.
+                # Check at once, before `tarfile` acts on what the header says.
                 _check(member, end)
                 if not member.isdir():
                     yield member
             mark = tar.offset
     except (tarfile.TarError, ValueError, OverflowError) as error:
-        raise RefusedTar(f"not a tar that can be read ({error})") from None
-    # `tarfile` takes whatever it cannot read for the end, and the end of the file, too. What stands
-    # behind the end mark, as after `cat a.tar b.tar`, it leaves out.
+        raise RefusedTar(f"not a readable tar ({error})") from None
+    # `tarfile` takes anything that it cannot read for the end of the tar, and ignores what comes
+    # after the end mark, as after `cat a.tar b.tar`. So check that only zeros follow.
     rest = os.pread(stream.fileno(), max(0, min(MAX_HEADER_BYTES, end - mark)), mark)
     if len(rest) < tarfile.BLOCKSIZE or rest.strip(b"\0"):
-        raise RefusedTar(f"damaged or cut short at byte {mark} of {end}")
+        raise RefusedTar(f"damaged or truncated at byte {mark} of {end}")
 
 
 def _check(member: tarfile.TarInfo, end: int) -> None:
     name = member.name
     if name.startswith("/") or ".." in name.split("/") or "\0" in name:
-        raise RefusedTar(f"member {name!r}: a path that leaves the tar")
+        raise RefusedTar(f"member {name!r}: a path that leads outside")
     if member.isdir():
         if member.size:
             raise RefusedTar(f"member {name!r}: a folder of {member.size} bytes")

@@ -1,4 +1,4 @@
-"""Processes for work that Python itself has to do."""
+"""A pool of processes, for work that holds the GIL."""
 
 import multiprocessing
 import os
@@ -11,8 +11,8 @@ from resnet_dist.process import filter_warnings
 
 
 def worker_pool(workers: int) -> ProcessPoolExecutor:
-    """Processes that leave Ctrl-C to their parent, and end when it is killed."""
-    # Not a fork: the caller and its libraries may have threads.
+    """Returns a pool whose processes ignore Ctrl-C, and end if their parent is killed."""
+    # spawn rather than fork, as the caller and its libraries may have threads.
     spawn = multiprocessing.get_context("spawn")
     return ProcessPoolExecutor(workers, spawn, initializer=_start_worker)
 
@@ -27,4 +27,4 @@ def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     wait([parent.sentinel])
-    os._exit(1)  # a pool would wait for ever for a parent that was killed
+    os._exit(1)  # the pool itself would wait forever for a killed parent

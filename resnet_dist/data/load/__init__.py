@@ -1,1 +1,1 @@
-"""Execution: from bytes to batches on the device."""
+"""From requests to batches on the device: reading, decoding, resizing."""

@@ -1,1 +1,1 @@
-"""Data sets made ready: sources -> (reencode) -> write_shards; and digits."""
+"""Prepares data sets: sources -> (reencode) -> write_shards; and digits."""

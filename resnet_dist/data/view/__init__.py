@@ -1,1 +1,1 @@
-"""Who comes next and how it is seen: samples and windows, as functions of the step."""
+"""Which images a step takes and how they are cropped, as functions of the step."""

@@ -65,7 +65,7 @@ def test_class_names_are_those_that_come_with_the_data(tmp_path: Path) -> None:
         (root / file).write_bytes(as_text if file.endswith(".txt") else as_pickle)
         assert build_index(data_format, root, "train", None).classes == tuple(names)
         (root / file).write_bytes(pickle.dumps({key: names[:7]}, 2))
-        with pytest.raises(UserError, match=r" names; expected 10"):
+        with pytest.raises(UserError, match=r" names instead of 10"):
             build_index(data_format, root, "train", None)
 
 
@@ -85,7 +85,7 @@ def test_a_pickle_runs_nothing(tmp_path: Path) -> None:
     (tmp_path / "cifar-100-python" / "train").write_bytes(pickle.dumps({"data": Canary(canary)}))
     for read in (lambda: build_index("cifar100", tmp_path, "train", None),
                  lambda: count_images("cifar100", tmp_path, "train")):  # fmt: skip
-        with pytest.raises(UserError, match=r"train: not a batch of CIFAR \(it asks for posix\.mk"):
+        with pytest.raises(UserError, match=r"train: not a CIFAR batch \(it refers to posix\.mk"):
             read()
     assert not canary.exists()
     pickle.loads(pickle.dumps(Canary(canary)))
@@ -95,7 +95,7 @@ def test_a_pickle_runs_nothing(tmp_path: Path) -> None:
 def test_one_line_for_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data\.root=.*nowhere: no such folder"):
         build_index("cifar10", tmp_path / "nowhere", "train", None)
-    with pytest.raises(UserError, match=r"no train\.bin in it; expected the files of cifar-100-b"):
+    with pytest.raises(UserError, match=r"has no train\.bin; expected the files of cifar-100-b"):
         build_index("cifar100", tmp_path, "train", None)
     write_binary(tmp_path, "cifar10")
     folder = tmp_path / "cifar-10-batches-bin"
@@ -103,7 +103,7 @@ def test_one_line_for_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"record 0 of val has label 10"):
         build_index("cifar10", tmp_path, "val", None)
     (folder / "test_batch.bin").write_bytes(b"x" * 3072)
-    with pytest.raises(UserError, match=r"test_batch\.bin: not made of 3073-byte records"):
+    with pytest.raises(UserError, match=r"test_batch\.bin: does not consist of 3073-byte records"):
         build_index("cifar10", tmp_path, "val", None)
     (folder / "test_batch.bin").unlink()
     with pytest.raises(UserError, match=r"no test_batch\.bin"):
@@ -129,6 +129,6 @@ def test_one_line_for_what_is_wrong(tmp_path: Path) -> None:
 def test_a_damaged_batch_is_one_line(tmp_path: Path, content: bytes) -> None:
     write_python(tmp_path, "cifar10")
     (tmp_path / "cifar-10-batches-py" / "data_batch_3").write_bytes(content)
-    with pytest.raises(UserError, match=r"data_batch_3: not a batch of CIFAR \(") as caught:
+    with pytest.raises(UserError, match=r"data_batch_3: not a CIFAR batch \(") as caught:
         build_index("cifar10", tmp_path, "train", None)
     assert "\n" not in str(caught.value)

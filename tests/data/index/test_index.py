@@ -288,7 +288,7 @@ def test_a_large_index_is_mapped_not_copied(tmp_path: Path) -> None:
 def test_one_line_for_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data\.root=.*nowhere: no such folder"):
         build_index("folder", tmp_path / "nowhere", "train", None)
-    with pytest.raises(UserError, match="no folder train/"):
+    with pytest.raises(UserError, match="has no folder train/"):
         build_index("folder", tmp_path, "train", None)
     (tmp_path / "train").mkdir()
     with pytest.raises(UserError, match="no class folders"):

@@ -96,28 +96,28 @@ def test_labels_are_names_or_numbers(root: Path) -> None:
     [
         (
             "a/1.jpg,x\nb/2.jpg\n",
-            r"train\.csv:2: 1 cells, and 2 in the first row; a path",
+            r"train\.csv:2: 1 cells, but 2 in the first row \(a path",
         ),
-        ("a/1.jpg,x\n,y\n", r"train\.csv:2: no path; mend or remove this row"),
-        ("a/1.jpg,x\nb/2.jpg, \n", r"train\.csv:2: no label; mend"),
+        ("a/1.jpg,x\n,y\n", r"train\.csv:2: no path; fix or remove this row"),
+        ("a/1.jpg,x\nb/2.jpg, \n", r"train\.csv:2: no label; fix"),
         ("a/1.jpg,x,train\nb/2.jpg,y,tran\n", r"train\.csv:2: split 'tran'; expected train, "),
         (
             "a/1.jpg,x,train,1\n",
             r"train\.csv:1: expected path, label and perhaps split",
         ),
         ("a/1.jpg\n", r"train\.csv:1: expected path, label and perhaps split"),
-        ("a/1.jpg,x\nb/2.jpg,y\na/1.jpg,y\n", r"train\.csv:3: a/1\.jpg is of class y, and of x in"),
-        ("a/1.jpg,x\nc,d/3.jpg,y\n", r"train\.csv:2: 3 cells, and 2 in the first row"),
-        ("a/1.jpg,x\n./a/1.jpg,y\n", r"train\.csv:2: a/1\.jpg is of class y, and of x in line 1"),
+        ("a/1.jpg,x\nb/2.jpg,y\na/1.jpg,y\n", r"train\.csv:3: a/1\.jpg has label y, but x in"),
+        ("a/1.jpg,x\nc,d/3.jpg,y\n", r"train\.csv:2: 3 cells, but 2 in the first row"),
+        ("a/1.jpg,x\n./a/1.jpg,y\n", r"train\.csv:2: a/1\.jpg has label y, but x in line 1"),
         (
             "photo,kind\na/1.jpg,x\n",
             r"train\.csv:1: expected path, .* label, split\), not ph",
         ),
-        ("path,label,class\na/1.jpg,x,y\n", r"train\.csv:1: 2 columns are a label; leave one"),
-        ("a/1\0.jpg,x\n", r"train\.csv:1: path 'a/1\\x00\.jpg': no file has it; mend"),
-        ('a/1.jpg,"x\nb/2.jpg,y\n', r"train\.csv:1: unexpected end of data; mend or remove"),
-        ("path,label\n", r"train\.csv: no rows of train in it"),
-        ("a/1.jpg,x,val\n", r"train\.csv: no rows of train in it"),
+        ("path,label,class\na/1.jpg,x,y\n", r"train\.csv:1: 2 columns for the label; remove all"),
+        ("a/1\0.jpg,x\n", r"train\.csv:1: path 'a/1\\x00\.jpg': no file can have this name; fix"),
+        ('a/1.jpg,"x\nb/2.jpg,y\n', r"train\.csv:1: unexpected end of data; fix or remove"),
+        ("path,label\n", r"train\.csv: has no rows for train"),
+        ("a/1.jpg,x,val\n", r"train\.csv: has no rows for train"),
         ('a/1.jpg,"' + "x" * 200_000 + "\n", r"train\.csv:1: field larger than"),
     ],
 )
@@ -129,20 +129,22 @@ def test_a_bad_row_is_one_line(root: Path, text: str, line: str) -> None:
 
 
 def test_other_mistakes_are_one_line_too(root: Path) -> None:
-    with pytest.raises(UserError, match=r"no train\.csv or train\.tsv in it, nor one list alone"):
+    with pytest.raises(UserError, match=r"has neither train\.csv or train\.tsv nor a single list"):
         build_index("list", root, "train", None)
     (root / "some.csv").write_text("a/1.jpg,x\n")
-    with pytest.raises(UserError, match=r"some\.csv:1: no split; add it to each row, or make a"):
+    with pytest.raises(UserError, match=r"some\.csv:1: no column for the split; add one"):
         build_index("list", root, "train", None)
     (root / "train.csv").write_text("a/1.jpg,x\n")
     (root / "val.csv").write_text("a/1.jpg,x\nb/2.jpg,z\n")
-    with pytest.raises(UserError, match=r"val\.csv:2: label 'z': no training image has it; mend"):
+    with pytest.raises(UserError, match=r"val\.csv:2: label 'z': no training image has it; fix"):
         build_index("list", root, "val", None)
     (root / "classes.txt").write_text("w\nx\n")
     with pytest.raises(UserError, match=r"val\.csv:2: label 'z': classes\.txt has no such class"):
         build_index("list", root, "val", None)
     (root / "train.tsv").write_text("a/1.jpg\tx\n")
-    with pytest.raises(UserError, match=r"train\.csv: beside train\.tsv; remove one of them"):
+    with pytest.raises(
+        UserError, match=r"train\.csv: there is also train\.tsv; remove one of them"
+    ):
         build_index("list", root, "train", None)
 
 
@@ -216,7 +218,7 @@ def test_a_list_that_comes_to_be_is_seen(root: Path) -> None:
     os.utime(root / "train.csv", ns=(10**18, 10**18))
     assert len(build_index("list", root, "train", cache)) == 2
     (root / "train.tsv").write_text("a/1.jpg\tx\n")
-    with pytest.raises(UserError, match="beside"):
+    with pytest.raises(UserError, match="there is also"):
         build_index("list", root, "train", cache)
 
 

@@ -58,7 +58,7 @@ def test_edited_by_hand(tmp_path: Path) -> None:
     (tmp_path / QUARANTINE).write_bytes(b"train/a\tblurred\r\n\r\n\ntrain/b\tmine\\no\n")
     assert read_quarantine(tmp_path) == {"train/a": "blurred", "train/b": "mine\no"}
     (tmp_path / QUARANTINE).write_bytes(b"train/a\tblurred\n\ntrain/b blurred\n")
-    with pytest.raises(UserError, match=r"bad_samples\.tsv:3: no tab in it") as caught:
+    with pytest.raises(UserError, match=r"bad_samples\.tsv:3: has no tab") as caught:
         read_quarantine(tmp_path)
     assert "\n" not in str(caught.value)
     (tmp_path / QUARANTINE).unlink()

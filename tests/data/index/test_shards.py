@@ -101,7 +101,7 @@ def test_our_shards_have_their_index_beside_them(tmp_path: Path) -> None:
     shard = root / "train" / "000001.tar"
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-1])
-    with pytest.raises(UserError, match=rf"000001\.tar: {len(whole) - 1} bytes, and {len(whole)}"):
+    with pytest.raises(UserError, match=rf"000001\.tar: {len(whole) - 1} bytes, but {len(whole)}"):
         build_index("shards", root, "train", None)
     shard.unlink()
     with pytest.raises(UserError, match=r"000001\.tar: No such file"):
@@ -138,8 +138,8 @@ def test_labels_and_class_names(tmp_path: Path) -> None:
     (tmp_path / "classes.txt").write_text("cat\ndog\nowl\neel\n")
     assert build_index("shards", tmp_path, "train", None).classes == ("cat", "dog", "owl", "eel")
     for text, why in (
-        ("cat\ndog\n", r"0\.tar: a label 2, and 2 classes in .*classes\.txt"),
-        ("cat\n\ncat\n", r"classes\.txt: an empty line, or a class twice"),
+        ("cat\ndog\n", r"0\.tar: has a label 2, but there are 2 classes in .*classes\.txt"),
+        ("cat\n\ncat\n", r"classes\.txt: has an empty line or a duplicate"),
     ):
         (tmp_path / "classes.txt").write_text(text)
         with pytest.raises(UserError, match=why):
@@ -235,8 +235,8 @@ HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
     "hard link": (special(tarfile.LNKTYPE), "'1.jpg': a link"),
     "device": (special(tarfile.CHRTYPE), "'1.jpg': a link, a device"),
     "fifo": (special(tarfile.FIFOTYPE), "'1.jpg': a link, a device"),
-    "absolute": (of(("/etc/1.jpg", IMAGE)), "'/etc/1.jpg': a path that leaves"),
-    "traversal": (of(("a/../../1.jpg", IMAGE)), "'a/../../1.jpg': a path that leaves"),
+    "absolute": (of(("/etc/1.jpg", IMAGE)), "'/etc/1.jpg': a path that leads outside"),
+    "traversal": (of(("a/../../1.jpg", IMAGE)), "'a/../../1.jpg': a path that leads outside"),
     "past the end": (with_size(b"77777777777\0"), "'1.jpg': 8589934591 bytes, past the end"),
     "2**80 bytes": (with_size(b"\x80\0" + b"\x01" + bytes(9)), "past the end"),
     "negative": (with_size(b"\xff" * 12), "'1.jpg': -1 bytes, past the end"),
@@ -244,37 +244,37 @@ HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
     "pax header": (with_size(b"77777777777\0", tarfile.XHDTYPE), "a header of 8589934592"),
     "negative name": (
         with_size(b"\xff\xff" * 6, tarfile.GNUTYPE_LONGNAME),
-        "a header of|not a tar",
+        "a header of|not a readable tar",
     ),
     "key twice": (
         of(("1.jpg", IMAGE), ("1.cls", b"0"), ("2.jpg", IMAGE), ("2.cls", b"0"), ("1.txt", b"")),
-        "1.txt: its key stands in two places",
+        "1.txt: members with this key are not consecutive",
     ),
-    "member twice": (of(("1.jpg", IMAGE), ("1.jpg", IMAGE)), "1.jpg: twice"),
+    "member twice": (of(("1.jpg", IMAGE), ("1.jpg", IMAGE)), "1.jpg: is there twice"),
     "two images": (of(("1.jpg", IMAGE), ("1.png", IMAGE)), r"1: two images \(jpg, png\)"),
     "no label": (of(("1.jpg", IMAGE), ("1.txt", b"0")), "1.jpg: an image without a label"),
     "no image": (of(("1.cls", b"0")), "1: .cls without an image such as 1.jpg"),
     "two dots": (of(("1.2.jpg", IMAGE), ("1.2.cls", b"0")), "1: .2.jpg, .2.cls without an image"),
-    "word as label": (of(("1.jpg", IMAGE), ("1.cls", b"cat")), "1.cls: 'cat' is no label"),
-    "negative label": (of(("1.jpg", IMAGE), ("1.cls", b"-1")), "1.cls: '-1' is no label"),
-    "huge label": (of(("1.jpg", IMAGE), ("1.cls", b"9" * 7)), "1.cls: '9999999' is no label"),
+    "word as label": (of(("1.jpg", IMAGE), ("1.cls", b"cat")), "1.cls: 'cat' is not a label"),
+    "negative label": (of(("1.jpg", IMAGE), ("1.cls", b"-1")), "1.cls: '-1' is not a label"),
+    "huge label": (of(("1.jpg", IMAGE), ("1.cls", b"9" * 7)), "1.cls: '9999999' is not a label"),
     "label in words": (of(("1.jpg", IMAGE), ("1.json", b'{"label": "cat"}')), "1.json: 'cat' is"),
     "json list": (of(("1.jpg", IMAGE), ("1.json", b"[1]")), "1.jpg: an image without a label"),
     "deep json": (of(("1.jpg", IMAGE), ("1.json", b"[" * 100_000)), "1.jpg: an image without"),
     "large cls": (of(("1.jpg", IMAGE), ("1.cls", b"1" * 2**21)), "1.cls: 2097152 bytes for a lab"),
-    "empty file": (changed(lambda whole: b""), "not a tar that can be read"),
-    "no tar": (changed(lambda whole: b"<html>404</html>" * 100), "not a tar that can be read"),
+    "empty file": (changed(lambda whole: b""), "not a readable tar"),
+    "no tar": (changed(lambda whole: b"<html>404</html>" * 100), "not a readable tar"),
     "cut in a member": (
         changed(lambda whole: whole[: 3 * 512 + 100]),
         "n01_3.jpg': .* past the end",
     ),
-    "cut in a header": (changed(lambda whole: whole[: 7 * 512 + 100]), "cut short at byte 3584"),
-    "cut between members": (changed(lambda whole: whole[: 7 * 512]), "cut short at byte 3584"),
+    "cut in a header": (changed(lambda whole: whole[: 7 * 512 + 100]), "truncated at byte 3584"),
+    "cut between members": (changed(lambda whole: whole[: 7 * 512]), "truncated at byte 3584"),
     "a hole": (
         changed(lambda whole: whole[: 7 * 512] + b"\xaa" * 512 + whole[8 * 512 :]),
-        "cut short at byte 3584",
+        "truncated at byte 3584",
     ),
-    "a tar behind it": (changed(lambda whole: whole + whole), "damaged or cut short"),
+    "a tar behind it": (changed(lambda whole: whole + whole), "damaged or truncated"),
 }
 
 
@@ -299,7 +299,7 @@ def test_one_line_where_there_are_no_shards(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data\.root=.*nowhere: no such folder"):
         build_index("shards", tmp_path / "nowhere", "train", None)
     write_tar(tmp_path / "strained-0.tar", [])
-    with pytest.raises(UserError, match=r"no shards of train; expected train/\*\.tar"):
+    with pytest.raises(UserError, match=r"has no train shards; expected train/\*\.tar"):
         build_index("shards", tmp_path, "train", None)
     write_tar(tmp_path / "x-val-0.tar", [("README", b"")])
     with pytest.raises(UserError, match=r"x-val-0\.tar: no images in this shard"):

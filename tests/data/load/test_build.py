@@ -85,16 +85,16 @@ def test_folders_of_two_nodes(tiny_folder: Path, tiny_yaml: Path, nodes: list[Pa
     def says(pair: tuple[str, str], what: str) -> None:
         assert pair[0] == pair[1]
         assert pair[0].startswith(f"rank 1: {HERE}: data.root={nodes[1].parent}/")
-        assert f"not the data of rank 0 in train: {what}" in pair[0]
+        assert f"not the same train data as on rank 0: {what}" in pair[0]
         assert pair[0].endswith("; copy them to this node again, or leave the node out")
         assert "\n" not in pair[0]
 
     says(by_class, "1 class folders, such as class2")
     size = (nodes[0] / "train" / "class1" / "3.jpg").stat().st_size
     file = changes["bytes"] / "train" / "class1" / "3.jpg"
-    says(by_bytes, f"{file} has {size + 1} bytes, and {size} there")
+    says(by_bytes, f"{file} has {size + 1} bytes here and {size} on rank 0")
     file = changes["missing"] / "train" / "class1" / "3.jpg"
-    says(missing, f"{file} has 0 bytes, and {size} there")
+    says(missing, f"{file} has 0 bytes here and {size} on rank 0")
     says(gone, f"{changes['gone']}/train: No such file or directory")
     assert gone_on_main[0] == gone_on_main[1]
     assert "no such folder" in gone_on_main[0]
@@ -144,11 +144,11 @@ def test_shards_and_cifar_of_two_nodes(tiny_yaml: Path, nodes: list[Path]) -> No
     assert cifar[0] == cifar[1]
     assert cifar[0][2][1] == [0, 99, 50, 1, 2]
     expected = (
-        rf"{nodes[1]}/other/x-train-0.tar has \d+ bytes, and \d+ there",
-        "its index has another fingerprint",
-        rf"{nodes[1]}/own-short/train/0.tar has 1000 bytes, and \d+ there",
+        rf"{nodes[1]}/other/x-train-0.tar has \d+ bytes here and \d+ on rank 0",
+        "its index has a different fingerprint",
+        rf"{nodes[1]}/own-short/train/0.tar has 1000 bytes here and \d+ on rank 0",
         r"own-gone/train/index.arrow: not a usable index \(.*No such file",
-        "its index has another fingerprint",
+        "its index has a different fingerprint",
     )
     for pair, what in zip(refused, expected, strict=True):
         assert pair[0] == pair[1]
@@ -190,8 +190,10 @@ def test_lists_of_two_nodes(tiny_yaml: Path, nodes: list[Path]) -> None:
     cases = [([node / name for node in nodes], "list") for name in names]
     same, label, nbytes, gone = on_two_nodes(tiny_yaml, cases)
     assert gone[0] == gone[1]
-    assert gone[0].startswith(f"rank 1: {HERE}: data.root={nodes[1]}/gone: not the data of rank 0")
+    assert gone[0].startswith(
+        f"rank 1: {HERE}: data.root={nodes[1]}/gone: not the same train data as on rank 0"
+    )
     assert same[0] == same[1]
     assert same[0][1] == ["1.jpg", "1.jpg"]
-    assert "not the data of rank 0 in train: 1 files, such as train.csv; copy them" in label[0]
+    assert "not the same train data as on rank 0: 1 files, such as train.csv; copy them" in label[0]
     assert f"train: {nodes[1]}/bytes/1.jpg has " in nbytes[0]

@@ -407,7 +407,7 @@ def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     folder = tmp_path / "file" / "below"
     assert report_of(CPU, folder, said.append, WAYS, lambda device, ways: seen.items()) == seen
     assert "warning" in said[-1]
-    assert "probes again" in said[-1]
+    assert "will probe again" in said[-1]
 
 
 @pytest.fixture

@@ -430,8 +430,8 @@ def member(name: str, data: bytes = b"", **facts: object) -> bytes:
 
 IMAGE = photo(0)
 HOSTILE = {
-    "traversal": (member("../../evil.JPEG", IMAGE), "'../../evil.JPEG': a path that leaves"),
-    "absolute": (member("/etc/evil.JPEG", IMAGE), "'/etc/evil.JPEG': a path that leaves"),
+    "traversal": (member("../../evil.JPEG", IMAGE), "'../../evil.JPEG': a path that leads outside"),
+    "absolute": (member("/etc/evil.JPEG", IMAGE), "'/etc/evil.JPEG': a path that leads outside"),
     "symlink": (member("a.JPEG", type=tarfile.SYMTYPE, linkname="/etc/passwd"), "a link"),
     "hard link": (member("a.JPEG", type=tarfile.LNKTYPE, linkname="b.JPEG"), "a link"),
     "device": (member("a.JPEG", type=tarfile.CHRTYPE, devmajor=1, devminor=5), "a device"),
@@ -442,7 +442,7 @@ HOSTILE = {
     "name of 1 GB": (member("a", type=tarfile.GNUTYPE_LONGNAME, size=1 << 30), "a header of"),
     "cut short": (member("a.JPEG", IMAGE)[:-1100], "bytes, past the end"),
     "no end": (member("a.JPEG", IMAGE)[:-1024], "past the end of the tar"),  # runs on into the next
-    "damaged header": (member("a.JPEG", IMAGE)[:-1024] + b"x" * 2048, "damaged or cut short"),
+    "damaged header": (member("a.JPEG", IMAGE)[:-1024] + b"x" * 2048, "damaged or truncated"),
     "a tar inside": (member("bomb.tar", member("a.JPEG", IMAGE)), "member 'bomb.tar': not .jpg"),
 }
 
