@@ -1,4 +1,4 @@
-"""`verify`: decodes every image as training does, and says which will train, and how."""
+"""`verify`: decodes every image as training does, and reports which can be trained on, and how."""
 
 import os
 import re
@@ -27,18 +27,20 @@ from resnet_dist.run.progress import REFRESH_SECONDS, duration
 
 SPLITS = ("train", "val")
 BATCH_PER_THREAD = 8
-SEEN_PX = 8  # to which a whole image is resized: the least that is worth a thread's errand
+SEEN_PX = 8  # whole images are resized to this; only decoding matters
 SYNSET = re.compile(r"(?:^|_)(n[0-9]{8})(?=_|$)")  # n01440764_10026, ..._n01440764
-BAD = {"train": "a stand-in takes its place", "val": "counts as wrong"}
+BAD = {"train": "replaced by a stand-in", "val": "counts as wrong"}
 CANNOT_TRAIN = ("empty", "truncated", "corrupt", "unsupported", "unreadable", "class in one split")
 
 
 @dataclass(frozen=True)
 class Finding:
+    """Something to report about an image or a class."""
+
     split: str
-    name: str  # relative to the data's root: train/cat/1.jpg
+    name: str  # relative to the root of the data: train/cat/1.jpg
     kind: str
-    what: str  # is wrong, and happens in training
+    what: str  # what is wrong, and what it means for training
 
     def __str__(self) -> str:
         return f"{escape(self.name)}: {self.kind}: {self.what}"
@@ -46,12 +48,12 @@ class Finding:
 
 @dataclass
 class Split:
-    """One of the two, when all its images were looked at."""
+    """A split, and what has been found out about its images."""
 
     name: str
     index: Index
     root: Path
-    digests: np.ndarray  # S32 [N]: SHA-256 of each image; empty for unreadable ones
+    digests: np.ndarray  # S32 [N]: SHA-256 of each image; empty if unreadable
     bad: dict[int, str] = field(default_factory=dict)  # sample -> reason
 
     def name_of(self, sample: int) -> str:
@@ -62,15 +64,15 @@ class Split:
 
 
 def verify(root: Path, data_format: str | None, threads: int, dry_run: bool) -> bool:
-    """Prints a line for each finding, then how many there are of each kind.
+    """Prints a line for each finding, then the number of findings of each kind.
 
-    data_format: of DataConfig; None: recognized by what is in `root`. What cannot be read is
-    written to root/bad_samples.tsv, in place of what stood there, unless dry_run.
+    data_format: as in DataConfig; None: recognized by the files in `root`. Unless dry_run,
+    unreadable images are written to root/bad_samples.tsv, replacing its content.
 
-    Returns whether all will train.
+    Returns whether all images can be trained on.
 
     Raises:
-        UserError: no data, or a shard or CIFAR file that is damaged.
+        UserError: there are no data, or a shard or CIFAR file is damaged.
     """
     data_format = data_format or recognized(root)
     there = [name for name in SPLITS if FORMATS[data_format].has_split(root, name)]
@@ -78,7 +80,9 @@ def verify(root: Path, data_format: str | None, threads: int, dry_run: bool) -> 
     indexes = {name: build_index(data_format, root, name, None) for name in names}
     count = sum(map(len, indexes.values()))
     if indexes["train"].pixels is not None:
-        print(f"all {count:,} images of {data_format} will train: whole records, labels in range")
+        print(
+            f"all {count:,} images of {data_format} can be trained on: records and labels are valid"
+        )
         return True
     quarantined = read_quarantine(root)
     progress = _Progress(count)
@@ -103,7 +107,7 @@ def verify(root: Path, data_format: str | None, threads: int, dry_run: bool) -> 
 
 
 class _InspectingReader(Reader):
-    """Looks at the bytes on their way to the decoder, in the threads that read them."""
+    """A Reader that also inspects the bytes, in the threads that read them."""
 
     def __init__(self, split: Split, threads: int) -> None:
         super().__init__(split.index, threads)
@@ -123,7 +127,7 @@ class _InspectingReader(Reader):
 
 
 def _check_images(split: Split, threads: int, progress: "_Progress") -> Iterator[Finding]:
-    """Decodes them all, and fills split.digests and split.bad."""
+    """Decodes all images, yields findings, and fills split.digests and split.bad."""
     index, numbers = split.index, np.arange(len(split.index))
     reader = _InspectingReader(split, threads)
     loader = Loader(
@@ -134,9 +138,10 @@ def _check_images(split: Split, threads: int, progress: "_Progress") -> Iterator
         max_batch_size=BATCH_PER_THREAD * threads,
         reader=reader,
     )
-    parts = np.split(numbers, numbers[:: BATCH_PER_THREAD * threads][1:])
-    for part, _ in zip(parts, loader.batches(_whole(index, part) for part in parts), strict=True):
-        for sample in part.tolist():
+    batches = np.split(numbers, numbers[:: BATCH_PER_THREAD * threads][1:])
+    requests = (_whole(index, samples) for samples in batches)
+    for samples, _ in zip(batches, loader.batches(requests), strict=True):
+        for sample in samples.tolist():
             name = split.name_of(sample)
             found = reader.particulars.pop(sample, {})
             if sample in loader.bad:
@@ -144,20 +149,20 @@ def _check_images(split: Split, threads: int, progress: "_Progress") -> Iterator
                 split.bad[sample], split.digests[sample] = why, b""
                 found = {kind: f"{why}; {BAD[split.name]}"}
             elif other := _other_synset(name, split.class_of(sample)):
-                found["other class"] = f"its name says {other}; trains as {split.class_of(sample)}"
+                found["other class"] = f"named after {other}; trains as {split.class_of(sample)}"
             yield from (Finding(split.name, name, kind, what) for kind, what in found.items())
-        progress.add(len(part))
+        progress.add(len(samples))
 
 
 def _whole(index: Index, samples: np.ndarray) -> Request:
-    """All pixels: an image may be broken below the window that training happens to cut out."""
+    """Requests all pixels, since an image may be damaged outside of the window that is cut out."""
     sizes = index.sizes[samples]
     windows = unchanged(np.hstack([np.zeros_like(sizes), sizes]).astype(float), (SEEN_PX, SEEN_PX))
-    return Request(samples, replace(windows, cut_first=True))  # by training's way through DALI
+    return Request(samples, replace(windows, cut_first=True))  # decoded the same way as in training
 
 
 def _trouble(split: Split, sample: int, why: str, end_early: bool) -> tuple[str, str]:
-    """The kind, and the reason in words."""
+    """Returns the kind of trouble, and the reason in words."""
     if not why.startswith(("not a readable image", "an empty file")):
         return "unreadable", why
     nbytes = split.index.nbytes
@@ -169,7 +174,7 @@ def _trouble(split: Split, sample: int, why: str, end_early: bool) -> tuple[str,
 
 
 def _other_synset(name: str, trained_as: str) -> str | None:
-    """ImageNet's files name their class: n01440764_10026.JPEG."""
+    """Returns the class in the name of an ImageNet file, n01440764_10026.JPEG, if it differs."""
     synsets = SYNSET.findall(os.path.basename(name).partition(".")[0])
     if not synsets or not SYNSET.fullmatch(trained_as) or trained_as in synsets:
         return None
@@ -177,7 +182,7 @@ def _other_synset(name: str, trained_as: str) -> str | None:
 
 
 def _duplicates(splits: Sequence[Split]) -> Iterator[Finding]:
-    """Images with the same bytes in both splits, or under two classes of one."""
+    """Yields images with the same bytes in both splits, or in two classes."""
     train = splits[0]
     digests = np.concatenate([split.digests for split in splits])
     order = np.argsort(digests, kind="stable")
@@ -186,27 +191,27 @@ def _duplicates(splits: Sequence[Split]) -> Iterator[Finding]:
     several = np.diff(bounds) > 1
     for start, end in zip(bounds[:-1][several], bounds[1:][several], strict=True):
         train_images = len(train.index)
-        places = [
+        copies = [
             (train, i) if i < train_images else (splits[1], i - train_images)
             for i in order[start:end]
         ]
         first: dict[str, int] = {}  # in each split
-        for split, sample in places:
+        for split, sample in copies:
             name, of_class = split.name_of(sample), split.class_of(sample)
             other = first.setdefault(split.name, sample)
             if split.class_of(other) != of_class:
-                same = f"the bytes of {escape(split.name_of(other))}; has both labels"
+                same = f"same bytes as {escape(split.name_of(other))}; has both labels"
                 yield Finding(split.name, name, "two classes", same)
             if split is not train and (seen := first.get("train")) is not None:
-                as_what = "" if train.class_of(seen) == of_class else " (of another class)"
-                same = f"the bytes of {escape(train.name_of(seen))}{as_what}; training has seen it"
+                as_what = "" if train.class_of(seen) == of_class else " (in a different class)"
+                same = f"same bytes as {escape(train.name_of(seen))}{as_what}; training sees it"
                 yield Finding("val", name, "in both splits", same)
 
 
 def _differing_classes(train: Split, val: Split) -> Iterator[Finding]:
     for one, other in ((train, val), (val, train)):
         for name in sorted(set(one.index.classes) - set(other.index.classes)):
-            what = f"not in {other.name}/; training refuses to start"
+            what = f"not in {other.name}/; training will refuse to start"
             yield Finding(one.name, f"{one.name}/{name}", "class in one split", what)
 
 
@@ -225,48 +230,48 @@ def _table(counts: Counter[tuple[str, str]]) -> str:
 
 
 def _set_aside(root: Path, bad: dict[str, str], before: dict[str, str], dry_run: bool) -> str:
-    """Writes the quarantine; lines that say so, and what is in it no longer."""
+    """Writes the quarantine. Returns lines that say so, and which images are no longer in it."""
     path = root / QUARANTINE
-    mended = sorted(before.keys() - bad)
-    lines = [f"{escape(name)}: no longer in {path}: it decodes, or is gone" for name in mended]
+    removed = sorted(before.keys() - bad)
+    lines = [f"{escape(name)}: removed from {path}: it decodes or is gone" for name in removed]
     if bad == before:
-        lines += [f"{path} names them already"] if bad else []
+        lines += [f"{path} lists them already"] if bad else []
     elif dry_run:
-        return f"{path} is left as it is (--dry-run)"
+        return f"{path} is unchanged (--dry-run)"
     else:
         try:
             write_quarantine(root, bad)
-            lines += [f"{path} names them now"] if bad else []
+            lines += [f"{path} lists them now"] if bad else []
         except OSError as error:
             return (
-                f"{path}: {error.strerror}: not written; run `resnet-dist verify` where it can be, "
-                "or let training find these images by itself"
+                f"{path}: cannot be written: {error.strerror}; run `resnet-dist verify` where it "
+                "can be, or let training find these images itself"
             )
     return "\n".join(lines)
 
 
 def _verdict(count: int, bad: int, classes_differ: bool) -> str:
     most = DataConfig().max_bad_samples
-    text = f"all {count:,} images will train"
+    text = f"all {count:,} images can be trained on"
     if bad:
         text = (
-            f"{count - bad:,} of {count:,} images will train; {bad:,} cannot: in training a "
-            "stand-in takes their place, in evaluation they count as wrong"
+            f"{count - bad:,} of {count:,} images can be trained on; {bad:,} cannot: training "
+            "replaces them by stand-ins, evaluation counts them as wrong"
         )
     if bad > most:
-        text += f"; they are more than data.max_bad_samples={most}: mend them, or raise it"
+        text += f"; these are more than data.max_bad_samples={most}: repair them, or raise it"
     if classes_differ:
-        text += "; but train/ and val/ must have the same classes first"
+        text += "; but first, train and val must have the same classes"
     return text
 
 
 class _Progress:
-    """One living line on a terminal; none elsewhere. On stderr: stdout is for the findings."""
+    """A line that updates in place, on a terminal only. On stderr, as stdout has the findings."""
 
     def __init__(self, count: int) -> None:
         self._count = count
         self._done = 0
-        self._lives = sys.stderr.isatty()
+        self._is_terminal = sys.stderr.isatty()
         self._started = self._refreshed = time.monotonic()
 
     def say(self, text: str) -> None:
@@ -276,7 +281,7 @@ class _Progress:
     def add(self, images: int) -> None:
         self._done += images
         now = time.monotonic()
-        if self._lives and now - self._refreshed > REFRESH_SECONDS:
+        if self._is_terminal and now - self._refreshed > REFRESH_SECONDS:
             self._refreshed = now
             rate = self._done / (now - self._started)
             left = (self._count - self._done) / rate
@@ -295,5 +300,5 @@ class _Progress:
         )
 
     def _clear(self) -> None:
-        if self._lives:
+        if self._is_terminal:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)

@@ -199,8 +199,8 @@ def test_other_networks_are_refused(tiny_config: Callable[..., Config], tmp_path
         "lacks": f"has no layer2.0.bn1.weight, which resnet18 has; {way_out}",
         "more": f"has layer2.2.conv1.weight, which resnet18 does not have; {way_out}",
         "shape": "layer1.0.conv1.weight is [64, 64, 1, 1], in resnet18 [64, 64, 3, 3]; " + way_out,
-        "wrapped": "is not a state dict: tensors by their names, such as torchvision's .pth files "
-        "hold; save model.state_dict() alone",
+        "wrapped": "is not a state dict (tensors by name, as in torchvision's .pth files); "
+        "save model.state_dict() alone",
         "text": "is not a file of weights; download it again",
     }.items():
         assert said(f"torchvision:{tmp_path}/{name}.pth", "resnet18") == refusal

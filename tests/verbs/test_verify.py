@@ -179,7 +179,7 @@ def test_each_kind_is_found(awkward: Path, verify: Callable[..., Ran]) -> None:
     assert (
         "train/a/png.JPEG: other format: is a PNG with the suffix of a JPEG; decoded as PNG" in out
     )
-    assert "train/a/empty.jpg: empty: an empty file; a stand-in takes its place" in out
+    assert "train/a/empty.jpg: empty: an empty file; replaced by a stand-in" in out
     assert "val/a/no_end_mark.jpg: truncated: not a readable image (image file is truncated" in out
     assert "); counts as wrong" in out
     counts = {line.rsplit(maxsplit=3)[0]: line.split()[-3:] for line in out.splitlines() if line}
@@ -187,7 +187,7 @@ def test_each_kind_is_found(awkward: Path, verify: Callable[..., Ran]) -> None:
     assert counts["EXIF"] == ["7", "0", "trains"]
     ok = len(TRAIN_AS) + 4
     assert (
-        f"{ok} of {ok + 2 * len(CANNOT_TRAIN)} images will train; {2 * len(CANNOT_TRAIN)} can"
+        f"{ok} of {ok + 2 * len(CANNOT_TRAIN)} images can be trained on; {2 * len(CANNOT_TRAIN)} c"
         in out
     )
 
@@ -217,12 +217,12 @@ def test_a_repaired_file_is_set_aside_no_longer(tmp_path: Path, verify: Callable
     assert set(read_quarantine(tmp_path)) == {"train/a/x.jpg", "train/a/y.jpg"}
     write(tmp_path, {"train/a/x.jpg": unique(20)})
     _, out, code = verify(tmp_path)
-    assert "train/a/x.jpg: no longer in" in out
+    assert "train/a/x.jpg: removed from" in out
     assert (set(read_quarantine(tmp_path)), code) == ({"train/a/y.jpg"}, 1)
     (tmp_path / "train/a/y.jpg").unlink()
     found, out, code = verify(tmp_path)
-    assert (found, code) == ({"train/a/y.jpg": {"no longer in " + str(tmp_path / QUARANTINE)}}, 0)
-    assert "all 5 images will train" in out
+    assert (found, code) == ({"train/a/y.jpg": {"removed from " + str(tmp_path / QUARANTINE)}}, 0)
+    assert "all 5 images can be trained on" in out
     assert not (tmp_path / QUARANTINE).exists()
 
 
@@ -251,11 +251,11 @@ def test_twins_labels_and_classes(tmp_path: Path, verify: Callable[..., Ran]) ->
         f"val/{b}/9.jpg": {"in both splits", "two classes"},
         f"val/{c}": {"class in one split"},
     }
-    assert f"train/{a}/{b}_2.JPEG: other class: its name says {b}; trains as {a}" in out
-    assert f"train/{b}/5.jpg: two classes: the bytes of train/{a}/{a}_1.JPEG; has both" in out
-    assert f"val/{a}/8.jpg: in both splits: the bytes of train/{a}/{b}_2.JPEG;" in out
-    assert f"of train/{a}/{b}_2.JPEG (of another class); training has seen it" in out
-    assert "but train/ and val/ must have the same classes first" in out
+    assert f"train/{a}/{b}_2.JPEG: other class: named after {b}; trains as {a}" in out
+    assert f"train/{b}/5.jpg: two classes: same bytes as train/{a}/{a}_1.JPEG; has both" in out
+    assert f"val/{a}/8.jpg: in both splits: same bytes as train/{a}/{b}_2.JPEG;" in out
+    assert f"as train/{a}/{b}_2.JPEG (in a different class); training sees it" in out
+    assert "but first, train and val must have the same classes" in out
     assert code == 1
 
 
@@ -295,14 +295,14 @@ def test_odd_names_and_an_unwritable_folder(
 
     monkeypatch.setattr(os, "replace", read_only)
     _, out, code = verify(tmp_path)
-    assert f"{tmp_path / QUARANTINE}: Read-only file system: not written; run" in out
+    assert f"{tmp_path / QUARANTINE}: cannot be written: Read-only file system; run" in out
     assert code == 1
 
 
 def test_exit_codes(tiny_folder: Path, tmp_path: Path, verify: Callable[..., Ran]) -> None:
     found, out, code = verify(tiny_folder)
     assert (found, code) == ({}, 0)
-    assert "all 47 images will train" in out
+    assert "all 47 images can be trained on" in out
     _, err, code = verify(tmp_path / "nowhere")
     assert code == 2
     assert err.count("\n") == 1
@@ -322,7 +322,7 @@ def test_cifar(tmp_path: Path, form: str, verify: Callable[..., Ran]) -> None:
     write(tmp_path, dict.fromkeys([*train, test], bytes(labels + CIFAR_PIXEL_BYTES)))
     _, out, code = verify(tmp_path)
     assert code == 0
-    assert f"all {len(train) + 1} images of {form} will train" in out
+    assert f"all {len(train) + 1} images of {form} can be trained on" in out
     write(tmp_path, {test: b"\xff" * (labels + CIFAR_PIXEL_BYTES)})
     assert verify(tmp_path)[2] == 2
     write(tmp_path, {test: bytes(CIFAR_PIXEL_BYTES)})

@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits as an image folder: real data that comes with the package."""
+"""Writes scikit-learn's handwritten digits as an image folder: real data without a download."""
 
 from pathlib import Path
 
@@ -8,14 +8,14 @@ from PIL import Image
 from resnet_dist.errors import UserError
 
 DIGITS_PX = 32
-VAL_EVERY = 5  # each fifth image of a class goes to val
+VAL_EVERY = 5  # every fifth image of a class goes to val
 
 
 def write_digits(root: Path) -> tuple[int, int]:
     """Writes 1,797 real 8x8 digits (Alpaydin & Kaynak 1998) as 32x32 PNG files.
 
     root/train/<digit>/*.png and root/val/<digit>/*.png. Returns (train images, val images).
-    Nothing is written where root holds them already.
+    Images that exist are not written again.
 
     Raises:
         UserError: the folder cannot be written.
@@ -35,7 +35,7 @@ def write_digits(root: Path) -> tuple[int, int]:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 grey = np.round(image * (255 / 16)).astype(np.uint8)  # 0..16 -> 0..255
                 size = (DIGITS_PX, DIGITS_PX)
-                fresh = path.with_name(f".{path.name}")  # a name that stands is whole
+                fresh = path.with_name(f".{path.name}")  # renamed when complete
                 Image.fromarray(grey).resize(size, Image.Resampling.BICUBIC).save(fresh)
                 fresh.rename(path)
     except OSError as error:

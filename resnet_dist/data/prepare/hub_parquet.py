@@ -1,6 +1,6 @@
 """ImageNet-1k from the Hugging Face hub: parquet files with columns image {bytes, path} and label.
 
-https://huggingface.co/datasets/ILSVRC/imagenet-1k. Its test images have no labels, and are left.
+https://huggingface.co/datasets/ILSVRC/imagenet-1k. Its test images have no labels and are ignored.
 """
 
 import json
@@ -17,20 +17,22 @@ from resnet_dist.errors import UserError
 
 FILE = re.compile(r"(?P<split>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.parquet")
 HUB_SPLITS = {"train": "train", "val": "validation"}
-# n01440764_10026_n01440764.JPEG and ILSVRC2012_val_00000001_n01751748.JPEG name the class last.
+# In n01440764_10026_n01440764.JPEG and ILSVRC2012_val_00000001_n01751748.JPEG the class comes last.
 SYNSET = re.compile(r"_(n\d{8})\.\w+$")
 
 
 @dataclass(frozen=True)
 class HubSplit:
-    labels: np.ndarray  # int64 [N], the hub's own numbers
-    names: Sequence[str]  # of the original files
+    """A split, as the hub has it."""
+
+    labels: np.ndarray  # int64 [N], as numbered by the hub
+    names: Sequence[str]  # names of the original files
     images: ParquetRows
-    class_names: Sequence[str]  # by the hub's label; empty if the files do not name them
+    class_names: Sequence[str]  # by label; empty if the files do not have them
 
 
 def parquet_folder(root: Path) -> Path | None:
-    """Where `root` holds the hub's files; None if nowhere."""
+    """Returns the folder with the hub's files, `root` or `root`/data; None if there are none."""
     for folder in (root, root / "data"):
         if any(FILE.fullmatch(path.name) for path in folder.glob("*.parquet")):
             return folder
@@ -38,10 +40,10 @@ def parquet_folder(root: Path) -> Path | None:
 
 
 def list_parquet(folder: Path, split: str) -> HubSplit:
-    """The rows of a split ("train" or "val"), in the order of the files.
+    """Returns the rows of a split ("train" or "val"), in the order of the files.
 
     Raises:
-        UserError: a missing or damaged file, or a row without a label.
+        UserError: a file is missing or damaged, or a row has no label.
     """
     import pyarrow.parquet as pq  # only this source needs it
 
@@ -61,23 +63,23 @@ def list_parquet(folder: Path, split: str) -> HubSplit:
         except (pa.ArrowException, KeyError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(
-                f"{path}: not a file of image, label ({reason}); copy it again"
+                f"{path}: has no columns image and label ({reason}); copy it again"
             ) from None
         if label.dtype != np.int64 or (label < 0).any():
             row = int((label < 0).argmax()) if label.dtype == np.int64 else 0
-            raise UserError(f"{path}: row {row} has no label; expected the hub's {path.name}")
+            raise UserError(f"{path}: row {row} has no label; expected {path.name} from the hub")
         labels.append(label)
         names += [name or f"{path.stem}/{row}" for row, name in enumerate(found)]
-    rows = tuple(len(part) for part in labels)
+    rows = tuple(len(of_file) for of_file in labels)
     images = ParquetRows(tuple(map(str, files)), rows, 0, sum(rows))
     return HubSplit(np.concatenate(labels), names, images, class_names)
 
 
 def class_of_labels(splits: Sequence[HubSplit]) -> dict[int, str]:
-    """Class name of each of the hub's labels: its synset where the file names tell it.
+    """Returns the class name of each label: its synset, if the file names have it.
 
     Raises:
-        UserError: nothing tells the names, or two things tell different ones.
+        UserError: there are no class names, or contradictory ones.
     """
     synset_of: dict[int, str] = {}
     for split in splits:
@@ -87,10 +89,10 @@ def class_of_labels(splits: Sequence[HubSplit]) -> dict[int, str]:
                 return _named(splits)
             if synset_of.setdefault(label, found[1]) != found[1]:
                 raise UserError(
-                    f"{name}: label {label} is {synset_of[label]} elsewhere; copy the files again"
+                    f"{name}: label {label} is {synset_of[label]} in other files; copy them again"
                 )
     if len(set(synset_of.values())) < len(synset_of):
-        raise UserError(f"{name}: two labels of one synset; copy the files again")
+        raise UserError(f"{name}: two labels for one synset; copy the files again")
     return synset_of
 
 
@@ -99,8 +101,8 @@ def _named(splits: Sequence[HubSplit]) -> dict[int, str]:
     highest = max(int(split.labels.max()) for split in splits)
     if highest >= len(names) or any(split.class_names != names for split in splits):
         raise UserError(
-            f"{splits[0].images.files[0]}: label {highest}, and {len(names)} class names in the "
-            "metadata; expected the files as the hub has them"
+            f"{splits[0].images.files[0]}: label {highest}, but {len(names)} class names in the "
+            "metadata; expected the original files from the hub"
         )
     return dict(enumerate(names))
 
@@ -108,18 +110,18 @@ def _named(splits: Sequence[HubSplit]) -> dict[int, str]:
 def _files(folder: Path, hub_split: str) -> list[Path]:
     found = {}
     for path in folder.glob("*.parquet"):
-        part = FILE.fullmatch(path.name)
-        if part and part["split"] == hub_split:
-            found[int(part["number"])] = (path, int(part["count"]))
+        match = FILE.fullmatch(path.name)
+        if match and match["split"] == hub_split:
+            found[int(match["number"])] = (path, int(match["count"]))
     counts = {count for _, count in found.values()}
     if len(counts) != 1 or set(found) != set(range(*counts)):
-        expected = f"{hub_split}-00000-of-NNNNN.parquet and all that follow"
-        raise UserError(f"{folder}: expected {expected}; {len(found)} are there")
+        expected = f"{hub_split}-00000-of-NNNNN.parquet and all that follow it"
+        raise UserError(f"{folder}: expected {expected}, found {len(found)}")
     return [found[number][0] for number in sorted(found)]
 
 
 def _class_names(schema: pa.Schema) -> tuple[str, ...]:
-    """As the `datasets` library notes them; () if it did not write the file."""
+    """Returns the class names that the `datasets` library has stored; () if there are none."""
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
         return tuple(map(str, features["label"]["names"]))

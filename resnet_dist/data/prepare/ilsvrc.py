@@ -1,7 +1,7 @@
-"""ILSVRC2012 as it is downloaded: a tar of a tar per class, a tar of validation images, and the
-devkit, which says what these show. All are read in place.
+"""ILSVRC2012 as downloaded: a tar with a tar per class, a tar of validation images, and the devkit.
 
-A tar from elsewhere is not trusted: what is no plain image under a plain name is refused.
+The devkit has the labels of the validation images. The tars are read without unpacking them. They
+are not trusted: anything but regular image files under ordinary names is refused.
 """
 
 import io
@@ -27,14 +27,16 @@ SYNSETS = "data/meta.mat"
 
 MAX_DEVKIT_FILE_BYTES = 1 << 24
 
-Member = tuple[str, int, int]  # name, offset of its first byte in the file, nbytes
+Member = tuple[str, int, int]  # name, offset of the first byte in the file, size in bytes
 
 
 def list_train(root: Path, map_: Callable[..., Iterable[Any]]) -> dict[str, list[Member]]:
-    """Images of each class, by synset. map_: as the built-in `map`; may run in processes.
+    """Returns the training images of each class, by synset.
+
+    map_: like the built-in `map`; may run in processes.
 
     Raises:
-        UserError: a missing or damaged tar, or one that is not ILSVRC2012's.
+        UserError: a tar is missing, damaged, or not ILSVRC2012's.
     """
     path = root / TRAIN_TAR
     tars: dict[str, Member] = {}
@@ -48,10 +50,10 @@ def list_train(root: Path, map_: Callable[..., Iterable[Any]]) -> dict[str, list
 
 
 def list_val(root: Path) -> dict[str, list[Member]]:
-    """Images of each class, by synset, as the devkit's ground truth has it.
+    """Returns the validation images of each class, by synset, from the devkit's ground truth.
 
     Raises:
-        UserError: a missing or damaged tar, or one that is not ILSVRC2012's.
+        UserError: a tar is missing, damaged, or not ILSVRC2012's.
     """
     path = root / VAL_TAR
     truth, synset_of = _read_devkit(root / DEVKIT)
@@ -69,13 +71,15 @@ def list_val(root: Path) -> dict[str, list[Member]]:
         classes.setdefault(synset_of[truth[image - 1]], []).append(member)
     if len(seen) < len(truth):
         raise UserError(
-            f"{path}: {len(seen):,} images, and {len(truth):,} in the devkit; copy it again"
+            f"{path}: {len(seen):,} images, but {len(truth):,} in the devkit; copy it again"
         )
     return {synset: sorted(images) for synset, images in classes.items()}
 
 
 def as_tar_members(path: Path, members: list[Member]) -> TarMembers:
-    offset, nbytes = (np.array([m[part] for m in members], np.int64) for part in (1, 2))
+    """Returns the members of one tar as images."""
+    offset = np.array([offset for _, offset, _ in members], np.int64)
+    nbytes = np.array([nbytes for _, _, nbytes in members], np.int64)
     return TarMembers((str(path),), np.zeros(len(members), np.int32), offset, nbytes)
 
 
@@ -89,10 +93,10 @@ def _class_members(path: Path, class_tar: Member) -> list[Member]:
 def _members(
     path: Path, suffixes: tuple[str, ...], class_tar: Member | None = None
 ) -> Iterator[Member]:
-    """Of the tar, or of one that is a member of it.
+    """Yields the members of a tar, or of a tar inside it.
 
     Raises:
-        UserError: a member that has no place there.
+        UserError: a member does not belong there, or the tar cannot be read.
     """
     where, start, end = str(path), 0, None
     if class_tar is not None:
@@ -112,10 +116,10 @@ def _members(
 
 
 def _read_devkit(path: Path) -> tuple[list[int], dict[int, str]]:
-    """(ILSVRC2012_ID of each validation image, synset of each ID).
+    """Returns the ILSVRC2012_ID of each validation image, and the synset of each ID.
 
     Raises:
-        UserError: missing, damaged, or not what it should be.
+        UserError: the devkit is missing, damaged, or has unexpected content.
     """
     from scipy.io import loadmat  # slow to import, and only this source needs it
 
@@ -132,14 +136,14 @@ def _read_devkit(path: Path) -> tuple[list[int], dict[int, str]]:
         synset_of = {
             int(one["ILSVRC2012_ID"].item()): str(one["WNID"].item())
             for one in synsets
-            if int(one["num_children"].item()) == 0  # the others are above the 1000 classes
+            if int(one["num_children"].item()) == 0  # the others are superclasses
         }
         if not truth or not set(truth) <= set(synset_of):
             raise ValueError("a class in the ground truth that is not in meta.mat")
     except FileNotFoundError as error:
         raise unreadable(path, error) from None
     except KeyError as error:
-        raise UserError(f"{path}: no {error.args[0]} in it; copy it again") from None
-    except Exception as error:  # gzip, tarfile and scipy raise almost anything on damaged files
+        raise UserError(f"{path}: has no {error.args[0]}; copy it again") from None
+    except Exception as error:  # for damaged files, gzip, tarfile and scipy raise all kinds
         raise UserError(f"{path}: damaged ({error}); copy it again") from None
     return truth, synset_of

@@ -1,5 +1,8 @@
-"""Where a source's encoded images are: each class is a part of a split, small enough to be sent to
-a worker, that is cut by a slice and yields the bytes of one image after the other."""
+"""Where the encoded images of a source are: in files, tars, parquet files, or as pixels in memory.
+
+An Images object describes a contiguous range of a split. It is small enough to be sent to a worker,
+can be cut, and yields the bytes of one image after the other.
+"""
 
 import hashlib
 import io
@@ -20,17 +23,20 @@ PARQUET_BUFFER_BYTES = 1 << 20
 class Images(Protocol):
     """N encoded images, in the order of their split."""
 
-    def cut(self, start: int, stop: int) -> "Images": ...
+    def cut(self, start: int, stop: int) -> "Images":
+        """Returns images start..stop-1."""
 
     def identity(self) -> bytes:
-        """Of all that can be told without reading the images: another source has another."""
+        """Returns what identifies the images, as far as is known without reading them."""
 
     def __iter__(self) -> Iterator[bytes]:
-        """Raises UserError: a file cannot be read, or is shorter than it was."""
+        """Yields each image. Raises UserError if a file cannot be read or has become shorter."""
 
 
 @dataclass(frozen=True)
 class Files:
+    """Images in files of their own."""
+
     paths: Sequence[str]
     nbytes: np.ndarray  # int64 [N]
 
@@ -51,7 +57,7 @@ class Files:
 
 @dataclass(frozen=True)
 class TarMembers:
-    """Read in place: image i is nbytes[i] bytes of files[tar[i]] from offset[i] on."""
+    """Images inside tars: image i is nbytes[i] bytes of files[tar[i]], starting at offset[i]."""
 
     files: Sequence[str]
     tar: np.ndarray  # int32 [N]
@@ -59,11 +65,11 @@ class TarMembers:
     nbytes: np.ndarray  # int64 [N]
 
     def cut(self, start: int, stop: int) -> "TarMembers":
-        part = slice(start, stop)
-        return replace(self, tar=self.tar[part], offset=self.offset[part], nbytes=self.nbytes[part])
+        cut = slice(start, stop)
+        return replace(self, tar=self.tar[cut], offset=self.offset[cut], nbytes=self.nbytes[cut])
 
     def identity(self) -> bytes:
-        return self.nbytes.astype(np.int64).tobytes()  # as of the same images as files
+        return self.nbytes.astype(np.int64).tobytes()  # the same as for Files
 
     def __iter__(self) -> Iterator[bytes]:
         opened, descriptor = -1, -1
@@ -89,10 +95,10 @@ class TarMembers:
 
 @dataclass(frozen=True)
 class ParquetRows:
-    """The column image.bytes of rows start..stop-1 of the files, taken as one table."""
+    """The column image.bytes of rows start..stop-1 of several files, seen as one table."""
 
     files: Sequence[str]
-    rows: Sequence[int]  # of each file
+    rows: Sequence[int]  # number of rows of each file
     start: int
     stop: int
 
@@ -118,7 +124,7 @@ def _parquet_rows(path: str, start: int, stop: int) -> Iterator[bytes]:
     import pyarrow.parquet as pq
 
     try:
-        # A row group may be as large as its file: it is read in parts.
+        # A row group may be as large as the file, so it is read in batches.
         with pq.ParquetFile(path, buffer_size=PARQUET_BUFFER_BYTES, pre_buffer=False) as file:
             row = 0
             for group in range(file.num_row_groups):
@@ -141,7 +147,7 @@ def _parquet_rows(path: str, start: int, stop: int) -> Iterator[bytes]:
 
 @dataclass(frozen=True)
 class Pixels:
-    """Raw pixels, uint8 [N, H, W, 3], which become PNG files: nothing is lost."""
+    """Raw pixels, uint8 [N, H, W, 3], which become PNG files without loss."""
 
     pixels: np.ndarray
 
@@ -159,5 +165,6 @@ class Pixels:
 
 
 def unreadable(path: object, error: OSError) -> UserError:
+    """Returns the error for a file that cannot be read."""
     reason = error.strerror or str(error).splitlines()[0]
     return UserError(f"{path}: cannot be read: {reason}")

@@ -1,4 +1,4 @@
-"""How far `prepare` is: one living line on a terminal, a plain line now and then elsewhere."""
+"""The progress of `prepare`: a line that updates in place on a terminal, or occasional lines."""
 
 import sys
 import time
@@ -9,13 +9,15 @@ PLAIN_LINE_SECONDS = 30.0
 
 
 class ShardProgress:
+    """Counts images and prints how far `prepare` has got."""
+
     def __init__(self, images: int) -> None:
         self._images = images
         self._done = self._fresh = self._fresh_bytes = 0
         self._started = self._said = time.monotonic()
 
     def add(self, images: int, nbytes: int, fresh: bool) -> None:
-        """After each shard. fresh: it was not there already."""
+        """Called after each shard. fresh: it was written now."""
         self._done += images
         if fresh:
             self._fresh += images
@@ -27,6 +29,7 @@ class ShardProgress:
             print(self._line(), flush=True)
 
     def finish(self) -> None:
+        """Prints the last line."""
         print(f"\r\x1b[K{self._line()}" if sys.stdout.isatty() else self._line(), flush=True)
 
     def _line(self) -> str:

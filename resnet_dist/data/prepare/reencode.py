@@ -1,4 +1,4 @@
-"""Large images made smaller: decoded by Pillow, turned upright, resized, written as JPEG."""
+"""Shrinks large images: decodes them with Pillow, applies EXIF, resizes, and encodes as JPEG."""
 
 import io
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from PIL import Image
 
 from resnet_dist.data.index.headers import UnreadableImage, exif_orientation, said_by_pillow
 
-# EXIF 2.32, table "Orientation": how the stored rows and columns come to stand upright.
+# EXIF 2.32, table "Orientation": how to make the stored image upright.
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -18,20 +18,22 @@ UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# A JPEG is decoded at the smallest of 8/8, 4/8, 2/8, 1/8 of its size that is at least this many
-# times too large; Pillow calls the result of 3 nearly the same as that of a full decode.
+# A JPEG is decoded at the smallest of 8/8, 4/8, 2/8 and 1/8 of its size that is still this many
+# times larger than needed. According to Pillow, 3 gives nearly the same as decoding in full.
 REDUCING_GAP = 3.0
 
 
 @dataclass(frozen=True)
 class Limit:
+    """The largest size of an image."""
+
     side: str  # "longest" or "shortest"
     px: int
-    quality: int  # of JPEG, 1..100
+    quality: int  # JPEG quality, 1..100
 
 
 def reencode(data: bytes, limit: Limit) -> bytes:
-    """A JPEG (8-bit RGB, no EXIF) whose side is limit.px; `data` itself if it is not larger.
+    """Returns a JPEG (8-bit RGB, no EXIF) whose side is limit.px, or `data` if it is not larger.
 
     Raises:
         UnreadableImage: it cannot be decoded.
@@ -41,11 +43,11 @@ def reencode(data: bytes, limit: Limit) -> bytes:
             side = max(image.size) if limit.side == "longest" else min(image.size)
             if side <= limit.px:
                 return data
-            # Only the EXIF block itself, as `displayed_size` does it.
+            # Only the EXIF block counts, as in `displayed_size`.
             orientation = exif_orientation(image.info.get("exif", b""))
             width, height = (max(1, round(px * limit.px / side)) for px in image.size)
-            # A palette cannot be resized; a JPEG may be CMYK, and is decoded small only if it is
-            # not converted first.
+            # Convert before resizing, since a palette cannot be resized; but not a JPEG (which may
+            # be CMYK), since it can only be decoded at a reduced size if it is not converted.
             smaller = image if image.format == "JPEG" else _rgb(image)
             fraction = smaller.draft(None, (int(width * REDUCING_GAP), int(height * REDUCING_GAP)))
             smaller = smaller.resize(
@@ -67,7 +69,7 @@ def reencode(data: bytes, limit: Limit) -> bytes:
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    """8 bits per channel; transparency is dropped, as DALI does it."""
+    """Converts to 8 bits per channel; drops transparency, like DALI."""
     if image.mode == "I" or image.mode.startswith("I;16"):  # 16-bit grey, which Pillow would clip
         grey = np.asarray(image).clip(0, 65535) / 257
         image = Image.fromarray(np.rint(grey).astype(np.uint8))

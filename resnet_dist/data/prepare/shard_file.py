@@ -1,7 +1,7 @@
-"""One shard: a tar of KEY.jpg, KEY.cls and KEY.json for each sample, as WebDataset has it.
+"""Writes one shard: a tar with KEY.jpg, KEY.cls and KEY.json for each sample.
 
-https://github.com/webdataset/webdataset. Nothing of the machine or the hour is in it: the same
-samples make the same bytes.
+This is WebDataset's format, https://github.com/webdataset/webdataset. It contains nothing about the
+machine or the time, so the same samples give the same bytes.
 """
 
 import io
@@ -35,36 +35,37 @@ SIGNATURES = {
 
 @dataclass(frozen=True)
 class ShardTask:
-    """What a worker is sent."""
+    """What a worker needs to make a shard."""
 
     path: Path
-    first: int  # number in the split of the first sample
+    first: int  # the first sample's number in the split
     labels: Sequence[int]
-    names: Sequence[str]  # of the originals: CLASS/FILE
-    class_names: Sequence[str]  # of each sample
+    names: Sequence[str]  # names of the original files, CLASS/FILE
+    class_names: Sequence[str]  # for each sample
     images: Images
-    bad: dict[int, str]  # known beforehand: number in the split -> reason
+    bad: dict[int, str]  # known to be bad: number in the split -> reason
     limit: Limit | None
 
 
 @dataclass(frozen=True)
 class ShardFacts:
-    """What the index says of the n samples of a shard."""
+    """What the index needs to know about the n samples of a shard."""
 
-    members: list[str]  # the images
-    offsets: np.ndarray  # int64 [n]: of the image's first byte in the tar
+    members: list[str]  # names of the images in the tar
+    offsets: np.ndarray  # int64 [n]: offset of the image's first byte in the tar
     nbytes: np.ndarray  # int64 [n]
     sizes: np.ndarray  # int32 [n, 2]: height, width; 0, 0 if bad
     bad: dict[int, str]  # number in the shard -> reason
 
 
 def make_shard(task: ShardTask) -> tuple[ShardFacts, bool]:
-    """Writes the shard, unless it is there; (what is in it, whether it was written now).
+    """Writes the shard unless it exists. Returns its facts, and whether it was written now.
 
-    It gets its name when its last byte is on the disk, so one that has its name is whole.
+    A shard is renamed to its final name once its last byte is on the disk, so one that exists is
+    complete.
 
     Raises:
-        UserError: an image cannot be read, or the shard not be written.
+        UserError: an image cannot be read, or the shard cannot be written.
     """
     fresh = not task.path.exists()
     if fresh:
@@ -74,7 +75,7 @@ def make_shard(task: ShardTask) -> tuple[ShardFacts, bool]:
         except OSError as error:
             raise UserError(
                 f"{task.path}: cannot be written: {error.strerror}; "
-                "what is whole stays, and the same command goes on"
+                "complete shards are kept, and the same command resumes"
             ) from None
     return _read_facts(task.path, len(task.labels)), fresh
 
@@ -83,7 +84,7 @@ def _write(task: ShardTask, file: IO[bytes]) -> None:
     with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         samples = zip(task.images, task.labels, task.names, task.class_names, strict=True)
         for number, (data, label, name, class_name) in enumerate(samples, task.first):
-            data, (height, width), why = _readied(data, task.limit, task.bad.get(number))
+            data, (height, width), why = _checked(data, task.limit, task.bad.get(number))
             facts = {
                 "class": class_name,
                 "filename": name,
@@ -98,20 +99,20 @@ def _write(task: ShardTask, file: IO[bytes]) -> None:
                 (".cls", str(label).encode()),
                 (".json", json.dumps(facts).encode()),
             ):
-                # A key of our own: names of the source may be anything.
+                # Our own key, since names in the source may be anything.
                 member = tarfile.TarInfo(f"{number:08}{suffix}")  # mtime, uid and gid are 0
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
 
 
-def _readied(
+def _checked(
     data: bytes, limit: Limit | None, known: str | None
 ) -> tuple[bytes, tuple[int, int], str | None]:
-    """(bytes to be written, size or 0, 0, why the image is bad or None)."""
+    """Returns the bytes to write, the size (0, 0 if bad), and why the image is bad or None."""
     try:
         if known or not data:
             raise UnreadableImage(known or "an empty file")
-        with warnings.catch_warnings(action="ignore"):  # Pillow's, of which none stops it
+        with warnings.catch_warnings(action="ignore"):  # Pillow's warnings are not errors
             if limit is not None:
                 data = reencode(data, limit)
             return data, displayed_size(io.BytesIO(data)), None
@@ -120,12 +121,12 @@ def _readied(
 
 
 def _suffix(data: bytes) -> str:
-    """Of what the image is, whatever its name said. What it cannot be told of may be anything."""
+    """Returns the suffix for the actual format, whatever the file was called; .jpg if unknown."""
     return next((suffix for start, suffix in SIGNATURES.items() if data.startswith(start)), ".jpg")
 
 
 def _read_facts(path: Path, samples: int) -> ShardFacts:
-    """From the tar itself, whether it was made now or before a kill."""
+    """Reads the facts from the tar itself, whether it was written now or earlier."""
     images: list[tarfile.TarInfo] = []
     sizes: list[tuple[int, int]] = []
     bad: dict[int, str] = {}

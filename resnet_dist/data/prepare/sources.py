@@ -1,6 +1,6 @@
-"""What `prepare` reads: image folders, shards, ILSVRC2012's tars, the hub's parquet, CIFAR.
+"""The sources of `prepare`: image folders, lists, shards, ILSVRC2012's tars, parquet, CIFAR.
 
-Which of them a folder is, is told by what is in it.
+Which one a folder is, is recognized by its files.
 """
 
 import hashlib
@@ -31,18 +31,20 @@ class Split:
     """N images, in the order in which they are written."""
 
     labels: np.ndarray  # int64 [N]
-    names: Sequence[str]  # [N], of the originals: CLASS/FILE
+    names: Sequence[str]  # [N]: names of the original files, CLASS/FILE
     images: Images
-    bad: Mapping[int, str] = field(default_factory=dict)  # known beforehand: sample -> reason
+    bad: Mapping[int, str] = field(default_factory=dict)  # known to be bad: sample -> reason
 
 
 @dataclass(frozen=True)
 class Source:
-    classes: tuple[str, ...]  # sorted; a label is a place in it
+    """The images that become shards."""
+
+    classes: tuple[str, ...]  # sorted; a label is an index into them
     splits: Mapping[str, Split]
 
     def fingerprint(self) -> str:
-        """Of all that can be told without reading an image: names, labels, bytes of each."""
+        """Returns a hash of what is known without reading images: names, labels and sizes."""
         digest = hashlib.sha256("\n".join(self.classes).encode(errors="surrogateescape"))
         for name, split in self.splits.items():
             text = "\0".join((name, *split.names))
@@ -53,10 +55,10 @@ class Source:
 
 
 def open_source(root: Path, map_: Callable[..., Iterable[Any]]) -> Source:
-    """map_: as the built-in `map`; may run in processes.
+    """Opens the source in `root`. map_: like the built-in `map`; may run in processes.
 
     Raises:
-        UserError: nothing that is known is in `root`, or it is incomplete or damaged.
+        UserError: there is no known source, or it is incomplete or damaged.
     """
     parquet = hub_parquet.parquet_folder(root)
     if not root.is_dir():
@@ -72,31 +74,31 @@ def open_source(root: Path, map_: Callable[..., Iterable[Any]]) -> Source:
         source = _listed(known, root)
     else:
         raise UserError(
-            f"{root}: nothing to prepare in it; expected train/CLASS/IMAGES and val/, train.csv "
+            f"{root}: nothing to prepare; expected train/CLASS/IMAGES and val/, train.csv "
             f"and val.csv, shards, {ilsvrc.TRAIN_TAR}, train-00000-of-NNNNN.parquet, or CIFAR's "
             "batches"
         )
     odd = [name for name in source.classes if "\n" in name or "\r" in name]
     if odd:
-        raise UserError(f"{root}: class {odd[0]!r}: a line end in its name; rename it")
+        raise UserError(f"{root}: class {odd[0]!r}: has a line end in its name; rename it")
     for split in source.splits.values():
         _check_sizes(root, split)
     return source
 
 
 def _check_sizes(root: Path, split: Split) -> None:
-    """A worker holds an image in memory."""
+    """Raises UserError if an image is too large for a worker's memory."""
     nbytes = split.images.nbytes if isinstance(split.images, Files | TarMembers) else np.zeros(1)
     if nbytes.max() > MAX_IMAGE_BYTES:
         sample = int(nbytes.argmax())
         raise UserError(
-            f"{root}: {split.names[sample]}: {nbytes[sample]:,} bytes; no image is that large, "
+            f"{root}: {split.names[sample]}: {nbytes[sample]:,} bytes, too large for an image; "
             "remove it"
         )
 
 
 def _listed(known: ImageFiles, root: Path) -> Source:
-    """Of image files, whose headers are read later, when they are written."""
+    """Returns a source of image files; their headers are read later, when shards are written."""
     listings = {split: known.listing(root, split) for split in SPLITS}
     classes = _same_classes(root, {name: one.classes for name, one in listings.items()})
     quarantined = read_quarantine(root)
@@ -128,9 +130,12 @@ def _file_bytes(path: str) -> int:
 
 
 def _ilsvrc(root: Path, map_: Callable[..., Iterable[Any]]) -> Source:
-    """In the order, and under the names, of an image folder unpacked from the same tars."""
+    """Returns the same order and names as an image folder unpacked from these tars."""
     listings = {
-        "val": (root / ilsvrc.VAL_TAR, ilsvrc.list_val(root)),  # first: it is over in a second
+        "val": (
+            root / ilsvrc.VAL_TAR,
+            ilsvrc.list_val(root),
+        ),  # first, because it takes only a second
         "train": (root / ilsvrc.TRAIN_TAR, ilsvrc.list_train(root, map_)),
     }
     found = {name: tuple(sorted(listings[name][1])) for name in SPLITS}
@@ -182,7 +187,7 @@ def _indexed(known: Format, root: Path) -> Source:
 
 
 def _in_sorted_classes(given: Sequence[str], splits: Mapping[str, Split]) -> Source:
-    """With the classes sorted by name, and the labels that they then have."""
+    """Returns a source with the classes sorted by name, and labels to match."""
     order = sorted(range(len(given)), key=lambda label: given[label])
     number = np.argsort(order)  # the new label of each old one
     renumbered = {
@@ -210,7 +215,7 @@ def _same_classes(root: Path, found: Mapping[str, Sequence[str]]) -> tuple[str, 
         odd = sorted(train ^ val) or sorted(found["train"])
         where = "train" if odd[0] in train else "val"
         raise UserError(
-            f"{root}: class {odd[0]!r} is in {where} alone ({len(train)} classes in train, "
-            f"{len(val)} in val); both must have the same"
+            f"{root}: class {odd[0]!r} is only in {where} ({len(train)} classes in train, "
+            f"{len(val)} in val); both must have the same classes"
         )
     return tuple(found["train"])

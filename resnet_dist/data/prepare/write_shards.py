@@ -1,12 +1,13 @@
-"""A source becomes shards, with an index of each split: the same bytes from any number of workers,
-and after any number of kills.
+"""Writes a source as shards, with an index for each split.
 
-    DEST/prepare.json            what it was made from, and how: a second run must agree
-    DEST/classes.txt             a line per class; a label is a place in it, from 0 on
-    DEST/bad_samples.tsv         images that cannot be read; they keep their places all the same
+The bytes are the same for any number of workers, and after any number of kills.
+
+    DEST/prepare.json            what it is made from, and how; a second run must agree
+    DEST/classes.txt             one class per line; a label is a line number, from 0
+    DEST/bad_samples.tsv         images that cannot be read; they are in the shards all the same
     DEST/train/000000.tar ...    see shard_file.py
-    DEST/train/index.arrow       and index.json: see index_file.py; the last to be written
-    DEST/val/                    likewise
+    DEST/train/index.arrow       and index.json, see index_file.py; written last
+    DEST/val/                    the same
 """
 
 import fcntl
@@ -36,34 +37,34 @@ from resnet_dist.errors import UserError
 from resnet_dist.files import PARTIAL, replace_file
 
 VERSION = 1
-QUEUED_PER_WORKER = 2  # a task of 1000 images takes 100 kB; there may be thousands of them
+QUEUED_PER_WORKER = 2  # a task of 1000 images takes 100 kB, and there may be thousands
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What tells the bytes of the shards.
+    """What determines the bytes of the shards.
 
-    Shards are cut by a count of images: known before an image is read or re-encoded, so that any
-    worker may write any shard.
+    Shards are cut by number of images, which is known before an image is read or re-encoded. So any
+    worker can write any shard.
     """
 
     images_per_shard: int
-    limit: Limit | None  # None: all bytes as they are
+    limit: Limit | None  # None: images are not re-encoded
 
 
 def prepare_shards(source_root: Path, dest: Path, settings: Settings, workers: int) -> str:
-    """Writes `dest`, or what is missing of it; a summary in words.
+    """Writes what is missing in `dest`. Returns a summary in words.
 
     Raises:
-        UserError: a source that cannot be used, a `dest` that cannot be written or holds other
-            data, or a run that was interrupted.
+        UserError: the source cannot be used, `dest` cannot be written or contains other data, or
+            the run was interrupted.
     """
     if dest.resolve().is_relative_to(source_root.resolve()):
-        raise UserError(f"{dest}: lies inside the source; give a folder beside it")
+        raise UserError(f"{dest}: is inside the source; give a folder outside")
     try:
         with worker_pool(workers) as pool:
             source = open_source(source_root, pool.map)
-        with _writing(dest), worker_pool(workers) as pool:  # alone until the last worker is done
+        with _writing(dest), worker_pool(workers) as pool:  # locked until the last worker is done
             _claim(dest, source, settings)
             progress = ShardProgress(sum(len(s.labels) for s in source.splits.values()))
             tasks = _cut(source, dest, settings)
@@ -71,15 +72,15 @@ def prepare_shards(source_root: Path, dest: Path, settings: Settings, workers: i
             return _finish(dest, source, facts)
     except (BrokenProcessPool, MemoryError):
         raise UserError(
-            f"{dest}: a worker ran out of memory, or was killed; run again with fewer --workers"
+            f"{dest}: a worker ran out of memory or was killed; run again with fewer --workers"
         ) from None
     except KeyboardInterrupt:
-        raise UserError(f"{dest}: interrupted; the same command goes on") from None
+        raise UserError(f"{dest}: interrupted; the same command resumes") from None
 
 
 @contextmanager
 def _writing(dest: Path) -> Iterator[None]:
-    """Holds `dest` alone, as far as its file system has locks."""
+    """Creates and locks `dest`. Without a lock on file systems that have none."""
     try:
         dest.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(dest, os.O_RDONLY)
@@ -97,16 +98,16 @@ def _lock(dest: Path, descriptor: int) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError(f"{dest}: another `prepare` writes there; wait for it") from None
+        raise UserError(f"{dest}: another `prepare` is writing there; wait for it") from None
 
 
 def _claim(dest: Path, source: Source, settings: Settings) -> None:
-    """Notes what `dest` is made from, or makes sure that it is the same as before."""
+    """Records what `dest` is made from, or checks that it is the same as before."""
     images = {name: len(split.labels) for name, split in source.splits.items()}
     wanted = {"version": VERSION, "images": images, "source": source.fingerprint()}
     wanted |= asdict(settings)
     if settings.limit is not None:
-        wanted["pillow"] = PIL.__version__  # it tells the bytes, too
+        wanted["pillow"] = PIL.__version__  # its version affects the bytes too
     path = dest / PREPARED
     try:
         found = json.loads(path.read_bytes())
@@ -114,11 +115,11 @@ def _claim(dest: Path, source: Source, settings: Settings) -> None:
     except FileNotFoundError:
         if any(not name.startswith(".") for name in os.listdir(dest)):
             raise UserError(
-                f"{dest}: not empty, and not made by `prepare`; give a new one"
+                f"{dest}: not empty, and not made by `prepare`; give a new folder"
             ) from None
         replace_file(path, json.dumps(wanted, indent=1) + "\n")
     except (ValueError, AttributeError):
-        raise UserError(f"{path}: damaged; give a new folder, or remove all of this one") from None
+        raise UserError(f"{path}: damaged; give a new folder, or remove this one") from None
     else:
         if odd:
             raise UserError(
@@ -129,7 +130,7 @@ def _claim(dest: Path, source: Source, settings: Settings) -> None:
     replace_file(dest / "classes.txt", os.fsencode(classes))
     for name in source.splits:
         (dest / name).mkdir(exist_ok=True)
-        for partial in (dest / name).glob(f"{PARTIAL}*"):  # of a run that was killed
+        for partial in (dest / name).glob(f"{PARTIAL}*"):  # left by a killed run
             partial.unlink()
 
 
@@ -154,7 +155,7 @@ def _cut(source: Source, dest: Path, settings: Settings) -> Iterator[ShardTask]:
 def _make_all(
     pool: ProcessPoolExecutor, tasks: Iterable[ShardTask], progress: ShardProgress, most: int
 ) -> dict[Path, ShardFacts]:
-    """By the shard's path, in any order. most: tasks that are with the pool at a time."""
+    """Makes all shards; returns their facts by path. most: tasks in the pool at a time."""
     left = iter(tasks)
     facts: dict[Path, ShardFacts] = {}
     running: dict[Future[tuple[ShardFacts, bool]], Path] = {}
@@ -181,7 +182,7 @@ def _finish(dest: Path, source: Source, facts: Mapping[Path, ShardFacts]) -> str
         for index in indexes.values()
         for sample, why in index.bad.items()
     }
-    # `verify` may have found more in the meantime.
+    # `verify` may have added images in the meantime.
     write_quarantine(dest, {**read_quarantine(dest), **bad})
     for name, index in indexes.items():
         save_index(index, dest / name / "index.arrow", dest)

@@ -269,7 +269,7 @@ def test_verify_needs_no_val(root: Path, name: str, capsys: pytest.CaptureFixtur
     """With data.holdout_images val is a part of train."""
     (root / name).write_text("path,label,split\na/1.jpg,x,train\nb/2.jpg,x,train\n")
     cli.main(["verify", str(root)])
-    assert "all 2 images will train" in capsys.readouterr().out
+    assert "all 2 images can be trained on" in capsys.readouterr().out
 
 
 def trained_on(config: Config) -> dict[str, torch.Tensor]:

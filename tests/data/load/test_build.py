@@ -86,7 +86,7 @@ def test_folders_of_two_nodes(tiny_folder: Path, tiny_yaml: Path, nodes: list[Pa
         assert pair[0] == pair[1]
         assert pair[0].startswith(f"rank 1: {HERE}: data.root={nodes[1].parent}/")
         assert f"not the same train data as on rank 0: {what}" in pair[0]
-        assert pair[0].endswith("; copy them to this node again, or leave the node out")
+        assert pair[0].endswith("; copy the data to this node again, or leave the node out")
         assert "\n" not in pair[0]
 
     says(by_class, "1 class folders, such as class2")
@@ -195,5 +195,5 @@ def test_lists_of_two_nodes(tiny_yaml: Path, nodes: list[Path]) -> None:
     )
     assert same[0] == same[1]
     assert same[0][1] == ["1.jpg", "1.jpg"]
-    assert "not the same train data as on rank 0: 1 files, such as train.csv; copy them" in label[0]
-    assert f"train: {nodes[1]}/bytes/1.jpg has " in nbytes[0]
+    assert "not the same train data as on rank 0: 1 files, such as train.csv; copy the" in label[0]
+    assert f"on rank 0: {nodes[1]}/bytes/1.jpg has " in nbytes[0]

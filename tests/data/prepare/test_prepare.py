@@ -368,7 +368,7 @@ def test_a_folder_that_is_not_ours_is_left_alone(folder: Path, tmp_path: Path) -
     with pytest.raises(UserError, match="not empty, and not made by"):
         prepare_shards(folder, tmp_path, COPY, workers=1)
     assert os.listdir(tmp_path) == ["thesis.txt"]
-    with pytest.raises(UserError, match="lies inside the source"):
+    with pytest.raises(UserError, match="is inside the source"):
         prepare_shards(folder, folder / "train" / "shards", COPY, workers=1)
     with pytest.raises(UserError, match=r"thesis.txt/dest: cannot be written: Not a directory"):
         prepare_shards(folder, tmp_path / "thesis.txt" / "dest", COPY, workers=1)
@@ -392,8 +392,8 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path: Path) -> None:
     run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert run.returncode == 2
     assert run.stderr.splitlines() == [
-        f"resnet-dist: {dest}/train/000002.tar: cannot be written: File too large; what is whole "
-        "stays, and the same command goes on"
+        f"resnet-dist: {dest}/train/000002.tar: cannot be written: File too large; complete "
+        "shards are kept, and the same command resumes"
     ]
     assert sorted(os.listdir(dest / "train")) == ["000000.tar", "000001.tar"]
     prepare_shards(source, dest, Settings(1, None), workers=1)
@@ -407,7 +407,7 @@ def test_two_runs_do_not_write_the_same_folder(folder: Path, tmp_path: Path) -> 
         time.sleep(0.001)
     run.send_signal(signal.SIGSTOP)
     try:
-        with pytest.raises(UserError, match="another `prepare` writes there"):
+        with pytest.raises(UserError, match="another `prepare` is writing there"):
             prepare_shards(folder, tmp_path / "dest", Settings(1, None), workers=1)
     finally:
         run.send_signal(signal.SIGCONT)
@@ -498,7 +498,7 @@ def test_a_hostile_shard_is_refused_before_anything_is_written(tmp_path: Path) -
 
 
 def test_an_incomplete_source_is_named(photos: Photos, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="nothing to prepare in it"):
+    with pytest.raises(UserError, match="nothing to prepare; expected"):
         list_train_here(tmp_path)
     with pytest.raises(UserError, match="no such folder"):
         list_train_here(tmp_path / "nowhere")
