@@ -505,7 +505,7 @@ def test_an_incomplete_source_is_named(photos: Photos, tmp_path: Path) -> None:
 
     make_parquet(tmp_path / "hub", photos)
     (tmp_path / "hub" / "data" / "train-00001-of-00003.parquet").unlink()
-    with pytest.raises(UserError, match=r"train-00000-of-NNNNN.parquet .* 2 are there"):
+    with pytest.raises(UserError, match=r"train-00000-of-NNNNN.parquet .* found 2"):
         list_train_here(tmp_path / "hub")
     (tmp_path / "hub" / "data" / "train-00001-of-00003.parquet").write_bytes(b"PAR1")
     with pytest.raises(UserError, match=r"train-00001-of-00003.parquet: not a file of image"):
