@@ -114,9 +114,9 @@ def test_a_run_in_mlflow(tiny_config: Callable[..., Config], tmp_path: Path) -> 
     assert "optim.momentum" not in cells  # the same in all
     assert "best val/acc1" in cells
     assert "55 (step 20)" in compare(["tiny"], tmp_path / "runs")
-    with pytest.raises(UserError, match="nobody: no run folder below"):
+    with pytest.raises(UserError, match="nobody: neither a run folder in"):
         compare(["nobody"], tmp_path / "runs")
-    with pytest.raises(UserError, match="no run folder and no"):
+    with pytest.raises(UserError, match="not a run folder, and there is no"):
         compare(["nobody"], tmp_path / "elsewhere")
 
 
