@@ -91,7 +91,7 @@ def training_step(world: World) -> Callable[[bool], None]:
     name, px, images, precision = WORK[world.device.type]
     config = Config(model=ModelConfig(name=name))
     models, optimizers = {}, {}
-    # Each mode has a network of its own, because DDP fixes its way of reducing when it is created.
+    # Each mode has its own network, because the way DDP sums gradients is set when it is created.
     for deterministic in MODES.values():
         fix_algorithms(deterministic)
         network = build_network(config, world, num_classes=1000)
