@@ -1,13 +1,12 @@
-"""The paper's CIFAR-10 table in one command: trains the networks, several at once, and writes their
-errors beside the paper's.
+"""Trains the networks of the paper's CIFAR-10 table and compares their errors with the paper's.
 
     python benchmarks/cifar10_paper.py data.root=/data/cifar10              # all, 64k steps
     python benchmarks/cifar10_paper.py --iterations 2000 --nets plain20 plain56 resnet20 resnet56
 
-The protocol is configs/paper/cifar10/, its drops moved to 1/2 and 3/4 of --iterations. Small
-networks leave a GPU idle between kernels, so --at-once runs share it. Runs are kept in runs/ under
-NET-ITERATIONS; the same command again goes on with what is not finished, and only reads the rest.
-Adds its rows to benchmarks/results/cifar10-<iterations>-<device>.json.
+Uses the configs in configs/paper/cifar10/, with the lr drops at 1/2 and 3/4 of --iterations. Small
+networks leave a GPU idle between kernels, so --at-once runs share the device. Runs are kept as
+runs/NET-ITERATIONS. The same command again resumes unfinished runs, and only reads the results of
+finished ones. Adds its rows to benchmarks/results/cifar10-<iterations>-<device>.json.
 """
 
 import argparse
@@ -27,7 +26,8 @@ from resnet_dist.bench.results import versions
 REPO = Path(__file__).resolve().parent.parent
 RESULTS = REPO / "benchmarks" / "results"
 PAPER_ITERATIONS = 64_000
-# He et al. 2015, table 6 (ResNet-110: the best of five; 6.61 +- 0.16). Plain nets: figure 6 only.
+# He et al. 2015, table 6. For ResNet-110 this is the best of five runs (6.61 +- 0.16). The plain
+# nets are only in figure 6.
 PAPER_TEST_ERROR_PCT = {
     "resnet20": 8.75,
     "resnet32": 7.51,
@@ -35,7 +35,7 @@ PAPER_TEST_ERROR_PCT = {
     "resnet56": 6.97,
     "resnet110": 6.43,
 }
-# The longest first, so that the last ones to run are short.
+# Longest first, so that the runs that finish last are short ones.
 NETS = ["resnet110", "plain56", "resnet56", "resnet44", "resnet32", "plain20", "resnet20"]
 
 
@@ -86,7 +86,8 @@ def command(
 
 
 def run_all(commands: dict[str, list[str]], at_once: int, run_root: Path) -> None:
-    """A run that fails ends this script, once the others are done."""
+    """Runs all commands, `at_once` at a time. Exits with an error at the end if any of them
+    failed."""
     run_root.mkdir(parents=True, exist_ok=True)
     waiting = list(commands)
     running: dict[str, subprocess.Popen[bytes]] = {}
@@ -109,7 +110,7 @@ def run_all(commands: dict[str, list[str]], at_once: int, run_root: Path) -> Non
 
 
 def result(run_dir: Path) -> dict[str, Any]:
-    """The errors at the end of a run, from its journal."""
+    """Reads the errors at the end of a run from its journal."""
     train: list[float] = []
     test: list[float] = []
     for line in (run_dir / "journal.jsonl").read_text().splitlines():
@@ -118,7 +119,7 @@ def result(run_dir: Path) -> dict[str, Any]:
             train.append(100 - metrics["train/acc1"])
         if "val/acc1" in metrics:
             test.append(100 - metrics["val/acc1"])
-    last = train[-5:]  # of the 100 logged: 5 % of the run
+    last = train[-5:]  # 5 of 100 log lines: the last 5 % of the run
     return {
         "train_error_pct": round(sum(last) / len(last), 2),
         "test_error_pct": round(test[-1], 2),

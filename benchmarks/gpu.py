@@ -1,17 +1,17 @@
-"""Everything that one GPU machine can tell about this project in ten minutes, in one command.
+"""Runs all GPU tests and benchmarks of this project on one GPU machine, in ten minutes.
 
     python benchmarks/gpu.py                          # on the GPU machine
-    python benchmarks/gpu.py --small --device cpu     # a rehearsal: it shows that this runs
+    python benchmarks/gpu.py --small --device cpu     # a rehearsal, to check that everything runs
 
-A GPU machine without internet gets what it lacks from a folder that is packed elsewhere:
+For a GPU machine without internet, pack the missing packages on a different machine:
 
-    python benchmarks/offline_pack.py FOLDER          # where there is internet; then carry it over
-    python benchmarks/gpu.py --offline FOLDER         # on the GPU machine; nothing is installed
+    python benchmarks/offline_pack.py FOLDER          # with internet; then copy FOLDER over
+    python benchmarks/gpu.py --offline FOLDER         # on the GPU machine; installs nothing
 
-Each stage is a process of its own with a time limit of its own, and the next one runs whatever
-became of it. --limit governs what still starts. After each stage all that is known is written to
-DIR/<gpu>-<date>.json, and its whole output to .log beside it; a table comes last. The exit code is
-0 if every stage went well.
+Each stage is a separate process with its own time limit. If one fails, the next one runs all the
+same. --limit is the time limit for all stages. After each stage, all results so far are written to
+DIR/<gpu>-<date>.json, and the whole output of the stage to the .log file next to it. At the end a
+table is printed. The exit code is 0 if every stage succeeded.
 """
 
 import argparse
@@ -40,15 +40,19 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: a GPU if there is one")
-    parser.add_argument("--small", action="store_true", help="a rehearsal; always so on a CPU")
-    parser.add_argument("--limit", type=float, metavar="SECONDS", help="default: 560; small: 170")
+    parser.add_argument("--small", action="store_true", help="rehearsal; always on with a CPU")
+    parser.add_argument(
+        "--limit", type=float, metavar="SECONDS", help="default: 560, or 170 with --small"
+    )
     parser.add_argument("--output", type=Path, default=REPO / "benchmarks/results", metavar="DIR")
-    parser.add_argument("--offline", type=Path, metavar="FOLDER", help="of offline_pack.py")
-    parser.add_argument("--tune", action="store_true", help="the fastest loader settings, too")
+    parser.add_argument(
+        "--offline", type=Path, metavar="FOLDER", help="use packages that offline_pack.py packed"
+    )
+    parser.add_argument("--tune", action="store_true", help="also find the fastest loader settings")
     given = parser.parse_args()
     gpu = None if given.device == "cpu" else name_of_gpu()
     if given.device == "cuda" and gpu is None:
-        parser.error("--device cuda: nvidia-smi names no GPU; rehearse with --small --device cpu")
+        parser.error("--device cuda: nvidia-smi finds no GPU; rehearse with --small --device cpu")
     small = given.small or gpu is None
     given.output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="resnet-dist-gpu-") as name:
@@ -60,7 +64,7 @@ def main() -> None:
             ),
             "DECODING_REPORTS": str(scratch / "runs" / ".index"),  # for the GPU tests
         }
-        if gpu is None:  # one thread: so another program on the machine is not felt as much
+        if gpu is None:  # one thread, so that other programs on the machine matter less
             env |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         limit = given.limit or (SMALL_LIMIT_SECONDS if small else 560)
         runner = Runner(results_path(given.output, gpu), scratch, limit, env)
@@ -83,7 +87,7 @@ def preparation(offline: Path | None, site: Path) -> list[Stage]:
 
 
 def stages(scratch: Path, gpu: bool, small: bool) -> list[Stage]:
-    """In their order: what is most worth knowing first. The last ones run if time is left."""
+    """Returns the stages, most important first. The last ones run only if there is time left."""
     photos, runs = scratch / "photos", scratch / "runs"
     counts = SMALL_PHOTOS if small else PHOTOS
     size = ("--small",) if small else ()
@@ -104,7 +108,8 @@ def stages(scratch: Path, gpu: bool, small: bool) -> list[Stage]:
         Stage("train", script("gpu_train.py", "speed", photos, runs, *size, *output()), 120),
         Stage("resume", script("gpu_train.py", "resume", photos, runs, *size, *output()), 120),
     ]
-    compiled = Stage("step, compiled", ladder("compiled", *step), 150)  # mostly the compiler's
+    # Most of its time is compilation.
+    compiled = Stage("step, compiled", ladder("compiled", *step), 150)
     batch_copy = Stage("batch copy", script("gpu_batch_copy.py", *step, *output()), 100)
     if small:
         return [*first, compiled, batch_copy]
@@ -125,7 +130,8 @@ def stages(scratch: Path, gpu: bool, small: bool) -> list[Stage]:
 
 
 def probe(runs: Path, gpu: bool, small: bool) -> tuple[str, ...]:
-    """What it sees is kept where the stages after it look, which then need not probe the rest."""
+    """Returns the command that probes the GPU's decoders, and keeps the report where the stages
+    after it look for it."""
     device = "cuda:0" if gpu else "cpu"
     size = ("--images", 4, "--seconds", 0.1) if small else ()
     command = ("-m", "resnet_dist.data.load.probe", "--device", device, "--keep", runs / ".index")
@@ -138,7 +144,7 @@ def ladder(rung: str, *options: object) -> tuple[str, ...]:
 
 
 def loader(photos: Path, runs: Path, small: bool, *options: object) -> tuple[str, ...]:
-    """At the batch of a large GPU; a single round."""
+    """Returns the command of `bench loader`, with the batch size of a large GPU and one round."""
     options = ("--runs", 1, "--run-root", runs, *options)
     size = ("--batch-size", 4, "--images", 16) if small else ("--batch-size", 256, "--images", 4096)
     return product("bench", "loader", photos, *size, *options, *output())
@@ -156,7 +162,7 @@ def product(*arguments: object) -> tuple[str, ...]:
 
 
 def torchrun(ranks: int, *arguments: object) -> tuple[str, ...]:
-    # With an address, as the machine's own name may be unknown to itself.
+    # Gives an address, because a machine may not be able to resolve its own name.
     launcher = ("-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1")
     launcher += (f"--nproc_per_node={ranks}",)
     return python(*launcher, "-m", "resnet_dist", *arguments)
@@ -175,7 +181,7 @@ def output() -> tuple[str, str]:
 
 
 def name_of_gpu() -> str | None:
-    """Without torch, which may be what does not work."""
+    """Returns the name of the first GPU, or None. Does not use torch, which may be broken here."""
     command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=30)
@@ -186,7 +192,7 @@ def name_of_gpu() -> str | None:
 
 
 def results_path(folder: Path, gpu: str | None) -> Path:
-    """One that is not there yet."""
+    """Returns a path for the results that does not exist yet."""
     machine = gpu or f"{len(os.sched_getaffinity(0))}-core-cpu"
     stem = "-".join([*machine.lower().split(), time.strftime("%Y-%m-%d")])
     path, number = folder / f"{stem}.json", 1

@@ -1,14 +1,14 @@
-"""What it costs to train on batches in DALI's memory, and on copies of them in torch's.
+"""Compares training on batches in DALI's memory with training on copies in torch's memory.
 
     python benchmarks/gpu_batch_copy.py [--batch-size 256] [--steps 30] [--small] [--output FILE]
 
-"dlpack": as the loader hands them over. When torch is done with such a tensor, a thread of DALI's
-synchronizes the whole device before the memory is used again. "copy": DALI copies each batch into a
-tensor of torch's own, on the current stream, and its own memory is freed in that stream's order.
-Both train ResNet-50; the pixels are noise in host memory, so that no decoder stands in the way.
-On a GPU also: how many device-wide synchronizations there are in a step, and whether a CUDA graph
-can be captured while a batch is freed. Each capture is tried in a process of its own, after the
-other figures are written: an error in DALI's thread may end the process.
+"dlpack" shares DALI's memory, as the loader does. When torch is done with such a tensor, one of
+DALI's threads synchronizes the whole device before the memory is used again. "copy" has DALI copy
+each batch into a tensor of torch's own on the current stream; DALI's memory is then freed in the
+order of that stream. Both train ResNet-50. The pixels are noise in host memory, so no decoder is
+involved. On a GPU, this script also counts the device-wide synchronizations per step, and tests
+whether a CUDA graph can be captured while a batch is freed. Each capture is tried in a separate
+process after the other figures are written, because an error in DALI's thread may end the process.
 """
 
 import argparse
@@ -36,14 +36,14 @@ from resnet_dist.data.load.batch import Batch
 from resnet_dist.data.load.dali_graphs import raw_graph
 from resnet_dist.process import set_up_process
 
-ROUNDS = 3  # in each, both ways in turn
+ROUNDS = 3  # each round measures both ways
 HOST_STEPS = 5
 PROFILED_STEPS = 5
-MODES = ("thread_local", "global")  # of a capture: which calls of other threads are errors
-BEFORE_CAPTURE = 3  # batches
-WITHIN_CAPTURE_SECONDS = 0.1  # for DALI's thread to do what it does
+MODES = ("thread_local", "global")  # capture modes; they differ in which threads' calls are errors
+BEFORE_CAPTURE = 3  # batches to run first
+WITHIN_CAPTURE_SECONDS = 0.1  # time for DALI's thread to act during the capture
 CAPTURE_PX = 224
-CAPTURE_LIMIT_SECONDS = 40  # nearly all of it to start
+CAPTURE_LIMIT_SECONDS = 40  # mostly for the process to start
 DEVICE_SYNC = "cudaDeviceSynchronize"
 
 
@@ -66,20 +66,23 @@ def main() -> None:
     set_up_process()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch-size", type=int, default=256)
-    parser.add_argument("--steps", type=int, default=30, help="of each way, in each round")
+    parser.add_argument("--steps", type=int, default=30, help="steps per way and round")
     parser.add_argument("--small", action="store_true", help="ResNet-18 at 64 px")
     parser.add_argument("--output", type=Path, metavar="FILE.json")
     parser.add_argument(
         "--capture",
         nargs=2,
         metavar=("WAY", "MODE"),
-        help=f"only this: try to capture a graph; {' or '.join(WAYS)}, {' or '.join(MODES)}",
+        help=f"only try to capture a graph; {' or '.join(WAYS)}, {' or '.join(MODES)}",
     )
     given = parser.parse_args()
     if given.capture is not None:
         way, mode = given.capture
         if way not in WAYS or mode not in MODES:
-            parser.error(f"--capture {way} {mode}: there is {', '.join(WAYS)}; {', '.join(MODES)}")
+            parser.error(
+                f"--capture {way} {mode}: give one of {', '.join(WAYS)} and one of "
+                f"{', '.join(MODES)}"
+            )
         print(capture(way, mode, given.batch_size), flush=True)
         return
     figures = measure(given.batch_size, given.steps, given.small)
@@ -123,7 +126,7 @@ def measure(batch_size: int, steps: int, small: bool) -> dict[str, Any]:
 def outputs(
     way: str, batch_size: int, px: int, device: torch.device
 ) -> Iterator[list[torch.Tensor]]:
-    """Images [B, H, W, 3] and labels. Whoever takes them has the only reference to them."""
+    """Yields images [B, H, W, 3] and labels without end. The caller has the only reference."""
     rng = np.random.default_rng(0)
     inputs = (
         rng.integers(0, 256, (batch_size, px, px, 3), np.uint8),
@@ -142,7 +145,7 @@ def outputs(
         device_id=torch.cuda.current_device() if gpu else None,
         prefetch_queue_depth=2,
     )
-    while True:  # without a name for them: it would live on while this waits
+    while True:  # yields without assigning to a variable, which would keep the batch alive
         yield [WAYS[way](one.as_tensor(), device) for one in pipe.run(current_stream(device))]
 
 
@@ -154,7 +157,7 @@ def as_batch(output: list[torch.Tensor]) -> Batch:
 def train(
     job: NoiseJob, stream: Iterator[Batch], steps: int, device: torch.device, wait: bool = True
 ) -> float:
-    """Seconds of a step; without `wait`, only those in which the host queues it."""
+    """Returns the seconds per step; without `wait`, only the time in which the host queues it."""
     synchronize(device)
     began = time.perf_counter()
     for _ in range(steps):
@@ -165,26 +168,29 @@ def train(
 
 
 def device_syncs(job: NoiseJob, stream: Iterator[Batch], device: torch.device) -> float:
-    """By any thread, per step. The profiler's own, if it has any, are in both ways alike."""
+    """Returns the number of device synchronizations per step, by any thread.
+
+    If the profiler causes any of its own, they are the same for both ways.
+    """
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as seen:
         for _ in range(PROFILED_STEPS):
             job.step(next(stream))
-            torch.cuda.current_stream(device).synchronize()  # so that DALI's thread comes to run
+            torch.cuda.current_stream(device).synchronize()  # gives DALI's thread time to run
     count = sum(event.count for event in seen.key_averages() if event.key == DEVICE_SYNC)
     return count / PROFILED_STEPS
 
 
 def captures(batch_size: int) -> dict[tuple[str, str], str]:
-    """What became of a capture, for each way and mode."""
+    """Tries a capture for each way and mode. Returns (way, mode) -> "ok" or the error."""
     script = [sys.executable, __file__, "--batch-size", str(batch_size), "--capture"]
     tries = list(product(WAYS, MODES))
-    with ThreadPoolExecutor(len(tries)) as pool:  # all at once, as starting takes longest
+    with ThreadPoolExecutor(len(tries)) as pool:  # all at once, because starting takes longest
         said = pool.map(lambda one: last_word([*script, *one], CAPTURE_LIMIT_SECONDS), tries)
         return dict(zip(tries, said, strict=True))
 
 
 def last_word(command: list[str], limit_seconds: float) -> str:
-    """The line that a command prints, or why it did not end well."""
+    """Returns the line that a command prints, or the reason why it failed."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=limit_seconds)
     except subprocess.TimeoutExpired:
@@ -194,15 +200,15 @@ def last_word(command: list[str], limit_seconds: float) -> str:
     print(done.stderr, end="", file=sys.stderr)
     if done.returncode > 0:
         return done.stderr.strip().rpartition("\n")[2]
-    when = f", after it had said: {done.stdout.strip()}" if done.stdout else ""
+    when = f" after it had printed: {done.stdout.strip()}" if done.stdout else ""
     return f"the process ended with {signal.Signals(-done.returncode).name}{when}"
 
 
 def capture(way: str, mode: str, batch_size: int) -> str:
-    """ "ok", or why a CUDA graph could not be captured while a batch is freed."""
+    """Captures a CUDA graph while a batch is freed. Returns "ok", or why the capture failed."""
     device = distributed.start().device
     if device.type != "cuda":
-        sys.exit("--capture: a CUDA graph needs a GPU, and there is none")
+        sys.exit("--capture: needs a GPU to capture a CUDA graph, and there is none")
     stream = outputs(way, batch_size, CAPTURE_PX, device)
     try:
         for _ in range(BEFORE_CAPTURE):

@@ -1,4 +1,7 @@
-"""What a figure is worth nothing without: driver, GPU, versions.  gpu_environment.py [FILE.json]"""
+"""Prints the GPU, the driver and the package versions that the other results were measured with.
+
+python benchmarks/gpu_environment.py [FILE.json]
+"""
 
 import json
 import os
@@ -15,7 +18,7 @@ import torch
 PACKAGES = (
     *("torch", "torchvision", "triton", "numpy", "pillow", "pyarrow", "pytest"),
     *("nvidia-dali-cuda130", "nvidia-nvimgcodec-cu13", "nvidia-nvjpeg"),
-    # The same for CUDA 12.
+    # The same packages for CUDA 12, and optional ones.
     *("nvidia-dali-cuda120", "nvidia-nvimgcodec-cu12", "nvidia-nvjpeg-cu12", "mlflow", "submitit"),
 )
 
@@ -27,10 +30,10 @@ def main(output: str | None) -> None:
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "packages": {package: version_of(package) for package in PACKAGES},
-        # torch.compile needs both.
+        # torch.compile needs a C compiler and Python's headers.
         "c_compiler": os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"),
         "python_headers": Path(sysconfig.get_paths()["include"], "Python.h").exists(),
-        # DALI warns where it finds none.
+        # DALI warns if it finds no NPP libraries.
         "npp": npp_libraries(),
         "gpu": None,
     }
@@ -48,7 +51,7 @@ def main(output: str | None) -> None:
             "cudnn": torch.backends.cudnn.version(),
             "nccl": ".".join(map(str, torch.cuda.nccl.version())),
         }
-        # The first kernel: a driver that is too old says so here.
+        # Runs a first kernel, which fails if the driver is too old.
         assert torch.ones(2, device="cuda").sum().item() == 2
         line = f"{gpu.name}, driver {facts['driver']}, torch {torch.__version__}"
     if output is not None:

@@ -1,8 +1,9 @@
-"""One rung of the ladder: ResNet-50's training step with one thing more than on the rung below.
+"""Measures one rung of a ladder: ResNet-50's training step with one more feature per rung.
 
     python benchmarks/gpu_ladder.py RUNG [--batch-size 256] [--steps 20] [--small] [--output FILE]
 
-Each of the last five rungs is `fused` and one thing: they are not on top of each other.
+Up to `fused`, each rung adds one thing to the rung before. Each of the last five rungs is `fused`
+with a single change.
 """
 
 import argparse
@@ -32,9 +33,9 @@ TOP_KERNELS = 12
 class Rung:
     precision: str = "bf16"
     channels_last: bool = True
-    fused: bool = True  # SGD in a few launches
+    fused: bool = True  # SGD in a few kernel launches
     ema: bool = False
-    sync_batchnorm: bool = False  # its arithmetic, in a group of this rank alone
+    sync_batchnorm: bool = False  # its arithmetic, in a group of one rank
     deterministic: bool = False
     compiled: bool = False
 
@@ -80,7 +81,7 @@ def measure(rung: Rung, batch_size: int, steps: int, small: bool) -> dict[str, A
     if not rung.fused:
         for group in job.state.optimizer.param_groups:
             group["fused"], group["foreach"] = False, True
-    if rung.sync_batchnorm:  # all of its arithmetic and its calls, and no other rank to wait for
+    if rung.sync_batchnorm:  # does all its arithmetic and calls, but waits for no other rank
         backend = "nccl" if world.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         force_synchronized_batchnorm(convert_sync_batchnorm(job.state.model))
@@ -115,8 +116,10 @@ def seconds_of(job: NoiseJob, steps: int, device: torch.device) -> float:
 
 
 def host_seconds(job: NoiseJob, device: torch.device) -> float:
-    """What the host needs to queue a step, on a GPU that has nothing else to do: with many steps in
-    its queue the host would wait for a place in it."""
+    """Returns the seconds that the host needs to queue a step on an idle GPU.
+
+    With many steps in the GPU's queue, the host would also wait for space in the queue.
+    """
     times = []
     for _ in range(HOST_STEPS):
         synchronize(device)
@@ -127,7 +130,7 @@ def host_seconds(job: NoiseJob, device: torch.device) -> float:
 
 
 def host_syncs(job: NoiseJob) -> int:
-    """How often the host waits for the GPU in a step, as far as torch notices."""
+    """Returns how often the host waits for the GPU in a step, as far as torch can detect."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
@@ -139,7 +142,8 @@ def host_syncs(job: NoiseJob) -> int:
 
 
 def profiled(job: NoiseJob, device: torch.device) -> dict[str, Any]:
-    """Launches of a step, and where its time goes: GPU kernels; on a CPU operators."""
+    """Returns the number of kernel launches in a step, and the GPU kernels (on a CPU, operators)
+    that take the most time."""
     gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]
     with profile(activities=activities, acc_events=True) as seen:
@@ -175,7 +179,7 @@ def describe_figures(figures: dict[str, Any]) -> str:
         text += f", peak {figures['peak_memory_gib']:.1f} GiB"
     most = [kernel["name"][:40] for kernel in figures["top_kernels"][:1]]
     text += f"; first step {figures['first_step_seconds']:.1f} s"
-    return f"{text}; most: {most[0] if most else 'the profiler saw no kernels'}"
+    return f"{text}; top kernel: {most[0] if most else 'none recorded by the profiler'}"
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""DDP and synchronized BN over NCCL, in a group of one rank: what a single GPU can try of them.
+"""Tests DDP and synchronized BN over NCCL on a single GPU, in a group of one rank.
 
     python benchmarks/gpu_one_rank.py [--small] [--output FILE.json]
 
-The product leaves both out where a rank is alone; here they are forced. Three steps with and
-without them must have the same losses, within rounding; with train.deterministic (the exchange in
-the order of the ranks) twice the same weights, bit for bit. Without a GPU: over gloo.
+Training skips both if there is only one rank; here they are forced. Three steps with and without
+them must have the same losses, within rounding. With train.deterministic, which sums in the order
+of the ranks, two runs must have the same weights, bit for bit. Without a GPU, uses gloo.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from resnet_dist.distributed import World
 from resnet_dist.process import set_up_process
 
 STEPS = 3
-LARGEST_DIFFERENCE = 1e-2  # of the loss, relative; other kernels add in another order
+LARGEST_DIFFERENCE = 1e-2  # of the loss, relative; different kernels sum in a different order
 
 
 def main() -> None:
@@ -34,7 +34,8 @@ def main() -> None:
     alone = distributed.start()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     group = dist.new_group(backend="nccl") if alone.device.type == "cuda" else None
-    # It says two, so that nothing is left out; every collective is over the group, which has one.
+    # Claims a world size of two, so that nothing is skipped. All collectives use the group, which
+    # has only one rank.
     forced = replace(alone, size=2, local_size=2, group=group)
 
     first, weights = train(forced, given.small, deterministic=True)
@@ -54,15 +55,15 @@ def main() -> None:
     if given.output is not None:
         given.output.write_text(json.dumps(figures, indent=1) + "\n")
     text = ", ".join(f"{name} {loss:.5f}" for name, loss in figures["loss"].items())
-    print(f"{figures['backend']}: loss {text}; the same bits twice: {same_bits}")
+    print(f"{figures['backend']}: loss {text}; two runs have the same bits: {same_bits}")
     if not (figures["largest_difference"] < LARGEST_DIFFERENCE and same_bits and first == again):
-        sys.exit("the losses differ, or the bits of two deterministic runs")
+        sys.exit("the losses differ, or two deterministic runs are not bit for bit the same")
 
 
 def train(
     world: World, small: bool, *, deterministic: bool
 ) -> tuple[float, dict[str, torch.Tensor]]:
-    """The mean loss of the steps, and the weights after them."""
+    """Trains for STEPS steps. Returns their mean loss and the final weights."""
     overrides = ["train.precision=fp32", f"train.deterministic={str(deterministic).lower()}"]
     job = NoiseJob(world, 8 if small else 64, overrides, small=small)
     if world.size > 1:

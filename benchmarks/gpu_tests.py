@@ -1,12 +1,12 @@
-"""The GPU tests, each in a process of its own: one that crashes or hangs costs no other.
+"""Runs each GPU test in its own process, so that one that crashes or hangs does not affect others.
 
     python benchmarks/gpu_tests.py [--jobs N] [--timeout S] [--limit S] [--logs FOLDER] [PYTEST ...]
 
-PYTEST: what selects tests, such as `-k NAME` or paths; `-m gpu`, unless -m is given (with another
-one it can be tried without a GPU). It prints a line for each test that did not pass, and then the
-numbers. A module that cannot be imported costs its own tests only, and has such a line, too. FOLDER
-keeps the output of those that failed. Only pytest is needed. Exit codes: 0, 1 if a test failed or
-a module could not be collected, 2 if there is nothing to run.
+PYTEST: pytest arguments that select tests, such as `-k NAME` or paths. `-m gpu` is added unless -m
+is given (with a different -m this script works without a GPU). Prints a line for each test that did
+not pass, and then the counts. A module that cannot be imported loses only its own tests, and has a
+line, too. FOLDER receives the output of failures. Needs only pytest. Exit codes: 0 for success, 1
+if a test failed or a module could not be collected, 2 if there is nothing to run.
 """
 
 import argparse
@@ -26,19 +26,19 @@ from itertools import chain
 from pathlib import Path
 
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-# Its other family refuses record_property, with a warning; warnings are errors in this project.
+# With pytest's default, xunit2, record_property warns, and warnings are errors in this project.
 REPORT_FORMAT = ["-o", "junit_family=xunit1"]
 COLLECT_TIMEOUT_S = 120
 KILL_TIMEOUT_S = 5
 REASON_CHARACTERS = 200
-# pytest's heading, what it says below, and the lines of that which tell the error.
+# pytest's heading of a collection error with the text below it, and the lines that have the error.
 COLLECT_ERROR = re.compile(r"^_+ ERROR collecting (.+) _+\n((?:(?![_=]{3}).*\n)*)", re.MULTILINE)
 ERROR_LINE = re.compile(r"^E +(\S.*)$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
 class Result:
-    test: str  # pytest's node id; of a module where that could not be collected
+    test: str  # pytest's node id, or the module that could not be collected
     # "passed", "skipped", "failed", "crashed", "timed out", "not run" or "not collected"
     outcome: str
     reason: str = ""
@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments, selection = parse(argv)
     began = time.monotonic()
     runner = Runner(arguments.timeout, began + arguments.limit)
-    # Whoever stops this process with SIGTERM, a time limit say, wants its tests stopped too.
+    # If this process is stopped with SIGTERM, for example by a time limit, its tests must stop too.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     counts: Counter[str] = Counter()
     is_failed = False
@@ -78,8 +78,8 @@ def main(argv: list[str] | None = None) -> int:
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     cores = len(os.sched_getaffinity(0))
     parser = argparse.ArgumentParser(
-        description="The GPU tests, each in a process of its own.",
-        epilog="Other arguments are pytest's, and select the tests; default: -m gpu",
+        description="Runs each GPU test in its own process.",
+        epilog="Other arguments are passed to pytest and select the tests; default: -m gpu",
         allow_abbrev=False,
     )
     parser.add_argument(
@@ -87,26 +87,30 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
         type=int,
         default=max(1, min(4, cores // 2)),
         metavar="N",
-        help="tests at a time; default: 4, on fewer than 8 cores half of them",
+        help="number of tests at a time; default: half the number of cores, but at most 4",
     )
     parser.add_argument(
-        "--timeout", type=float, default=120, metavar="S", help="seconds of a test; default: 120"
+        "--timeout", type=float, default=120, metavar="S", help="seconds per test; default: 120"
     )
     parser.add_argument(
-        "--limit", type=float, default=float("inf"), metavar="S", help="seconds of all together"
+        "--limit", type=float, default=float("inf"), metavar="S", help="seconds for all tests"
     )
-    parser.add_argument("--logs", type=Path, metavar="FOLDER", help="for the output of failures")
+    parser.add_argument(
+        "--logs", type=Path, metavar="FOLDER", help="folder for the output of failures"
+    )
     arguments, selection = parser.parse_known_args(argv)
     if not any(text.startswith("-m") for text in selection):
         selection += ["-m", "gpu"]
-    # Without a number, each process would start a thread per core.
+    # Without this setting, each process would start one thread per core.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // arguments.jobs)))
     return arguments, selection
 
 
 def collect(selection: list[str]) -> tuple[list[str], list[Result]]:
-    """The node ids that pytest selects, and the modules that it could not collect. Exits with 2
-    where there is no node id."""
+    """Returns the node ids that pytest selects, and the modules that it could not collect.
+
+    Exits with code 2 if no test is selected.
+    """
     command = [*PYTEST, "--collect-only", *selection]
     done = subprocess.run(command, capture_output=True, text=True, timeout=COLLECT_TIMEOUT_S)
     tests = [line for line in done.stdout.partition("\n\n")[0].splitlines() if "::" in line]
@@ -115,7 +119,7 @@ def collect(selection: list[str]) -> tuple[list[str], list[Result]]:
         print(f"nothing to run: {' '.join(command)}", file=sys.stderr)
         sys.exit(2)
     uncollected = [not_collected(*found) for found in COLLECT_ERROR.findall(done.stdout)]
-    if done.returncode != 0 and not uncollected:  # whatever it is, it must not pass for success
+    if done.returncode != 0 and not uncollected:  # an unknown error must not look like success
         code, output = f"exit code {done.returncode}", done.stdout + done.stderr
         uncollected = [Result("some tests", "not collected", code, output)]
     return tests, uncollected
@@ -127,10 +131,10 @@ def not_collected(module: str, said: str) -> Result:
 
 
 class Runner:
-    """Runs tests in processes of their own, from any thread."""
+    """Runs each test in its own process. May be used from any thread."""
 
     def __init__(self, timeout_s: float, deadline: float):
-        """timeout_s: of one test. deadline: on the clock of time.monotonic()."""
+        """timeout_s: limit per test. deadline: for all tests, on the clock of time.monotonic()."""
         self._timeout_s = timeout_s
         self._deadline = deadline
         self._running: set[subprocess.Popen[bytes]] = set()
@@ -138,7 +142,7 @@ class Runner:
     def run(self, test: str) -> Result:
         seconds = min(self._timeout_s, self._deadline - time.monotonic())
         if seconds <= 0:
-            return Result(test, "not run", "no time is left")
+            return Result(test, "not run", "no time left")
         with tempfile.TemporaryDirectory() as name:
             report, log = Path(name, "report.xml"), Path(name, "log")
             command = [*PYTEST, *REPORT_FORMAT, f"--junit-xml={report}", test]
@@ -153,7 +157,7 @@ class Runner:
                     code = None
                 finally:
                     end_all(process)
-                    # One that waits for a broken driver cannot be killed: it is left behind.
+                    # A process stuck in a broken driver cannot be killed, and is left behind.
                     with contextlib.suppress(subprocess.TimeoutExpired):
                         process.wait(KILL_TIMEOUT_S)
                     self._running.discard(process)
@@ -161,34 +165,34 @@ class Runner:
             return Result(test, outcome, reason, log.read_text(errors="replace"))
 
     def stop(self) -> None:
-        """Ends what runs; nothing is started any more."""
+        """Ends all running tests, and prevents new ones from starting."""
         self._deadline = 0.0
         for process in list(self._running):
             end_all(process)
 
 
 def end_all(process: subprocess.Popen[bytes]) -> None:
-    """Also what a test has started and left behind, which may hold memory of the GPU."""
+    """Kills a test with all processes that it started, which may still hold GPU memory."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
 
 
 def judge(code: int | None, said: tuple[str, str] | None, seconds: float) -> tuple[str, str]:
-    """Outcome and reason, of pytest's exit code (None: no time was left) and its verdict."""
+    """Returns outcome and reason, from pytest's exit code (None: timed out) and its report."""
     if code is None:
         return "timed out", f"after {seconds:.0f} s"
     if code < 0:
-        when = "" if said is None else f", after it had {said[0]}"
+        when = "" if said is None else f" after the test had {said[0]}"
         return "crashed", f"{signal.Signals(-code).name}{when}"
     if said is None:
         return "crashed", f"exit code {code} without a report"
     if code != 0 and said[0] in ("passed", "skipped"):
-        return "failed", f"exit code {code}, after it had {said[0]}"
+        return "failed", f"exit code {code} after the test had {said[0]}"
     return said
 
 
 def verdict(report: Path) -> tuple[str, str] | None:
-    """Outcome and reason as pytest wrote them; None if it did not come to that."""
+    """Reads outcome and reason from pytest's report. Returns None if pytest wrote no report."""
     try:
         cases = list(ElementTree.parse(report).iter("testcase"))
     except (OSError, ElementTree.ParseError):
@@ -203,6 +207,7 @@ def verdict(report: Path) -> tuple[str, str] | None:
 
 
 def keep(result: Result, folder: Path) -> None:
+    """Writes the output of a test to a file in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     name = re.sub(r"[^\w.-]+", "_", result.test.rpartition("/")[2])
     (folder / f"{name}.log").write_text(result.output)

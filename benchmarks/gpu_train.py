@@ -1,11 +1,12 @@
-"""Real runs over photos, through the product's own command.
+"""Trains on photos with `resnet-dist train`, to measure speed or to check that resuming is exact.
 
     python benchmarks/gpu_train.py speed PHOTOS RUNS [--small] [--output FILE.json]
     python benchmarks/gpu_train.py resume PHOTOS RUNS [--small] [--output FILE.json]
 
-speed: 100 steps of ResNet-50 with two evaluations and two saves, and img/s and data-wait % of each
-log line. resume: a run with train.deterministic=true, and the same from its middle checkpoint on:
-every tensor of the two last checkpoints must be the same, bit for bit.
+speed: trains ResNet-50 for 100 steps with two evaluations and two saves, and reports img/s and
+data-wait % of each log line. resume: trains with train.deterministic=true, then resumes a copy of
+the run from the checkpoint in the middle. All values in the two last checkpoints must be the same,
+bit for bit.
 """
 
 import argparse
@@ -27,14 +28,14 @@ SMALL = [
     *("data.eval_crop_px=64", "data.eval_resize_px=64"),
     *("train.global_batch_size=8", "train.max_local_batch_size=8"),
 ]
-STATE = ("model", "optimizer", "scaler", "ema", "meter", "step", "best")  # of a checkpoint
+STATE = ("model", "optimizer", "scaler", "ema", "meter", "step", "best")  # compared by `resume`
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("speed", "resume"))
     parser.add_argument("photos", type=Path)
-    parser.add_argument("runs", type=Path, help="where run folders go")
+    parser.add_argument("runs", type=Path, help="folder for the run folders")
     parser.add_argument("--small", action="store_true", help="ResNet-18 at 64 px, a few steps")
     parser.add_argument("--output", type=Path, metavar="FILE.json")
     given = parser.parse_args()
@@ -54,7 +55,7 @@ def speed(photos: Path, runs: Path, small: bool) -> tuple[dict[str, Any], str]:
         for name, value in json.loads(line)["metrics"].items():
             metrics.setdefault(name, []).append(round(value, 3))
     speeds, waits = metrics["perf/images_per_sec"], metrics["perf/data_wait_pct"]
-    line = f"{speeds[-1]:,.0f} img/s in the end, waits for data {waits[-1]:.0f} %; "
+    line = f"{speeds[-1]:,.0f} img/s at the end, {waits[-1]:.0f} % of the time waiting for data; "
     line += f"loss {metrics['train/loss'][0]:.2f} to {metrics['train/loss'][-1]:.2f}"
     return metrics, line
 
@@ -71,15 +72,15 @@ def resume(photos: Path, runs: Path, small: bool) -> tuple[dict[str, Any], str]:
         Checkpoint.load(path).to_dict() for path in (last, step_folders(second_half)[-1])
     )
     differing = [name for key in STATE for name in differences(key, saved[key], again[key])]
-    line = f"{steps} steps, and again from step {steps // 2}: "
-    line += f"{len(differing)} differ, such as {differing[0]}" if differing else "the same bits"
+    line = f"{steps} steps, and resumed from step {steps // 2}: "
+    line += f"{len(differing)} values differ, such as {differing[0]}" if differing else "same bits"
     return {"steps": steps, "differing": differing}, line
 
 
 def train(
     name: str, photos: Path, runs: Path, steps: int, small: bool, overrides: list[str]
 ) -> None:
-    """Evaluates and saves in the middle and at the end."""
+    """Trains a run that evaluates and saves in the middle and at the end. Exits if it fails."""
     settings = [
         f"name={name}",
         f"data.root={photos}",
@@ -94,18 +95,18 @@ def train(
     ]
     command = [sys.executable, "-m", "resnet_dist", "train", "configs/imagenet/resnet50.yaml"]
     done = subprocess.run([*command, *settings, *(SMALL if small else []), *overrides])
-    if done.returncode != 0:  # it has said why
+    if done.returncode != 0:  # the command has printed the reason
         sys.exit(done.returncode)
 
 
 def differences(where: str, one: Any, other: Any) -> Iterator[str]:
-    """The names of the values that differ, by their bits."""
+    """Yields the names of the values in `one` and `other` that are not bit for bit the same."""
     if isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
         for key in one:
             yield from differences(f"{where}.{key}", one[key], other[key])
     elif isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
-        for place, (a, b) in enumerate(zip(one, other, strict=True)):
-            yield from differences(f"{where}.{place}", a, b)
+        for i, (a, b) in enumerate(zip(one, other, strict=True)):
+            yield from differences(f"{where}.{i}", a, b)
     elif isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
         if one.dtype != other.dtype or not torch.equal(one, other):
             yield where

@@ -1,4 +1,4 @@
-"""A training job over images of noise in memory: the product's own step, and nothing loaded."""
+"""A training job that runs the package's own training step on noise images in memory."""
 
 from types import SimpleNamespace
 
@@ -21,12 +21,12 @@ from resnet_dist.state import TrainState
 from resnet_dist.train import train_step
 
 CLASSES = 1000
-IMAGES = 1_281_167  # of an epoch: ImageNet's
+IMAGES = 1_281_167  # per epoch, as in ImageNet
 LR = 0.1
 
 
 class NoiseJob:
-    """ResNet-50 at 224 px, or, for a rehearsal, ResNet-18 at 64 px."""
+    """Trains ResNet-50 at 224 px or, for a rehearsal, ResNet-18 at 64 px."""
 
     def __init__(
         self,
@@ -37,8 +37,11 @@ class NoiseJob:
         small: bool = False,
         channels_last: bool = True,
     ) -> None:
-        """batch_size: of this rank, however large the world says that it is. overrides: key=value,
-        of a config."""
+        """Builds the network, its optimizer and one batch of noise.
+
+        batch_size: of this rank, whatever the world size. overrides: key=value settings of the
+        config.
+        """
         path = f"configs/imagenet/{'resnet18' if small else 'resnet50'}.yaml"
         sizes = ("train.global_batch_size", "train.max_local_batch_size")
         config = load_config(path, [*(f"{size}={batch_size}" for size in sizes), *overrides])
@@ -57,7 +60,7 @@ class NoiseJob:
                 same = build_model(config.model.name, CLASSES, zero_init_last_gamma=False)
             self.state.ema = AveragedNetwork(network, same, config.train.ema_decay)
         self.px = 64 if small else config.data.crop_px
-        # train_step needs no more of a Job: the rest of one is loaders and a run folder.
+        # train_step uses only these fields of a Job; the others are for data and the run folder.
         self._job = SimpleNamespace(
             config=config,
             plan=Plan.of(config, 1, IMAGES, None),
@@ -73,21 +76,22 @@ class NoiseJob:
         self._meter = Meter(world)
 
     def compile(self) -> None:
-        """Has torch compile the network, by its default where there is a GPU."""
+        """Compiles the network with torch.compile: with "inductor" on a GPU, else "aot_eager"."""
         backend = "inductor" if self._job.world.device.type == "cuda" else "aot_eager"
         self._job.model = torch.compile(self._job.model, backend=backend)
 
     def step(self, batch: Batch | None = None) -> None:
-        """One optimizer step, which the host does not wait for. batch: in place of its own."""
+        """Runs one optimizer step without waiting for it. batch: replaces the batch of noise."""
         train_step(self._job, [batch or self._batch], self._meter)
 
     def mean_loss(self) -> float:
-        """Of the steps since the last call. CPU-GPU sync point."""
+        """Returns the mean loss of the steps since the last call. CPU-GPU sync point."""
         return self._meter.drain()["train/loss"]
 
 
 def force_synchronized_batchnorm(network: nn.Module) -> None:
-    """Has SyncBatchNorm2d layers do in a group of one what they leave out there."""
+    """Makes SyncBatchNorm2d layers communicate even in a group of one rank, where they normally
+    skip it."""
     for layer in network.modules():
         if isinstance(layer, SyncBatchNorm2d):
             layer.forward = layer.forward_joined

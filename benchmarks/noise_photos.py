@@ -1,7 +1,7 @@
-"""Photos of noise, 500 x 375 pixels in 10 classes, made by all cores: about as dear to decode as
-ImageNet's.
+"""Makes photos of noise (500 x 375 pixels, 10 classes) that take about as long to decode as
+ImageNet's. Uses all cores.
 
-    python benchmarks/noise_photos.py FOLDER TRAIN VAL      (how many of each)
+    python benchmarks/noise_photos.py FOLDER TRAIN VAL      (TRAIN, VAL: number of photos)
 """
 
 import os
@@ -28,7 +28,7 @@ def main(root: Path, counts: dict[str, int]) -> None:
 
 
 def make(path: Path, seed: int) -> None:
-    """Smooth noise under fine noise."""
+    """Writes one photo: smooth noise with fine noise on top."""
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(0, 256, (47, 63, 3), np.uint8))
     smooth = np.asarray(coarse.resize((500, 375), Image.Resampling.BICUBIC), np.int16)

@@ -1,19 +1,21 @@
-"""Packs what a machine without internet lacks, for one Python and one GPU architecture.
+"""Packs Python packages for a machine without internet, for one Python and one GPU architecture.
 
     python benchmarks/offline_pack.py FOLDER [--python 3.12] [--arch 90]
 
-FOLDER gets one archive per package that benchmarks/offline_unpack.py may find missing there: DALI
-with what it needs, pyarrow, PyYAML, safetensors and pytest. torch and torchvision are taken for
-granted. All together they are below 64 MiB, of which wheels would be 260:
+Writes one archive per package to FOLDER: DALI with its dependencies, pyarrow, PyYAML, safetensors
+and pytest. On the other machine, benchmarks/offline_unpack.py unpacks the ones that are missing.
+torch and torchvision must already be installed there. The archives take less than 64 MiB in total,
+while the wheels would take 260 MiB. To achieve this:
 
-1. Of each wheel stays what this project loads: one Python's extension modules, and the libraries
-   behind DALI's decoders of JPEG, PNG, BMP, PNM and TIFF and behind pyarrow's memory and IPC.
-2. In every fat binary (CUDA code for many GPUs) the images of other GPU architectures, and PTX,
-   become zeros. Headers and sizes stay, so nothing moves.
-3. Libraries that are loaded but never called here (DALI's for S3, video, audio and FITS, Arrow's
-   compute engine and Parquet) become stubs of the same name and symbols.
+1. Only the files of each wheel that this project loads are kept: the extension modules for one
+   Python version, and the libraries for DALI's JPEG, PNG, BMP, PNM and TIFF decoders and for
+   pyarrow's memory and IPC.
+2. In every fat binary (CUDA code for many GPUs), the images for other GPU architectures and the PTX
+   code are overwritten with zeros. Headers and sizes stay the same, so nothing moves.
+3. Libraries that are loaded but never called here (DALI's for S3, video, audio and FITS; Arrow's
+   compute engine and Parquet) are replaced by stubs with the same name and symbols.
 
-Needs pip with its registry, gcc, nm and readelf. It takes a few minutes, nearly all of them xz's.
+Needs pip with access to its registry, gcc, nm and readelf. Takes a few minutes, mostly for xz.
 """
 
 import argparse
@@ -33,11 +35,11 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Bundle:
-    """Wheels that go into one archive, named after the module that is looked for."""
+    """Wheels that go into one archive, which is named after the module that they provide."""
 
     wheels: dict[str, str]  # name -> version
-    left_out: tuple[str, ...] = ()  # patterns of paths in the wheels
-    stubbed: tuple[str, ...] = ()  # patterns of libraries' names
+    left_out: tuple[str, ...] = ()  # patterns of paths in the wheels to omit
+    stubbed: tuple[str, ...] = ()  # patterns of names of libraries to replace by stubs
 
 
 BUNDLES = {
@@ -52,18 +54,18 @@ BUNDLES = {
             "six": "1.17.0",
             "makefun": "1.16.0",
         },
-        # Without nvJPEG2000, nvTIFF and nvCOMP the CPU decodes files in these formats.
+        # Without nvJPEG2000, nvTIFF and nvCOMP, the CPU decodes files of these formats.
         left_out=(
             "nvidia/dali/include/*",
             "nvidia/dali/Acknowledgements.txt",
             "nvidia/nvimgcodec/include/*",
             "nvidia/nvimgcodec/tools/*",
-            "nvidia/nvimgcodec/nvimgcodec_impl.*",  # its own Python binding: DALI loads the library
+            "nvidia/nvimgcodec/nvimgcodec_impl.*",  # Python binding; DALI loads the C library
             "nvidia/nvimgcodec/extensions/libnvjpeg2k_ext*",
             "nvidia/nvimgcodec/extensions/libnvtiff_ext*",
             "nvidia/cu13/include/*",
         ),
-        # Not Google's for cloud storage: it is called when DALI starts.
+        # Google's cloud storage library must stay, because DALI calls it at startup.
         stubbed=(
             *("libaws*", "libs2n*", "libav*", "libswscale*"),
             *("libsndfile*", "libFLAC*", "libogg*", "libopus*", "libcfitsio*"),
@@ -75,7 +77,7 @@ BUNDLES = {
             "pyarrow/include/*",
             "pyarrow/src/*",
             "pyarrow/tests/*",
-            "pyarrow/_*.so",  # extension modules besides pyarrow.lib
+            "pyarrow/_*.so",  # all extension modules except pyarrow.lib
             "pyarrow/libarrow_flight*",
             "pyarrow/libarrow_python_*",
             "pyarrow/libarrow_s3*",
@@ -113,9 +115,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path, metavar="FOLDER")
-    parser.add_argument("--python", default="3.12", help="of the other machine; default: 3.12")
     parser.add_argument(
-        "--arch", type=int, default=90, help="its GPU's architecture; default: 90, H100 and H200"
+        "--python", default="3.12", help="Python version of the other machine; default: 3.12"
+    )
+    parser.add_argument(
+        "--arch", type=int, default=90, help="its GPU architecture; default: 90 (H100, H200)"
     )
     given = parser.parse_args()
     given.folder.mkdir(parents=True, exist_ok=True)
@@ -128,13 +132,13 @@ def main() -> None:
             for library in libraries(trees[module]):
                 keep_architecture(library, given.arch)
             stub(trees[module], bundle.stubbed)
-        with ThreadPoolExecutor() as pool:  # xz lets go of the interpreter's lock
+        with ThreadPoolExecutor() as pool:  # threads, because lzma releases the GIL
             sizes = list(pool.map(lambda m: compress(trees[m], archive(given.folder, m)), trees))
     for module, size in zip(trees, sizes, strict=True):
         print(f"{size / 2**20:5.1f} MiB  {archive(given.folder, module)}")
-    print(f"{sum(sizes) / 2**20:5.1f} MiB  in all")
+    print(f"{sum(sizes) / 2**20:5.1f} MiB  in total")
     if sum(sizes) > LIMIT_MIB * 2**20:
-        sys.exit(f"{given.folder}: more than {LIMIT_MIB} MiB; leave an archive behind")
+        sys.exit(f"{given.folder}: more than {LIMIT_MIB} MiB; remove an archive")
 
 
 def archive(folder: Path, module: str) -> Path:
@@ -142,7 +146,7 @@ def archive(folder: Path, module: str) -> Path:
 
 
 def download(folder: Path, python: str) -> dict[str, Path]:
-    """Every bundle's wheels, by name as in BUNDLES."""
+    """Downloads the wheels of all bundles. Returns name as in BUNDLES -> path."""
     command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:"]
     command += ["--python-version", python, "--implementation", "cp", "-d", str(folder)]
     for platform in PLATFORMS:
@@ -153,7 +157,7 @@ def download(folder: Path, python: str) -> dict[str, Path]:
 
 
 def unzip(wheels: dict[str, Path], bundle: Bundle, tree: Path, python: str) -> None:
-    """What is kept of the wheels, as it would lie in site-packages."""
+    """Unpacks the needed files of a bundle's wheels to `tree`, laid out as in site-packages."""
     of_python = f".cpython-{python.replace('.', '')}-"
     for name in bundle.wheels:
         with zipfile.ZipFile(wheels[name]) as wheel:
@@ -169,7 +173,7 @@ def unzip(wheels: dict[str, Path], bundle: Bundle, tree: Path, python: str) -> N
                 with wheel.open(item) as source, open(tree / path, "wb") as file:
                     shutil.copyfileobj(source, file)
     if (tree / "nvidia").is_dir():
-        # torch's wheels have a package of this name too: so both are seen.
+        # torch's wheels have a package of this name too; extend_path makes Python search both.
         text = "__path__ = __import__('pkgutil').extend_path(__path__, __name__)\n"
         (tree / "nvidia" / "__init__.py").write_text(text)
     drop_copies(tree)
@@ -180,7 +184,8 @@ def matches(text: str, patterns: tuple[str, ...]) -> bool:
 
 
 def drop_copies(tree: Path) -> None:
-    """A wheel has no links: a library may lie in it under three names. Its soname stays."""
+    """Removes duplicate libraries: wheels cannot hold links, so a library may be in one under
+    several names. Keeps the copy whose name is the library's soname."""
     for library in libraries(tree):
         name = soname(library)
         if name not in ("", library.name) and (library.parent / name).exists():
@@ -188,7 +193,7 @@ def drop_copies(tree: Path) -> None:
 
 
 def libraries(tree: Path) -> list[Path]:
-    """All ELF files, extension modules too."""
+    """Returns all ELF libraries below `tree`, including extension modules."""
     return [p for p in sorted(tree.rglob("*.so*")) if p.read_bytes()[:4] == b"\x7fELF"]
 
 
@@ -197,7 +202,10 @@ def libraries(tree: Path) -> list[Path]:
 
 
 def keep_architecture(library: Path, arch: int) -> None:
-    """Writes zeros over the code that is not for `arch`. A fat binary without any stays whole."""
+    """Overwrites code for other architectures than `arch` with zeros.
+
+    A fat binary that has no code for `arch` is not changed.
+    """
     data = library.read_bytes()
     with open(library, "r+b") as file:
         for images in fat_binaries(data):
@@ -209,10 +217,10 @@ def keep_architecture(library: Path, arch: int) -> None:
 
 
 def fat_binaries(data: bytes) -> list[list[tuple[int, int, int, int]]]:
-    """Of each fat binary in an ELF file its images: (kind, architecture, offset, bytes).
+    """Returns the images of each fat binary in an ELF file: (kind, architecture, offset, bytes).
 
     Raises:
-        ValueError: one is laid out in a way that is not known here.
+        ValueError: a fat binary has an unknown layout.
     """
     found = []
     for offset, size in fatbin_sections(data):
@@ -227,18 +235,18 @@ def fat_binaries(data: bytes) -> list[list[tuple[int, int, int, int]]]:
                 kind, _, image_header, payload = struct.unpack_from("<HHIQ", data, here)
                 (arch,) = struct.unpack_from("<I", data, here + 28)
                 if kind not in (PTX_IMAGE, ELF_IMAGE) or not 64 <= image_header < 4096:
-                    raise ValueError(f"an unknown image at {here:#x}: kind {kind}")
+                    raise ValueError(f"unknown image at {here:#x}: kind {kind}")
                 images.append((kind, arch, here + image_header, payload))
                 here += image_header + payload
             if here != last:
-                raise ValueError(f"the fat binary at {at:#x} ends elsewhere")
+                raise ValueError(f"the images of the fat binary at {at:#x} do not fill it")
             found.append(images)
             at = last + -last % 8
     return found
 
 
 def fatbin_sections(data: bytes) -> list[tuple[int, int]]:
-    """(offset, bytes) of the sections of a 64-bit little-endian ELF file that hold CUDA code."""
+    """Returns (offset, bytes) of each section with CUDA code in a 64-bit little-endian ELF file."""
     (start,) = struct.unpack_from("<Q", data, 0x28)
     size, count, names = struct.unpack_from("<HHH", data, 0x3A)
     heads = [struct.unpack_from("<IIQQQQ", data, start + i * size) for i in range(count)]
@@ -256,8 +264,10 @@ def fatbin_sections(data: bytes) -> list[tuple[int, int]]:
 
 
 def stub(tree: Path, patterns: tuple[str, ...]) -> None:
-    """Puts stubs in place of libraries: they define what the others take from them; functions
-    return zero."""
+    """Replaces libraries by stubs that define the symbols which other libraries import from them.
+
+    All functions of a stub return zero.
+    """
     replaced = [library for library in libraries(tree) if matches(library.name, patterns)]
     wanted: set[str] = set()
     for library in set(libraries(tree)) - set(replaced):
@@ -265,7 +275,7 @@ def stub(tree: Path, patterns: tuple[str, ...]) -> None:
     for library in replaced:
         lines, versions = ['.section .note.GNU-stack,"",@progbits'], {}
         for name, (letter, size, version) in sorted(symbols(library, "defined").items()):
-            if letter == "A" or name not in wanted:  # A: the name of a version
+            if letter == "A" or name not in wanted:  # A: an absolute symbol, which names a version
                 continue
             if version:
                 versions.setdefault(version, []).append(name)
@@ -279,7 +289,7 @@ def stub(tree: Path, patterns: tuple[str, ...]) -> None:
 
 
 def assemble(library: Path, source: str, versions: dict[str, list[str]]) -> None:
-    """Replaces a library by one made of `source`. versions: of symbols, version -> names."""
+    """Replaces a library by one assembled from `source`. versions: version -> symbol names."""
     command = ["gcc", "-shared", "-nostdlib", f"-Wl,-soname,{soname(library) or library.name}"]
     script = library.with_suffix(".versions")
     if versions:
@@ -293,8 +303,10 @@ def assemble(library: Path, source: str, versions: dict[str, list[str]]) -> None
 
 
 def symbols(library: Path, which: str) -> dict[str, tuple[str, int, str]]:
-    """Its dynamic symbols that are `which` ("defined", "undefined"): name -> (nm's letter, bytes,
-    version or "")."""
+    """Returns the dynamic symbols of a library: name -> (nm's letter, bytes, version or "").
+
+    which: "defined" or "undefined".
+    """
     command = ["nm", "-D", "-S", f"--{which}-only", str(library)]
     found = {}
     for line in output_of(command).splitlines():
@@ -317,7 +329,7 @@ def output_of(command: list[str]) -> str:
 
 
 def compress(tree: Path, path: Path) -> int:
-    """Writes the tree as .tar.xz, the same bytes each time. Returns how many."""
+    """Writes the tree to a .tar.xz file, reproducibly. Returns the size of the file in bytes."""
     filters = [{"id": lzma.FILTER_X86}, {"id": lzma.FILTER_LZMA2, "preset": 9}]
 
     def anonymous(item: tarfile.TarInfo) -> tarfile.TarInfo:

@@ -1,8 +1,9 @@
-"""Unpacks what benchmarks/offline_pack.py packed and this machine lacks. Nothing is installed.
+"""Unpacks the packages from benchmarks/offline_pack.py that this machine lacks. Installs nothing.
 
     python benchmarks/offline_unpack.py FOLDER SITE
 
-SITE, put on PYTHONPATH, then has it. What is here already is left as it is.
+Unpacks them to SITE, which must then be put on PYTHONPATH. Packages that can already be imported
+are skipped.
 """
 
 import importlib.util
@@ -16,9 +17,9 @@ from pathlib import Path
 def main(folder: Path, site: Path) -> None:
     archives = {path.name.removesuffix(".tar.xz"): path for path in folder.glob("*.tar.xz")}
     if not archives:
-        sys.exit(f"{folder}: no archives in it; make them with benchmarks/offline_pack.py")
+        sys.exit(f"{folder}: no archives found; make them with benchmarks/offline_pack.py")
     missing = sorted(module for module in archives if not is_here(module))
-    with ThreadPoolExecutor() as pool:  # xz lets go of the interpreter's lock
+    with ThreadPoolExecutor() as pool:  # threads, because lzma releases the GIL
         list(pool.map(lambda module: unpack(archives[module], site), missing))
     here = ", ".join(sorted(archives.keys() - set(missing)))
     print(f"unpacked: {', '.join(missing) or 'nothing'}; here already: {here or 'nothing'}")
@@ -27,7 +28,7 @@ def main(folder: Path, site: Path) -> None:
 def is_here(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # its parent is not
+    except ModuleNotFoundError:  # its parent package is missing
         return False
 
 
@@ -36,10 +37,10 @@ def unpack(archive: Path, site: Path) -> None:
         with lzma.open(archive) as raw:
             with tarfile.open(fileobj=raw, mode="r|") as tar:
                 tar.extractall(site, filter="data")
-            while raw.read(1 << 20):  # to xz's checksum, at its end
+            while raw.read(1 << 20):  # reads to the end, so that xz verifies its checksum
                 pass
     except (lzma.LZMAError, EOFError, tarfile.TarError) as error:
-        sys.exit(f"{archive}: damaged ({error}); carry it here again")
+        sys.exit(f"{archive}: damaged ({error}); copy it here again")
 
 
 if __name__ == "__main__":

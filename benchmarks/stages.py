@@ -1,7 +1,7 @@
-"""Runs commands one after the other, each in a process of its own that may fail, crash or hang.
+"""Runs commands one after another, each in its own process, which may fail, crash or hang.
 
-Standard library only: what runs them must not depend on what they try. A disk that is full, or a
-folder that is gone, costs what was to be written there, and no stage that comes after.
+Uses only the standard library, because it must not depend on the packages that the commands test. A
+full disk or a missing folder loses only what was to be written there; later stages still run.
 """
 
 import contextlib
@@ -19,10 +19,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-OUTPUT = "OUTPUT"  # in a command: the JSON file that its figures go to
-LOGS = "LOGS"  # in a command: a folder for more logs than its output
-MARK = "RESNET_DIST_STAGE"  # in the environment of all processes of a stage
-STACKS_SECONDS = 5  # for a stage at its limit to write where it stands
+OUTPUT = "OUTPUT"  # placeholder in a command: the JSON file for its figures
+LOGS = "LOGS"  # placeholder in a command: a folder for additional logs
+MARK = "RESNET_DIST_STAGE"  # environment variable that identifies all processes of a stage
+STACKS_SECONDS = 5  # time that a stage over its limit has to write its stack traces
 ERRORS = r"(resnet-dist|Fatal Python error|[\w.]*(Error|Exception))"
 ERROR_LINE = re.compile(rf"^(\[?rank ?\d+\]?: *)?{ERRORS}: \S.*$", re.MULTILINE)
 ROW = "{:24}  {:20}  {:>5}  {}"
@@ -32,46 +32,47 @@ ROW = "{:24}  {:20}  {:>5}  {}"
 class Stage:
     name: str
     command: tuple[str, ...]
-    limit_seconds: float  # about twice what it should take
-    lines: int = 1  # of its output, the last ones, that the table shows
-    line: Callable[[Any], str] | None = None  # makes the table's line from its figures instead
+    limit_seconds: float  # about twice the expected duration
+    lines: int = 1  # the table shows this many of the last lines of its output
+    line: Callable[[Any], str] | None = None  # if given, formats its figures for the table instead
 
 
 @dataclass(frozen=True)
 class Record:
-    """What became of a stage."""
+    """The result of a stage."""
 
     stage: str
     command: str
     outcome: str  # ok, failed (exit code 1), crashed (SIGSEGV), over its limit, not started
     seconds: float
-    said: list[str]
-    figures: Any  # what it wrote to OUTPUT; None: nothing
+    said: list[str]  # lines for the table
+    figures: Any  # the JSON content of OUTPUT; None if it wrote none
 
 
 class Runner:
-    """Runs stages within a time for all of them, and writes what is known after each."""
+    """Runs stages within a total time limit, and writes all results so far after each stage."""
 
     def __init__(self, path: Path, scratch: Path, limit_seconds: float, env: dict[str, str]):
-        """path: of the JSON; the stages' whole output goes beside it, to .log. env: added to this
-        process's."""
+        """path: the JSON file for the results; all output of the stages goes to the .log file next
+        to it. env: added to the environment of this process."""
         self.path = path
         self.records: list[Record] = []
         self._log = path.with_suffix(".log")
         self._scratch = scratch
         self._began = time.monotonic()
         self._limit = limit_seconds
-        # Where in the Python code a crash came, or what was waited for at the limit.
+        # The fault handler prints the Python stacks of a stage that crashes or exceeds its limit.
         self._env = {**os.environ, "PYTHONFAULTHANDLER": "1", "PYTHONUNBUFFERED": "1", **env}
         hard = resource.getrlimit(resource.RLIMIT_CORE)[1]
-        resource.setrlimit(resource.RLIMIT_CORE, (0, hard))  # of a process with a GPU: many GB
+        # No core dumps: those of a process that uses a GPU take many GB.
+        resource.setrlimit(resource.RLIMIT_CORE, (0, hard))
 
     @property
     def seconds_left(self) -> float:
         return self._limit - (time.monotonic() - self._began)
 
     def run(self, stage: Stage, cwd: Path) -> Record:
-        """Runs it, unless less than half of its limit is left for all stages."""
+        """Runs a stage, unless the time left is less than half of the stage's own limit."""
         output = self._scratch / f"figures-{len(self.records)}.json"
         places = {OUTPUT: str(output), LOGS: str(self._scratch / "logs" / stage.name)}
         command = [places.get(word, word) for word in stage.command]
@@ -95,15 +96,15 @@ class Runner:
         return record
 
     def write(self) -> None:
-        """All that is known so far; the old file or the new one is there, never a part."""
-        beside = self.path.with_suffix(".part")
+        """Writes all results so far. Replaces the file atomically."""
+        temporary = self.path.with_suffix(".part")
         content = {
             "limit_seconds": self._limit,
             "seconds": round(time.monotonic() - self._began, 1),
             "stages": [asdict(record) for record in self.records],
         }
-        beside.write_text(json.dumps(content, indent=1) + "\n")
-        beside.replace(self.path)
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
+        temporary.replace(self.path)
 
     def table(self) -> str:
         head = ROW.format("stage", "outcome", "s", "")
@@ -112,7 +113,8 @@ class Runner:
     def _run(
         self, command: list[str], stage: Stage, limit_seconds: float, cwd: Path
     ) -> tuple[str, list[str]]:
-        """The outcome, and the last lines of its output; of its errors, unless all went well."""
+        """Runs a command. Returns the outcome and the last lines of its output and, unless it
+        succeeded, its error."""
         mark = uuid.uuid4().hex
         out, err = self._scratch / "stdout", self._scratch / "stderr"
         try:
@@ -133,12 +135,12 @@ class Runner:
             outcome = outcome_of(process.returncode)
         except subprocess.TimeoutExpired:
             outcome = "over its limit"
-            send(signal.SIGABRT, mark)  # Python writes all stacks to stderr
+            send(signal.SIGABRT, mark)  # makes Python write all stacks to stderr
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(STACKS_SECONDS)
         finally:
-            send(signal.SIGKILL, mark)  # what it left running, too
-            # A process that waits for a broken driver cannot be killed: it is left behind.
+            send(signal.SIGKILL, mark)  # also ends processes that it left running
+            # A process that is stuck in a broken driver cannot be killed, and is left behind.
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(STACKS_SECONDS)
         with told(self._log), open(self._log, "a") as log:
@@ -152,7 +154,7 @@ class Runner:
 def outcome_of(returncode: int) -> str:
     if returncode == 0:
         return "ok"
-    # A shell, torchrun and others pass on a child's signal as 128 + its number.
+    # Shells, torchrun and others report a child's signal as exit code 128 + signal number.
     number = -returncode if returncode < 0 else returncode - 128
     if number in set(signal.Signals):
         return f"crashed ({signal.Signals(number).name})"
@@ -160,17 +162,17 @@ def outcome_of(returncode: int) -> str:
 
 
 def send(number: signal.Signals, mark: str) -> None:
-    """To all processes of a stage, whoever started them and in whatever session."""
+    """Sends a signal to all processes of a stage, including those of other sessions."""
     wanted = f"{MARK}={mark}".encode()
     for path in Path("/proc").glob("[0-9]*/environ"):
-        with contextlib.suppress(OSError):  # it has ended, or is another user's
+        with contextlib.suppress(OSError):  # the process has ended or belongs to another user
             if wanted in path.read_bytes().split(b"\0"):
                 os.kill(int(path.parent.name), number)
 
 
 @contextlib.contextmanager
 def told(path: Path) -> Iterator[None]:
-    """An error of the file system is one line instead."""
+    """Prints a line instead of raising if `path` cannot be written."""
     try:
         yield
     except OSError as error:
@@ -189,13 +191,14 @@ def last_lines(text: str, count: int) -> list[str]:
 
 
 def why(errors: str) -> list[str]:
-    """The last line that names an error, or the last one: launchers say more after it."""
+    """Returns the last line that names an error, since launchers may print more after it, or else
+    the last line."""
     named = [match[0] for match in ERROR_LINE.finditer(errors)]
     return named[-1:] or last_lines(errors, 1)
 
 
 def describe_record(record: Record) -> str:
-    """Rows of the table."""
+    """Formats a record as rows of the table."""
     said = record.said or [""]
     rows = [ROW.format(record.stage, record.outcome, f"{record.seconds:.0f}", said[0][:200])]
     return "\n".join([*rows, *(ROW.format("", "", "", line[:200]) for line in said[1:])])

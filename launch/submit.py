@@ -1,14 +1,14 @@
-"""Submits a training to Slurm with submitit: one task per rank, the config as it is now.
+"""Submits a training run to Slurm with submitit: one task per rank, the config as it is now.
 
     python launch/submit.py configs/imagenet/resnet50.yaml --nodes 2 --gpus-per-node 8
     python launch/submit.py CONFIG.yaml name=lr02 optim.base_lr=0.2 --partition gpu --time-min 720
     python launch/submit.py CONFIG.yaml --nodes 8 --gpus-per-node 8 --dry-run
     python launch/submit.py CONFIG.yaml --local --gpus-per-node 0 --ranks-per-node 2
 
-A job that is preempted or reaches its time limit saves a checkpoint, queues itself again and goes
-on from that step. Only PyYAML and submitit are needed here; the job itself needs the rest.
-With --wait or --local the exit code tells how the run ended: 0 finished, 75 stopped on request (the
-same command goes on), 2 bad input, 1 all else.
+A job that is preempted or reaches its time limit saves a checkpoint, requeues itself and resumes at
+that step. This script needs only PyYAML and submitit; the job needs the other packages too.
+With --wait or --local, the exit code says how the run ended: 0 finished, 75 stopped on request (the
+same command resumes it), 2 bad input, 1 anything else.
 """
 
 import argparse
@@ -44,29 +44,32 @@ except ModuleNotFoundError as error:
     sys.exit(2)
 
 SIGNAL_BEFORE_LIMIT_S = 120
-KILLED_WITHIN_S = 300  # Slurm's KillWait is 30 s where nobody changed it
+KILLED_WITHIN_S = 300  # Slurm's KillWait is 30 s by default
 
 
 @dataclass(frozen=True)
 class Training:
-    """What each task runs. The same pickle runs again after a requeue: the run folder knows how
-    far it came, so nothing needs to be carried over."""
+    """What each task runs.
+
+    After a requeue the same pickle runs again. It carries no progress over, because the run folder
+    has the checkpoint to resume from.
+    """
 
     config: Config
     recipe: str
-    start: str  # the token by which `finish` knows what this job wrote
+    start: str  # the token by which `finish` recognizes the outcome of this job
     resume_anyway: bool = False
 
     def __call__(self) -> str:
-        """Returns the outcome; of a requeued job, it does not return."""
+        """Returns the outcome. Does not return if the job is requeued."""
         job = submitit.helpers.TorchDistributedEnvironment()
         # Each rank sees all GPUs of its node and takes number LOCAL_RANK.
         job.export(set_cuda_visible_devices=False, overwrite=True)
         os.environ["MASTER_ADDR"] = address_of(job.master_addr)
         os.environ[START_TOKEN] = self.start
-        # submitit's handler of USR2 saves nothing and requeues at once, in the middle of a step.
-        # Interrupt only remembers, and all ranks stop at the same step. It listens to the end: a
-        # signal that comes twice must not find submitit's handler again.
+        # submitit's handler for USR2 requeues at once, in the middle of a step and without saving.
+        # Interrupt only records the signal, and all ranks then stop at the same step. It stays
+        # installed until the end, so that a second signal does not reach submitit's handler.
         with Interrupt() as interrupt:
             set_up_process()
             from resnet_dist.train import train
@@ -77,9 +80,10 @@ class Training:
                 if job.rank == 0:
                     print(f"resnet-dist: {error}", file=sys.stderr, flush=True)
                 sys.exit(error.exit_code)
-            # Here every rank has saved. Slurm's early warning means: go on in the queue. TERM
-            # alone is a scancel, which a requeue would undo, or a preemption, after which Slurm
-            # requeues by itself. And who stops a job on a workstation means it.
+            # At this point the run is saved. If Slurm sent its early warning (USR1 or USR2), the
+            # job requeues itself. TERM alone is a scancel, which a requeue would undo, or a
+            # preemption, after which Slurm requeues the job. A job that someone stops on a
+            # workstation stays stopped.
             warned = not interrupt.received.isdisjoint((signal.SIGUSR1, signal.SIGUSR2))
             if outcome is Outcome.STOPPED and warned and "SLURM_JOB_ID" in os.environ:
                 requeue(os.environ["SLURM_JOB_ID"], job.rank)
@@ -87,7 +91,7 @@ class Training:
 
 
 def address_of(node: str) -> str:
-    """A name that this host can resolve, or the address that Slurm has for the node."""
+    """Returns `node` if this host can resolve the name, else the node's address in Slurm."""
     try:
         socket.getaddrinfo(node, None)
         return node
@@ -100,13 +104,16 @@ def address_of(node: str) -> str:
 
 
 def requeue(job_id: str, rank: int) -> None:
-    """Rank 0 asks; all wait to be killed. To return would write a result: done, says submitit."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # submitit ignores it, and would be in the way
+    """Requeues the job from rank 0, and waits on all ranks to be killed.
+
+    Does not return, because submitit would then write a result, which marks the job as done.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # submitit ignores TERM; here it must end us
     if rank == 0:
-        print(f"told to stop: job {job_id} goes back to the queue", flush=True)
+        print(f"stopped on request: requeueing job {job_id}", flush=True)
         subprocess.run(["scontrol", "requeue", job_id], check=True, timeout=60)
     time.sleep(KILLED_WITHIN_S)
-    raise RuntimeError(f"job {job_id} was not requeued; submit it again, it goes on")
+    raise RuntimeError(f"job {job_id} was not requeued; submit it again to resume it")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -114,7 +121,7 @@ def requeue(job_id: str, rank: int) -> None:
 
 
 class SlurmExecutor(submitit.SlurmExecutor):
-    """Also where Slurm is not: --dry-run only writes its script."""
+    """submitit's executor, which also works without Slurm, as --dry-run only needs its script."""
 
     @classmethod
     def affinity(cls) -> int:
@@ -135,7 +142,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     config = load_config(arguments.config, arguments.overrides)
-    # Before anything is queued: an impossible plan is refused here, not in the job's log.
+    # Checks the plan before anything is queued, so that an error is not only in the job's log.
     ranks_per_node = arguments.ranks_per_node
     ranks = arguments.nodes * ranks_per_node
     plan = dry_run(config, ranks, ranks_per_node, arguments.train_images)
@@ -152,7 +159,7 @@ def run(arguments: argparse.Namespace) -> None:
         run_here(arguments, training)
         return
     job = slurm_executor(arguments, config).submit(training)
-    print(f"job {job.job_id}, its log: {job.paths.stdout}")
+    print(f"submitted job {job.job_id}, log: {job.paths.stdout}")
     if arguments.wait:
         finish(job, training)
 
@@ -176,7 +183,8 @@ def slurm_executor(arguments: argparse.Namespace, config: Config) -> SlurmExecut
             f"export PYTHONPATH={shlex.quote(str(REPO))}${{PYTHONPATH:+:$PYTHONPATH}}",
             f"export OMP_NUM_THREADS=${{OMP_NUM_THREADS:-{arguments.cpus_per_task}}}",
         ],
-        # Since Slurm 22.05 srun does not take it from sbatch. One rank's failure ends the others'.
+        # Since Slurm 22.05 srun does not inherit --cpus-per-task from sbatch. --kill-on-bad-exit
+        # ends all ranks when one fails.
         srun_args=[f"--cpus-per-task={arguments.cpus_per_task}", "--kill-on-bad-exit=1"],
         additional_parameters={"requeue": True},
         **{name: value for name, value in chosen.items() if value is not None},
@@ -185,7 +193,10 @@ def slurm_executor(arguments: argparse.Namespace, config: Config) -> SlurmExecut
 
 
 def make_private(log_dir: Path) -> None:
-    """Whoever can write there can have code run as you: submitit's pickles are programs."""
+    """Makes the log folder accessible to its owner only.
+
+    It holds submitit's pickles, and anyone who could change them could run code as the owner.
+    """
     parent = log_dir.parent if "%j" in log_dir.name else log_dir
     parent.mkdir(mode=0o700, parents=True, exist_ok=True)
 
@@ -195,7 +206,10 @@ def make_private(log_dir: Path) -> None:
 
 
 def run_here(arguments: argparse.Namespace, training: Training) -> None:
-    """Starts the ranks, shows rank 0's log and waits. Ctrl-C, or TERM: they save and stop."""
+    """Starts the ranks on this machine, prints rank 0's log, and exits as the run does.
+
+    On Ctrl-C or TERM the ranks save a checkpoint and stop.
+    """
     paths = [str(REPO), *filter(None, [os.environ.get("PYTHONPATH")])]
     os.environ["PYTHONPATH"] = os.pathsep.join(paths)
     executor = submitit.LocalExecutor(arguments.log_dir)
@@ -206,7 +220,8 @@ def run_here(arguments: argparse.Namespace, training: Training) -> None:
         signal_delay_s=SIGNAL_BEFORE_LIMIT_S,
         stderr_to_stdout=True,
     )
-    # submitit's controller, which starts the ranks, would kill them at Ctrl-C; TERM it passes on.
+    # submitit's controller, which starts the ranks, would kill them on Ctrl-C but forwards TERM. So
+    # it inherits "ignore Ctrl-C" from here, and our own handlers below send it TERM.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     job = executor.submit(training)
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -230,7 +245,10 @@ def show(log: IO[str]) -> None:
 
 
 def finish(job: Any, training: Training) -> None:
-    """Waits, and exits as the run itself says that it ended: submitit knows done and failed."""
+    """Waits for the job, and exits with the outcome in the run folder.
+
+    submitit itself only knows whether a job is done or failed.
+    """
     job.wait()
     ending = Ending.read(training.config.run_dir)
     ours = ending is not None and ending.start == training.start
@@ -238,11 +256,11 @@ def finish(job: Any, training: Training) -> None:
     if outcome is Outcome.FINISHED:
         print(f"job {job.job_id} is done")
     elif outcome is Outcome.STOPPED:
-        print(f"job {job.job_id} was stopped; submit it again, it goes on")
+        print(f"job {job.job_id} was stopped; submit it again to resume it")
     else:
-        what = "has bad input" if outcome is Outcome.BAD_INPUT else "failed"
+        what = "had bad input" if outcome is Outcome.BAD_INPUT else "failed"
         folder = job.paths.stdout.parent
-        print(f"resnet-dist: job {job.job_id} {what}, its logs: {folder}", file=sys.stderr)
+        print(f"resnet-dist: job {job.job_id} {what}; see its logs in {folder}", file=sys.stderr)
     sys.exit(outcome.exit_code)
 
 
@@ -251,23 +269,31 @@ def finish(job: Any, training: Training) -> None:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="launch/submit.py", description="Submits a training to Slurm."
+        prog="launch/submit.py", description="Submits a training run to Slurm."
     )
     parser.add_argument("config", metavar="CONFIG.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="on top of the file")
-    parser.add_argument("--resume-anyway", action="store_true", help="as `train` has it")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key.sub=value", help="settings that override the config"
+    )
+    parser.add_argument("--resume-anyway", action="store_true", help="passed on to `train`")
     parser.add_argument("--nodes", type=int, default=1)
-    parser.add_argument("--gpus-per-node", type=int, default=8, help="(8) 0: train on CPUs")
-    parser.add_argument("--ranks-per-node", type=int, help="one per GPU, if not given")
-    parser.add_argument("--cpus-per-task", type=int, default=8, help="(8) cores of one rank")
-    parser.add_argument("--time-min", type=int, default=24 * 60, help="(1440) limit of one start")
+    parser.add_argument(
+        "--gpus-per-node", type=int, default=8, help="0 trains on CPUs (default: 8)"
+    )
+    parser.add_argument("--ranks-per-node", type=int, help="default: one per GPU")
+    parser.add_argument("--cpus-per-task", type=int, default=8, help="cores per rank (default: 8)")
+    parser.add_argument(
+        "--time-min", type=int, default=24 * 60, help="time limit of each start (default: 1440)"
+    )
     for name in ("partition", "account", "qos", "constraint", "exclude", "comment", "mem", "gres"):
-        parser.add_argument(f"--{name}", help="as sbatch has it")
+        parser.add_argument(f"--{name}", help="passed on to sbatch")
     parser.add_argument("--log-dir", type=Path, default=Path("runs/submitit/%j"), metavar="DIR")
     parser.add_argument("--dry-run", action="store_true", help="print config, plan and script")
-    parser.add_argument("--train-images", type=int, metavar="N", help="plan without the data")
-    parser.add_argument("--local", action="store_true", help="the ranks run here, without Slurm")
-    parser.add_argument("--wait", action="store_true", help="until the job is done")
+    parser.add_argument(
+        "--train-images", type=int, metavar="N", help="plan for N images, without the data"
+    )
+    parser.add_argument("--local", action="store_true", help="run the ranks here, without Slurm")
+    parser.add_argument("--wait", action="store_true", help="wait until the job ends")
     arguments = parser.parse_intermixed_args(argv)
     if arguments.ranks_per_node is None:
         arguments.ranks_per_node = arguments.gpus_per_node or 1
@@ -275,7 +301,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         if getattr(arguments, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     if arguments.local and arguments.nodes > 1:
-        parser.error("--local has one node")
+        parser.error("--local runs on one node only")
     return arguments
 
 

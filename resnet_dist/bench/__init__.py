@@ -1,1 +1,1 @@
-"""Measurements: what a user can repeat with `resnet-dist bench`."""
+"""The benchmarks of `resnet-dist bench`."""

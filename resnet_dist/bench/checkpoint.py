@@ -1,9 +1,10 @@
-"""`bench checkpoint`: what saving costs training, at ResNet-50's sizes, and what a save is made of.
+"""`bench checkpoint`: how much saving a ResNet-50 slows down training, and the time of each phase.
 
-So many steps as a save takes, or more, without one, with one by the Saver (copy, and write
-behind), and with one written while training waits, in turn (A B C, B C A, ...), so that whatever
-else the machine does meets all of them. What a save costs is the median of the differences within a
-round. Its time is counted to its end: the next steps do not start before.
+Times a run of steps, at least as long as a save takes, in three variants: without a save, with a
+save by the Saver (which copies the state and writes it in a background thread), and with a save
+that training waits for. The variants alternate (A B C, B C A, ...), so that other load on the
+machine affects all of them alike. The cost of a save is the median of the differences within a
+round. The timing of a variant ends when its save is complete, even if its steps end earlier.
 """
 
 import hashlib
@@ -33,25 +34,25 @@ from resnet_dist.precision import autocast, grad_scaler
 from resnet_dist.state import TrainState
 
 STEPS_PER_SAVE = 100
-TIMED_SECONDS = 1.5  # of steps, at least: a write may take half a second
+TIMED_SECONDS = 1.5  # minimum duration of the timed steps; a write may take half a second
 PARTS_RUNS = 7
 CROP_PX = 224
 GPU_BATCH_SIZE = 128
 CLASSES = tuple(f"class{label}" for label in range(1000))
 HOST_STEP_MS = 50
 HOST_SIDE = (
-    f"{HOST_STEP_MS} ms of Python that calls torch on one element, without a pause: a step as long "
-    f"as a GPU's at {1000 * GPU_BATCH_SIZE // HOST_STEP_MS:,} images/s, and bound by its host, "
-    "which so loses all that saving takes from it"
+    f"{HOST_STEP_MS} ms of Python calling torch on one element without a pause: as long as a GPU's "
+    f"step at {1000 * GPU_BATCH_SIZE // HOST_STEP_MS:,} images/s, but limited by the host, so that "
+    "all host time taken by saving is lost (the worst case)"
 )
 CPU_BATCH_SIZE = 8
-REAL_STEP = "a ResNet-50 step, batch {}, images that stand ready"
+REAL_STEP = "a ResNet-50 step, batch {}, images already in memory"
 
 
 def bench_checkpoint(folder: Path, runs: int, output: Path | None) -> None:
-    """Prints both tables, and writes the figures to `output`.
+    """Prints the costs of saving and the times of its phases, and writes them to `output`.
 
-    folder: where checkpoints would go; what is written there is removed again.
+    folder: on the disk to measure. The checkpoints written there are removed afterwards.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     folder.mkdir(parents=True, exist_ok=True)
@@ -60,7 +61,7 @@ def bench_checkpoint(folder: Path, runs: int, output: Path | None) -> None:
         content = state.checkpoint(config, Facts(classes=CLASSES))
         batch_size = GPU_BATCH_SIZE if device.type == "cuda" else CPU_BATCH_SIZE
         steps = {REAL_STEP.format(batch_size): real_step(state, device, batch_size)}
-        if device.type == "cpu":  # its steps are so long that they hide everything
+        if device.type == "cpu":  # a real step takes so long on a CPU that it hides all other costs
             steps[HOST_SIDE] = host_side_step()
         figures = {
             "steps_per_save": STEPS_PER_SAVE,
@@ -75,7 +76,7 @@ def bench_checkpoint(folder: Path, runs: int, output: Path | None) -> None:
 
 
 def trained_state(device: torch.device) -> TrainState:
-    """ResNet-50 with its momentum, after a step."""
+    """Returns ResNet-50 with its optimizer after one step, so that the momentum exists."""
     network = build_model("resnet50", len(CLASSES)).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     state = TrainState(
         network, build_optimizer(network, OptimConfig()), grad_scaler(device, "bf16")
@@ -104,11 +105,13 @@ def real_step(state: TrainState, device: torch.device, batch_size: int) -> Calla
 
 
 def say_warnings(line: str) -> None:
+    """Prints the Saver's warnings, but not its other lines."""
     if line.startswith("warning"):
         print(line)
 
 
 def host_side_step() -> Callable[[], None]:
+    """Returns a function that keeps the host busy for HOST_STEP_MS, as HOST_SIDE describes."""
     one = torch.zeros(())
 
     def seconds(operations: int) -> float:
@@ -117,7 +120,7 @@ def host_side_step() -> Callable[[], None]:
             one.add_(1)
         return time.perf_counter() - began
 
-    each = min(seconds(10_000) for _ in range(20)) / 10_000  # a quiet moment's
+    each = min(seconds(10_000) for _ in range(20)) / 10_000  # the minimum has the least other load
     operations = round(HOST_STEP_MS / 1000 / each)
 
     def step() -> None:
@@ -129,7 +132,8 @@ def host_side_step() -> Callable[[], None]:
 def overhead(
     step: Callable[[], None], content: Checkpoint, folder: Path, runs: int
 ) -> dict[str, Any]:
-    """Milliseconds of a step, and what a save of each kind adds."""
+    """Measures the duration of a step, and the time that each kind of save adds, in
+    milliseconds."""
     saver = Saver(folder / "behind", Retention(1), say_warnings)
     number = 0
 
@@ -144,7 +148,7 @@ def overhead(
         "behind": saved_behind,
         "waited for": saved_here,
     }
-    for kind in kinds.values():  # buffers, imports, the allocator
+    for kind in kinds.values():  # warm-up: buffers, imports, the allocator
         step()
         kind()
     saver.finish()
@@ -182,7 +186,10 @@ def overhead(
 
 
 def parts(content: Checkpoint, folder: Path, runs: int) -> dict[str, float]:
-    """Medians of milliseconds, each measured alone; and the size."""
+    """Measures each phase of saving and loading separately.
+
+    Returns the size of state.pt in MB, and the median milliseconds of each phase.
+    """
     file, saver = folder / "state.pt", Saver(folder / "parts", Retention(1))
     times: dict[str, list[float]] = {}
 
@@ -202,9 +209,9 @@ def parts(content: Checkpoint, folder: Path, runs: int) -> dict[str, float]:
         with open(file, "rb") as written:
             hashlib.file_digest(written, "sha256")
 
-    held = content.to_dict()
+    state = content.to_dict()
     for number in range(runs):
-        copy = timed("copy_to_host" if number else "first_copy_to_host", saver.copy_to_host, held)
+        copy = timed("copy_to_host" if number else "first_copy_to_host", saver.copy_to_host, state)
         file.unlink(missing_ok=True)
         timed("torch_save", torch.save, copy, file)
         timed("fsync", flush)
@@ -226,16 +233,17 @@ def synchronize() -> None:
 
 def describe_figures(figures: dict[str, Any]) -> str:
     text = ""
+    kinds = {"behind": "in the background", "waited for": "blocking"}
     for step in figures["steps"]:
-        table = [["a save", "adds ms", "quartiles", f"one in {STEPS_PER_SAVE} steps"]]
+        table = [["save", "adds ms", "quartiles", f"one in {STEPS_PER_SAVE} steps"]]
         for row in step["kinds"]:
             low, high = row["added_ms_quartiles"]
             cost = [f"{row['added_ms']:.1f}", f"{low:.1f}..{high:.1f}"]
-            table.append([row["save"], *cost, f"{row['overhead_pct']:+.2f} %"])
-        text += f"\nA step: {step['step']}; measured {step['step_ms']:.1f} ms\n\n"
+            table.append([kinds[row["save"]], *cost, f"{row['overhead_pct']:+.2f} %"])
+        text += f"\nStep: {step['step']}; measured {step['step_ms']:.1f} ms\n\n"
         text += results.columns(table) + "\n"
-    names = {"state_mb": "state.pt, MB", "whole_write_ms": "all of a write, ms"}
-    alone = [["alone", "median"]]
+    names = {"state_mb": "state.pt, MB", "whole_write_ms": "whole write, ms"}
+    alone = [["measured separately", "median"]]
     for name, value in figures["parts"].items():
         label = names.get(name, name.replace("_", " ").removesuffix(" ms") + ", ms")
         alone.append([label, f"{value:,.1f}"])

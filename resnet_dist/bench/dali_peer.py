@@ -1,6 +1,6 @@
-"""DALI as its users write it: its own file reader, its own shuffle, its own random crops.
+"""A typical DALI pipeline, with DALI's own file reader, shuffle and random crops.
 
-A peer to measure against, never a part of the package's own path: that is data/load/dali.py.
+It only serves as a baseline for `bench loader`. Training uses data/load/dali.py.
 """
 
 from collections.abc import Iterator
@@ -16,7 +16,10 @@ from resnet_dist.data.index.index import Index
 def dali_reader(
     index: Index, data: DataConfig, batch_size: int, device: str
 ) -> Iterator[torch.Tensor]:
-    """Endless batches [B, H, W, 3] of random_resized crops: float32, on a GPU float16."""
+    """Yields batches [B, H, W, 3] of random resized crops without end.
+
+    They are float16 on a GPU and float32 on a CPU.
+    """
     gpu = device == "cuda"
     pipe = peer_graph(
         index,
@@ -37,7 +40,7 @@ def peer_graph(index: Index, data: DataConfig) -> tuple[object, object]:
     encoded, labels = fn.readers.file(
         files=list(index.paths), labels=index.labels.tolist(), random_shuffle=True
     )
-    # ImageNet's largest image, as in NVIDIA's own ResNet-50.
+    # The size of ImageNet's largest image, as in NVIDIA's own ResNet-50 example.
     largest: dict[str, Any] = {"preallocate_width_hint": 5980, "preallocate_height_hint": 6430}
     images = fn.decoders.image_random_crop(
         encoded,

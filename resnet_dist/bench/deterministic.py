@@ -1,11 +1,12 @@
-"""`bench deterministic`: what train.deterministic costs, on the ranks that it is started with.
+"""`bench deterministic`: measures the cost of train.deterministic on the ranks it is started with.
 
-Two things are timed with and without it, in turn, so that a busy machine is busy for both: a whole
-optimizer step (ResNet-50 on a GPU; on a CPU ResNet-20, as small as the machine), and the exchange
-of ResNet-50's gradients alone. Images are noise that is in memory: no loader.
+Two things are timed, each with and without train.deterministic: a whole optimizer step (ResNet-50
+on a GPU, the smaller ResNet-20 on a CPU), and the exchange of ResNet-50's gradients alone. The two
+modes alternate, so that other load on the machine affects both alike. The images are noise in
+memory, and there is no loader.
 
-cuBLAS reads its setting once in a process, so both have the deterministic one: it concerns the last
-layer alone.
+cuBLAS reads its setting only once per process, so both modes run with the deterministic setting.
+This affects only the last layer.
 """
 
 import time
@@ -33,35 +34,41 @@ WORK = {"cuda": ("resnet50", 224, 128, "bf16"), "cpu": ("resnet20", 32, 32, "fp3
 
 
 def bench_deterministic(world: World, runs: int, steps: int, output: Path | None) -> None:
-    """Prints the milliseconds of both in either mode, and the cost in percent. A collective.
+    """Prints the milliseconds of a step and of an exchange in each mode, and the cost in percent.
+    A collective.
 
-    runs: per mode, of `steps` optimizer steps or exchanges each.
+    runs: number of timed runs per mode, each of `steps` optimizer steps or exchanges.
     """
     name, px, images, precision = WORK[world.device.type]
     what = f"step, {name} at {px} px, {images} images per rank, {precision}"
-    parts = [measure(what, training_step(world), world, (runs, steps))]
+    measured = [measure(what, training_step(world), world, (runs, steps))]
     if world.size > 1:
         parameters = resnet50_parameters()
         what = f"exchange of {parameters:,} gradients (ResNet-50)"
-        parts.append(measure(what, exchange(world, parameters), world, (runs, steps)))
+        measured.append(measure(what, exchange(world, parameters), world, (runs, steps)))
     if not world.is_main:
         return
-    rows = [["", *(f"{mode} ms" for mode in MODES), "cost", "of each pair"]]
-    for part in parts:
-        medians = [median(part["ms"][mode]) for mode in MODES]
-        low, *_, high = sorted(part["cost_pct"])
-        cost = [f"{median(part['cost_pct']):+.1f} %", f"{low:+.1f}..{high:+.1f}"]
-        rows.append([part["what"], *(f"{ms:.1f}" for ms in medians), *cost])
+    rows = [["", *(f"{mode} ms" for mode in MODES), "cost", "range"]]
+    for one in measured:
+        medians = [median(one["ms"][mode]) for mode in MODES]
+        low, *_, high = sorted(one["cost_pct"])
+        cost = [f"{median(one['cost_pct']):+.1f} %", f"{low:+.1f}..{high:+.1f}"]
+        rows.append([one["what"], *(f"{ms:.1f}" for ms in medians), *cost])
     print(f"{world.size} x {world.device.type}, {runs} runs of {steps} in each mode; medians\n")
     print(results.columns(rows))
-    figures = {"ranks": world.size, "threads_per_rank": torch.get_num_threads(), "parts": parts}
+    figures = {"ranks": world.size, "threads_per_rank": torch.get_num_threads(), "parts": measured}
     results.write(output, "deterministic", figures)
 
 
 def measure(
     what: str, once: Callable[[bool], None], world: World, repeats: tuple[int, int]
 ) -> dict[str, Any]:
-    """once: given whether the mode is deterministic. repeats: runs, and calls in each."""
+    """Times `once` in both modes, which alternate.
+
+    once: takes whether the mode is deterministic. repeats: number of runs, and calls per run.
+
+    Returns the milliseconds per call of each run, and the cost of each pair of runs in percent.
+    """
     runs, calls = repeats
     ms: dict[str, list[float]] = {mode: [] for mode in MODES}
     for run in range(runs + 1):
@@ -72,7 +79,7 @@ def measure(
             for _ in range(calls):
                 once(deterministic)
             synchronize(world)
-            if run:  # the first one is for autotuning, and for DDP's buckets
+            if run:  # the first run is a warm-up, for autotuning and for DDP's buckets
                 ms[mode].append(1000 * (time.perf_counter() - began) / calls)
     fix_algorithms(False)
     pairs = zip(ms["deterministic"], ms["fastest"], strict=True)
@@ -80,11 +87,12 @@ def measure(
 
 
 def training_step(world: World) -> Callable[[bool], None]:
-    """A step as training takes it, on images that are in memory."""
+    """Returns a function that runs one training step on images in memory."""
     name, px, images, precision = WORK[world.device.type]
     config = Config(model=ModelConfig(name=name))
     models, optimizers = {}, {}
-    for deterministic in MODES.values():  # each has a network: DDP is told once
+    # Each mode has its own network, because the way DDP sums gradients is set when it is created.
+    for deterministic in MODES.values():
         fix_algorithms(deterministic)
         network = build_network(config, world, num_classes=1000)
         optimizers[deterministic] = build_optimizer(network, config.optim)
@@ -112,11 +120,12 @@ def resnet50_parameters() -> int:
 
 
 def exchange(world: World, parameters: int) -> Callable[[bool], None]:
-    """The sum over the ranks of as many float32, in DDP's buckets."""
+    """Returns a function that sums as many float32 values over the ranks, in buckets of DDP's
+    size."""
     gradients = torch.zeros(parameters, device=world.device)
     buckets = gradients.split(BUCKET_BYTES // gradients.element_size())
 
-    def once(deterministic: bool) -> None:  # the mode is set
+    def once(deterministic: bool) -> None:  # `measure` has already set the mode
         for bucket in buckets:
             sum_over_ranks(bucket, world.group)
 
@@ -124,7 +133,7 @@ def exchange(world: World, parameters: int) -> Callable[[bool], None]:
 
 
 def synchronize(world: World) -> None:
-    """Until all ranks and their GPUs have done what they were told."""
+    """Waits until all ranks and their GPUs have finished their work. A collective."""
     if world.device.type == "cuda":
         torch.cuda.synchronize()
     world.any(False)

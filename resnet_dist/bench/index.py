@@ -1,4 +1,5 @@
-"""`bench index`: what an index of ImageNet's size costs each process of a node, and its order."""
+"""`bench index`: what an index of ImageNet's size costs each process of a node, and how long it
+takes to shuffle."""
 
 import multiprocessing
 import time
@@ -19,10 +20,11 @@ CLASSES = 1000
 IMAGES_PER_SHARD = 1000
 GLOBAL_BATCH = 256
 MEAN_BYTES = 110_000  # of an ImageNet photo
-TIMES = 5  # a measurement of time is the median of
+TIMES = 5  # number of measurements, whose median is reported
 
 
 def bench_index(images: int, output: Path | None) -> None:
+    """Prints the time and memory that a synthetic index takes, and writes them to `output`."""
     with TemporaryDirectory(prefix="resnet-dist-bench-") as name:
         top = Path(name)
         path = top / "train" / "index.arrow"
@@ -38,7 +40,7 @@ def bench_index(images: int, output: Path | None) -> None:
         "block_order": order_seconds(lambda epoch: block_order(0, epoch, images, GLOBAL_BATCH)),
     }
     print(f"{images:,} images in shards: a file of {file_mib:.1f} MiB, saved in {saved:.2f} s\n")
-    table = [["processes", "load s", "RSS MiB", "of it by the index", "private", "shared (PSS)"]]
+    table = [["processes", "load s", "RSS MiB", "due to the index", "private", "shared (PSS)"]]
     for count, costs in processes.items():
         worst = {key: max(cost[key] for cost in costs) for key in costs[0]}
         table.append(
@@ -65,14 +67,16 @@ def bench_index(images: int, output: Path | None) -> None:
 
 
 def synthetic_index(images: int, top: Path) -> Index:
-    """Sorted by class, with names, sizes and bytes like ImageNet's, in shards that are not there
-    but for their lengths (sparse files)."""
+    """Returns an index sorted by class, with names, sizes and byte counts like ImageNet's.
+
+    Its shards are sparse files of the right length without any content.
+    """
     random = np.random.default_rng(0)
     labels = np.arange(images) * CLASSES // images
     number = np.arange(images)
     shard = (number // IMAGES_PER_SHARD).astype(np.int32)
     nbytes = random.integers(MEAN_BYTES // 2, MEAN_BYTES * 3 // 2, images)
-    ends = np.cumsum(nbytes + 1536)  # and the tar's headers
+    ends = np.cumsum(nbytes + 1536)  # 1536 bytes for the tar's headers
     starts = np.concatenate([[0], ends])[::IMAGES_PER_SHARD][: shard[-1] + 1]
     files = tuple(str(top / "train" / f"{i:06}.tar") for i in range(shard[-1] + 1))
     (top / "train").mkdir()
@@ -88,11 +92,12 @@ def synthetic_index(images: int, top: Path) -> Index:
 
 
 def loaded_by(count: int, path: Path, top: Path) -> list[dict[str, float]]:
-    """What the index costs each of `count` fresh processes that hold it at the same time."""
+    """Measures the cost of the index in each of `count` fresh processes that hold it at the same
+    time."""
     context = multiprocessing.get_context("spawn")
     barrier, answers = context.Barrier(count), context.Queue()
     started = [
-        context.Process(target=_load_and_tell, args=(path, top, barrier, answers))
+        context.Process(target=_load_and_report, args=(path, top, barrier, answers))
         for _ in range(count)
     ]
     for process in started:
@@ -103,13 +108,13 @@ def loaded_by(count: int, path: Path, top: Path) -> list[dict[str, float]]:
     return costs
 
 
-def _load_and_tell(path: Path, top: Path, barrier: Barrier, answers: Any) -> None:
+def _load_and_report(path: Path, top: Path, barrier: Barrier, answers: Any) -> None:
     before = _memory_mib()
     barrier.wait()
     began = time.perf_counter()
     index = load_index_file(path, top)
     seconds = time.perf_counter() - began
-    # What a rank then looks at: in the course of an epoch, all of it but the names.
+    # Touches what a rank reads in the course of an epoch: everything except most of the names.
     assert index.nbytes is not None
     assert index.shards is not None
     for column in (index.labels, index.sizes, index.nbytes, index.shards.offset):
@@ -130,13 +135,13 @@ def _load_and_tell(path: Path, top: Path, barrier: Barrier, answers: Any) -> Non
 
 
 def _memory_mib() -> dict[str, float]:
-    """/proc/self/smaps_rollup: https://docs.kernel.org/filesystems/proc.html"""
+    """Reads /proc/self/smaps_rollup (https://docs.kernel.org/filesystems/proc.html)."""
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]
     return {key: int(rest.split()[0]) / 1024 for key, rest in (line.split(":") for line in lines)}
 
 
 def order_seconds(order: Any) -> float:
-    """Of an epoch that is not in the cache."""
+    """Returns the median seconds to compute the order of an epoch that is not cached."""
     seconds = []
     for epoch in range(TIMES):
         began = time.perf_counter()

@@ -1,4 +1,4 @@
-/* Decodes a window of a JPEG with bare libjpeg-turbo: the limit that a loader is measured against. */
+/* Decodes a window of a JPEG with bare libjpeg-turbo: an upper bound on the speed of a loader. */
 #include <setjmp.h>
 #include <stdio.h>
 #include <jpeglib.h>
@@ -11,8 +11,8 @@ struct guard {
 static void leave(j_common_ptr info) { longjmp(((struct guard *)info->err)->caller, 1); }
 static void be_silent(j_common_ptr info) { (void)info; }
 
-/* window: top, left, bottom, right, inside the image. pixels: holds 4 bytes for each of the image's.
- * Returns 0, or 1 where libjpeg refuses the data. */
+/* window: top, left, bottom, right, inside the image. pixels: has room for 4 bytes per pixel of the
+ * whole image. Returns 0, or 1 if libjpeg rejects the data. */
 int decode_window(const unsigned char *data, unsigned long nbytes, const int *window,
                   unsigned char *pixels) {
     struct jpeg_decompress_struct info;
@@ -29,7 +29,7 @@ int decode_window(const unsigned char *data, unsigned long nbytes, const int *wi
     jpeg_read_header(&info, TRUE);
     info.out_color_space = info.num_components == 4 ? JCS_CMYK : JCS_RGB;
     jpeg_start_decompress(&info);
-    /* EXIF may have turned the frame that the window is in. */
+    /* The window refers to the image as EXIF orients it, so it may exceed the stored frame. */
     JDIMENSION top = window[0] < (int)info.output_height ? window[0] : 0;
     JDIMENSION left = window[1] < (int)info.output_width ? window[1] : 0;
     JDIMENSION bottom = window[2] < (int)info.output_height ? window[2] : info.output_height;

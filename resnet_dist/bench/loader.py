@@ -1,8 +1,8 @@
-"""`bench loader`: loaders side by side, the same photos, batch and threads, nothing but loading.
+"""`bench loader`: compares data loaders on the same photos, batch size and number of threads.
 
-Each loader has a process of its own, and they run in turn (A B C A B C ...), so that whatever else
-the machine does meets all of them. A figure is the median of the rounds; a ratio the median of the
-ratios within a round.
+Only loading is measured, without a network. Each loader has its own process, and the loaders take
+turns (A B C A B C ...), so that other load on the machine affects all of them alike. A figure is
+the median over the rounds, and a ratio is the median of the ratios within each round.
 """
 
 import multiprocessing
@@ -26,49 +26,55 @@ from resnet_dist.config import DataConfig
 from resnet_dist.data.load.build import agreed_decoding
 from resnet_dist.errors import UserError
 
-IMAGES_PER_THREAD = 2000  # in a run: 5 to 10 seconds
-WARM_BATCHES_PER_THREAD = 2  # what torch's DataLoader has under way per worker
+IMAGES_PER_THREAD = 2000  # timed in each run: 5 to 10 seconds
+WARM_BATCHES_PER_THREAD = 2  # torch's DataLoader prefetches this many batches per worker
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What all loaders are given alike."""
+    """The settings that all loaders share."""
 
     batch_size: int
     threads: int
     images: int  # timed in each run
     runs: int
-    # In whose .index runs keep what the probe of a GPU's decoders saw; None: it is probed anew.
+    # Reports of the probe of a GPU's decoders are read from run_root/.index. None: probes again.
     run_root: str | None = None
 
     @property
     def warm_batches(self) -> int:
-        """Before the timed ones, and after: so that at both ends as much is under way."""
+        """Number of untimed batches, both before and after the timed ones.
+
+        They ensure that as many batches are in flight at the end of the timing as at its start.
+        """
         return 4 + WARM_BATCHES_PER_THREAD * self.threads
 
     @property
     def timed_batches(self) -> int:
-        """Whole turns of the threads: a worker process delivers its batch when it is whole."""
-        turn = self.batch_size * self.threads
-        return max(1, round(self.images / turn)) * self.threads
+        """Number of timed batches, a multiple of the number of threads.
+
+        A worker process builds a whole batch by itself, so the workers deliver in cycles of one
+        batch each.
+        """
+        cycle = self.batch_size * self.threads
+        return max(1, round(self.images / cycle)) * self.threads
 
 
 @dataclass(frozen=True)
 class Run:
-    """One stream, from its start to its end."""
+    """The measurements of one stream, from its start to its end."""
 
-    images_per_sec: float  # of the timed batches
-    cpu_ms_per_image: (
-        float  # of the whole stream, all threads and processes; other load hardly shows
-    )
-    startup_seconds: float  # to the first batch
-    peak_rss_mib: float  # of the process so far, without worker processes
+    images_per_sec: float  # over the timed batches
+    # CPU time of all threads and processes over the whole stream; hardly affected by other load.
+    cpu_ms_per_image: float
+    startup_seconds: float  # until the first batch
+    peak_rss_mib: float  # of the process so far, excluding its worker processes
 
 
 @dataclass(frozen=True)
 class Loader:
     name: str
-    stream: str  # a function of peers.py
+    stream: str  # name of a function in peers.py
     work: Work
 
 
@@ -79,13 +85,13 @@ def bench_loader(
     output: Path | None,
     with_peers: bool = True,
 ) -> None:
-    """Prints the table, and writes the figures to `output`.
+    """Prints a table of the loaders, and writes the figures to `output`.
 
-    shards: of the same photos; None: they are made. with_peers: torchvision's, DALI's and
-    libjpeg-turbo's too.
+    shards: a folder with the same photos as shards; None: makes temporary ones. with_peers: also
+    measures torchvision, DALI's own reader and libjpeg-turbo.
 
     Raises:
-        UserError: no photos in `data`, or shards that cannot be used.
+        UserError: there are no photos in `data`, or the shards cannot be used.
     """
     with ExitStack() as stack:
         folder = stack.enter_context(photo_folder(data, settings.images))
@@ -103,14 +109,14 @@ def bench_loader(
 
 
 def side_by_side(folder: Path, shards: Path, settings: Settings) -> list[Loader]:
-    """The loaders that this machine can run."""
+    """Returns the loaders that this machine can run."""
     gpu = torch.cuda.is_available()
     photos = sum(1 for _ in (folder / "train").glob("*/*"))
     try:
         peers.compiled_libjpeg()
         has_limit = True
     except UserError as error:
-        print(f"left out: {error}")
+        print(f"skipped: {error}")
         has_limit = False
     loaders = []
     for crop in ("random_resized", "scale"):
@@ -127,14 +133,14 @@ def side_by_side(folder: Path, shards: Path, settings: Settings) -> list[Loader]
             device="cuda" if gpu else "cpu",
             run_root=settings.run_root or str(folder),
         )
-        agreed_decoding(work.config, work.world)  # a GPU is probed here, not while it is timed
+        agreed_decoding(work.config, work.world)  # probes a GPU now, rather than while timing
         in_shards = replace(work, data=replace(files, format="shards", root=str(shards)))
         loaders += [
             Loader("ours, files", "ours", work),
             Loader("ours, shards", "ours", in_shards),
         ]
         if gpu:
-            # Each photo once in an epoch: the cache would keep it as often as it is listed.
+            # Lists each photo once per epoch, as the cache would keep a copy per listing.
             once = replace(work, images=max(photos, settings.batch_size))
             cached = replace(once, data=replace(files, cache="decoded"))
             loaders += [Loader("ours, cache=decoded", "ours", cached)]
@@ -150,6 +156,7 @@ def side_by_side(folder: Path, shards: Path, settings: Settings) -> list[Loader]
 
 
 def warm_page_cache(*folders: Path) -> None:
+    """Reads all files below the folders, so that the page cache holds them."""
     for folder in folders:
         for parent, _, names in os.walk(folder):
             for name in names:
@@ -159,8 +166,11 @@ def warm_page_cache(*folders: Path) -> None:
 
 
 def interleave(loaders: list[Loader], settings: Settings) -> list[list[Run]]:
-    """[runs][loaders]. Prints each round as it comes."""
-    # Forks of a server that has imported everything, and has no threads yet.
+    """Runs the loaders in turn, settings.runs times, and prints the speeds of each round.
+
+    Returns a list of rounds, each a list with one Run per loader.
+    """
+    # Forks from a server process that has imported everything but has not started any thread.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, "torchvision", "resnet_dist.bench.dali_peer"])
     rounds = []
@@ -179,7 +189,9 @@ def interleave(loaders: list[Loader], settings: Settings) -> list[list[Run]]:
 
 
 def measure(stream: str, work: Work, settings: Settings) -> Run:
-    peers.index_of(work)  # it is made once a run, and is measured by `bench index`
+    """Runs one stream in this process, and measures it."""
+    # Not timed: training makes the index once per run, and `bench index` measures it.
+    peers.index_of(work)
     first, last = settings.warm_batches, settings.warm_batches + settings.timed_batches
     cpu, began, times = _cpu_seconds(), time.perf_counter(), {}
     batches = getattr(peers, stream)(work)
@@ -199,16 +211,17 @@ def measure(stream: str, work: Work, settings: Settings) -> Run:
 
 
 def _cpu_seconds() -> float:
-    """Of this process and of the worker processes that have ended."""
+    """Returns the CPU time of this process and of its worker processes that have ended."""
     return sum(os.times()[:4])
 
 
 def summary(loader: Loader, rounds: list[list[Run]], loaders: list[Loader]) -> dict[str, Any]:
-    """The figures of a loader: each run's, their medians, and how much faster `ours, files` is."""
-    place = loaders.index(loader)
+    """Returns a loader's figures: each run, the medians, and how many times as fast `ours, files`
+    is."""
+    column = loaders.index(loader)
     crop = loader.work.data.train_crop
     ours = next(i for i, other in enumerate(loaders) if other.work.data.train_crop == crop)
-    runs = [one[place] for one in rounds]
+    runs = [one[column] for one in rounds]
     return {
         "loader": loader.name,
         "train_crop": crop,
@@ -217,7 +230,7 @@ def summary(loader: Loader, rounds: list[list[Run]], loaders: list[Loader]) -> d
         "cpu_ms_per_image": round(median(run.cpu_ms_per_image for run in runs), 3),
         "startup_seconds": round(median(run.startup_seconds for run in runs), 3),
         "ours_files_is_times_as_fast": round(
-            median(one[ours].images_per_sec / one[place].images_per_sec for one in rounds), 3
+            median(one[ours].images_per_sec / one[column].images_per_sec for one in rounds), 3
         ),
         "runs": [{key: round(value, 3) for key, value in asdict(run).items()} for run in runs],
     }
@@ -225,7 +238,7 @@ def summary(loader: Loader, rounds: list[list[Run]], loaders: list[Loader]) -> d
 
 def describe_results(rows: list[dict[str, Any]], settings: Settings) -> str:
     head = ["img/s", "lowest", "highest", "CPU ms/img", "start s", "ours, files is"]
-    parts = [
+    blocks = [
         f"\nmedian of {settings.runs} runs of {settings.timed_batches * settings.batch_size:,} "
         f"images, batch {settings.batch_size}, {settings.threads} threads, {rows[0]['device']}"
     ]
@@ -244,5 +257,5 @@ def describe_results(rows: list[dict[str, Any]], settings: Settings) -> str:
                     f"{row['ours_files_is_times_as_fast']:.2f} x as fast",
                 ]
             )
-        parts.append("\n" + results.columns(table))
-    return "\n".join(parts)
+        blocks.append("\n" + results.columns(table))
+    return "\n".join(blocks)

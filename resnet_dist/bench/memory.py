@@ -1,5 +1,7 @@
-"""`bench memory`: does loading take more memory with each epoch? Training and evaluation batches in
-turn, as `train` asks for them, without a network."""
+"""`bench memory`: checks whether loading uses more memory with each epoch.
+
+Each epoch loads the same training and evaluation batches as `train`, but without a network.
+"""
 
 import os
 from dataclasses import replace
@@ -15,23 +17,23 @@ from resnet_dist.data.view.requests import eval_requests, train_requests
 from resnet_dist.distributed import World
 from resnet_dist.plan import Plan
 
-COMPARED_EPOCHS = 5  # the highest of the last ones against the highest of the first ones
-FLAT_WITHIN = 0.05  # how threads meet changes the peak of an epoch by as much
+COMPARED_EPOCHS = 5  # compares the peak of the last 5 epochs with the peak of the first 5
+FLAT_WITHIN = 0.05  # thread timing alone changes the peak of an epoch by this much
 
 
 def bench_memory(config: Config, world: World, epochs: int, output: Path | None) -> None:
-    """Prints the most memory that was held in each epoch, and whether it is flat.
+    """Prints the peak memory of each epoch, and whether it stays flat.
 
     Raises:
         UserError: the config does not fit the data.
     """
-    lasting = replace(config.train, epochs=float(epochs), iterations=None)
-    config = replace(config, train=lasting, optim=OptimConfig())
+    train_config = replace(config.train, epochs=float(epochs), iterations=None)
+    config = replace(config, train=train_config, optim=OptimConfig())
     train, val = load_index(config, "train", world), load_index(config, "val", world)
     plan = Plan.of(config, world.size, len(train), len(val))
     train_loader, val_loader = (make_loader(index, config, world) for index in (train, val))
-    held: list[list[float]] = []  # RSS, GPU; MiB
-    print(f"{len(train):,} train and {len(val):,} val images; the most MiB held in each epoch:")
+    peaks: list[list[float]] = []  # RSS and GPU memory in each epoch, in MiB
+    print(f"{len(train):,} train and {len(val):,} val images; peak memory of each epoch in MiB:")
     for epoch in range(epochs):
         requests = train_requests(config, plan, train, world.rank, epoch * plan.steps_per_epoch)
         batches = train_loader.batches(requests)
@@ -39,22 +41,22 @@ def bench_memory(config: Config, world: World, epochs: int, output: Path | None)
         for _ in range(plan.steps_per_epoch * plan.accumulation):
             next(batches)
             most = list(map(max, most, memory_mib(world.device)))
-        batches.close()  # before the evaluation, as `train` does
+        batches.close()  # before the evaluation, as in `train`
         requests = eval_requests(config, val, CENTER_CROP, world.rank, world.size)
         for _ in val_loader.batches(requests):
             most = list(map(max, most, memory_mib(world.device)))
-        held.append(most)
+        peaks.append(most)
         gpu = f"  GPU {most[1]:,.0f}" if world.device.type == "cuda" else ""
         print(f"epoch {epoch + 1:>2}  RSS {most[0]:,.1f}{gpu}", flush=True)
-    growth = growth_of([one[0] for one in held])
+    growth = growth_of([one[0] for one in peaks])
     verdict = "flat" if growth <= FLAT_WITHIN else "NOT FLAT"
-    print(f"{verdict}: the last {COMPARED_EPOCHS} epochs against the first: {growth:+.1%}")
+    print(f"{verdict}: peak RSS of the last {COMPARED_EPOCHS} epochs vs the first: {growth:+.1%}")
     figures = {
         "images": {"train": len(train), "val": len(val)},
         "format": config.data.format,
         "cache": config.data.cache,
-        "rss_mib": [round(rss, 1) for rss, _ in held],
-        "gpu_mib": [round(gpu, 1) for _, gpu in held] if world.device.type == "cuda" else None,
+        "rss_mib": [round(rss, 1) for rss, _ in peaks],
+        "gpu_mib": [round(gpu, 1) for _, gpu in peaks] if world.device.type == "cuda" else None,
         "growth": round(growth, 4),
         "flat": growth <= FLAT_WITHIN,
     }
@@ -62,12 +64,13 @@ def bench_memory(config: Config, world: World, epochs: int, output: Path | None)
 
 
 def growth_of(rss_mib: list[float]) -> float:
-    """The highest of the last epochs against the highest of the first ones: a share of it."""
+    """Returns the relative growth from the peak of the first epochs to the peak of the last
+    ones."""
     return max(rss_mib[-COMPARED_EPOCHS:]) / max(rss_mib[:COMPARED_EPOCHS]) - 1
 
 
 def memory_mib(device: torch.device) -> tuple[float, float]:
-    """Resident memory of this process, and what is taken of the GPU, by anyone."""
+    """Returns the resident memory of this process, and the GPU memory used by all processes."""
     with open("/proc/self/statm") as file:
         pages = int(file.read().split()[1])
     gpu = 0

@@ -1,6 +1,7 @@
-"""`bench order`: how well a batch from label-sorted shards is mixed, and how the reads lie on disk.
+"""`bench order`: how well batches from class-sorted shards are mixed, and how sequential the disk
+reads are.
 
-A simulation, on shards of ImageNet's shape: samples sorted by class, all of one length.
+This is a simulation of shards like ImageNet's: samples sorted by class, all of the same length.
 """
 
 from pathlib import Path
@@ -24,7 +25,10 @@ POOLED_BATCHES = 16
 
 
 def bench_order(images: int, output: Path | None) -> None:
-    """images: in an epoch; ImageNet's, but for a quick look."""
+    """Prints how mixed batches are and how ranks read, for a block shuffle and a full shuffle.
+
+    images: number in an epoch; ImageNet's, or fewer for a quick look.
+    """
     labels = np.arange(images) * CLASSES // images
     mixing: list[dict[str, Any]] = []
     reads: list[dict[str, Any]] = []
@@ -48,7 +52,7 @@ def bench_order(images: int, output: Path | None) -> None:
                 reads.append({"batch": batch, "order": name, "ranks": ranks, **figures})
     table = [["batch", "order", "bits", f"bits of {POOLED_BATCHES} batches"]]
     table += [[str(value) for value in row.values()] for row in mixing]
-    print(f"class entropy of a batch, mean over an epoch; {CLASSES} classes, sorted\n")
+    print(f"class entropy of a batch, mean over an epoch; {CLASSES} classes, samples sorted\n")
     print(results.columns(table))
     burst = f"most read in {POOLED_BATCHES} steps"
     table = [["batch", "order", "ranks", "kB per seek", "read / used", burst]]
@@ -64,7 +68,10 @@ def bench_order(images: int, output: Path | None) -> None:
 
 
 def class_entropy(labels: np.ndarray, batch: int) -> float:
-    """Bits, of the classes in a batch; the mean over all whole batches. labels: int64 [images]."""
+    """Returns the entropy of the classes in a batch, in bits, averaged over all full batches.
+
+    labels: int64 [images].
+    """
     entropies = []
     for start in range(0, len(labels) // batch * batch, batch):
         counts = np.bincount(labels[start : start + batch])
@@ -74,15 +81,21 @@ def class_entropy(labels: np.ndarray, batch: int) -> float:
 
 
 def reads_of(order: np.ndarray, batch: int, ranks: int, in_blocks: bool) -> dict[str, float]:
-    """The reads that the Reader makes: a block when a rank comes to its first image, or each
-    image alone. A seek is a read that does not start where the rank's last one ended. What was read
-    stays in memory until it is used. burst: of all ranks, in consecutive steps."""
+    """Simulates the reads that the Reader makes.
+
+    in_blocks: a rank reads a whole block when it first needs an image of that block; otherwise it
+    reads each image separately. What has been read stays in memory until it is used.
+
+    Returns the mean kB per seek, where a seek is a read that does not start where the rank's
+    previous read ended; the ratio of images read to images used; and the burst, the largest number
+    of images that all ranks read in POOLED_BATCHES consecutive steps, relative to the mean.
+    """
     steps = len(order) // batch
     samples = order[: steps * batch].reshape(steps, batch)
     seeks, read_by_step = 0, np.zeros(steps)
     for rank in range(ranks):
-        places = slice_of(np.arange(batch), rank, ranks)
-        mine = samples[:, places].reshape(-1)
+        positions = slice_of(np.arange(batch), rank, ranks)
+        mine = samples[:, positions].reshape(-1)
         start, when, count = mine, np.arange(len(mine)), np.ones(len(mine), np.int64)
         if in_blocks:
             blocks, first = np.unique(mine // BLOCK_IMAGES, return_index=True)
@@ -90,7 +103,7 @@ def reads_of(order: np.ndarray, batch: int, ranks: int, in_blocks: bool) -> dict
             start = blocks * BLOCK_IMAGES
             count = np.minimum(start + BLOCK_IMAGES, len(order)) - start
         seeks += 1 + int(np.count_nonzero(start[1:] != (start + count)[:-1]))
-        read_by_step += np.bincount(when // len(places), count, minlength=steps)
+        read_by_step += np.bincount(when // len(positions), count, minlength=steps)
     pooled = np.convolve(read_by_step, np.ones(min(POOLED_BATCHES, steps)), "valid")
     return {
         "kb_per_seek": round(read_by_step.sum() * IMAGE_BYTES / seeks / 1000, 1),

@@ -1,8 +1,8 @@
-"""The loaders that are measured side by side: each a stream of batches, from the same photos.
+"""The loaders that `bench loader` compares. Each is a stream of batches from the same photos.
 
 Ours and the peers called "same windows" take their requests from data/view/requests.py: the same
-samples in the same order, seen through the same windows. They differ in who reads, decodes and
-resizes.
+samples in the same order, cropped to the same windows. They differ in the code that reads, decodes
+and resizes.
 """
 
 import ctypes
@@ -32,19 +32,19 @@ from resnet_dist.distributed import World
 from resnet_dist.errors import UserError
 from resnet_dist.plan import Plan
 
-Stream = Iterator[Tensor]  # images of a batch each
+Stream = Iterator[Tensor]  # the images of one batch at a time
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a stream delivers: `batches` full batches on `device`."""
+    """What a stream has to deliver: `batches` full batches on `device`."""
 
     data: DataConfig
-    images: int  # in an epoch: the photos are listed again and again until there are so many
+    images: int  # in an epoch; the photos are repeated to make up this number
     batch_size: int
     batches: int
     device: str  # "cpu" or "cuda"
-    run_root: str  # what the probe of a GPU's decoders saw is kept in it
+    run_root: str  # reports of the probe of a GPU's decoders are kept in run_root/.index
 
     @property
     def threads(self) -> int:
@@ -69,6 +69,7 @@ class Work:
 
 @lru_cache(maxsize=1)
 def index_of(work: Work) -> Index:
+    """Returns the index of the photos, repeated up to `work.images` entries."""
     index = build_index(work.data.format, Path(work.data.root), "train", None)
     return index.take(np.arange(work.images) % len(index))
 
@@ -84,10 +85,11 @@ def ours(work: Work) -> Stream:
 
 
 def torchvision_same_windows(work: Work) -> Stream:
-    """torchvision's ImageFolder and torch's DataLoader, our windows in place of random ones.
+    """torchvision's ImageFolder and torch's DataLoader, with our windows instead of random crops.
 
-    The rest as in torchvision's reference training: Pillow, bilinear, ToTensor, Normalize. The
-    window is Pillow's `box`: no more of the image is resampled than after a crop.
+    Everything else is as in torchvision's reference training: Pillow, bilinear, ToTensor,
+    Normalize. The window is passed as Pillow's `box`, which resamples no more pixels than a crop
+    followed by a resize.
     """
     from torchvision.datasets import ImageFolder
     from torchvision.transforms import v2
@@ -118,7 +120,7 @@ def torchvision_same_windows(work: Work) -> Stream:
 
 
 def torchvision_own_windows(work: Work) -> Stream:
-    """As in torchvision's reference training, its own shuffle and RandomResizedCrop too."""
+    """The loader of torchvision's reference training, with its own shuffle and random crops."""
     from torchvision import transforms
     from torchvision.datasets import ImageFolder
 
@@ -167,13 +169,14 @@ def dali_own_windows(work: Work) -> Stream:
 
 
 def bare_libjpeg(work: Work) -> Stream:
-    """The limit: libjpeg-turbo decodes the same windows, from bytes in memory, and that is all.
+    """An upper bound: libjpeg-turbo decodes the same windows from memory and does nothing else.
 
-    Each thread takes a batch, by itself. What is decoded of an image is what `ours` needs of it.
+    Each thread decodes a whole batch by itself. It decodes the same region of each image as `ours`.
+    The batches that are returned hold no pixels.
     """
     index, decode = index_of(work), compiled_libjpeg()
     encoded = [Path(path).read_bytes() for path in dict.fromkeys(index.paths)]
-    spaces = [
+    buffers = [
         ctypes.create_string_buffer(4 * int(index.sizes.prod(axis=1).max()))
         for _ in range(work.threads)
     ]
@@ -181,12 +184,12 @@ def bare_libjpeg(work: Work) -> Stream:
     def decode_batch(request: Request) -> Tensor:
         samples, windows = request.samples, request.windows
         start, end = box_to_decode(windows.roi, index.sizes[samples], windows.size_px)
-        parts = np.hstack([start, end])
-        space = spaces.pop()
-        for sample, part in zip(samples, parts, strict=True):
+        boxes = np.hstack([start, end])
+        buffer = buffers.pop()
+        for sample, box in zip(samples, boxes, strict=True):
             data = encoded[sample % len(encoded)]
-            decode(data, len(data), part.ctypes.data, space)
-        spaces.append(space)
+            decode(data, len(data), box.ctypes.data, buffer)
+        buffers.append(buffer)
         return torch.empty(len(samples), 0)
 
     with ThreadPoolExecutor(work.threads) as pool:
@@ -195,10 +198,10 @@ def bare_libjpeg(work: Work) -> Stream:
 
 @lru_cache(maxsize=1)
 def compiled_libjpeg() -> Any:
-    """decode_window of libjpeg_window.c.
+    """Compiles libjpeg_window.c, and returns its function decode_window.
 
     Raises:
-        UserError: no C compiler here, or no libjpeg-turbo to compile with.
+        UserError: there is no C compiler, or libjpeg-turbo's header or library is missing.
     """
     source = Path(__file__).with_name("libjpeg_window.c")
     with tempfile.TemporaryDirectory() as folder:
@@ -206,8 +209,8 @@ def compiled_libjpeg() -> Any:
         command = ["cc", "-O2", "-shared", "-fPIC", str(source), "-o", str(library), "-ljpeg"]
         if shutil.which("cc") is None or subprocess.run(command, capture_output=True).returncode:
             raise UserError(
-                "bare libjpeg-turbo: needs a C compiler, cc, and jpeglib.h (Debian, Ubuntu: "
-                "gcc libjpeg-turbo8-dev or libjpeg62-turbo-dev)"
+                "bare libjpeg-turbo: needs a C compiler (cc) and jpeglib.h; on Debian or Ubuntu "
+                "install gcc and libjpeg62-turbo-dev or libjpeg-turbo8-dev"
             )
         function = ctypes.CDLL(str(library)).decode_window
     function.argtypes = [ctypes.c_char_p, ctypes.c_ulong, ctypes.c_void_p, ctypes.c_char_p]

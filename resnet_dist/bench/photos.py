@@ -1,4 +1,4 @@
-"""The photos that loaders are measured on: an image folder of links to some of a data set's."""
+"""Makes the temporary image folder, and the shards, that the loader benchmarks read."""
 
 import os
 from collections.abc import Iterator
@@ -17,38 +17,43 @@ IMAGES_PER_SHARD = 1000
 
 @contextmanager
 def photo_folder(data: Path, most: int) -> Iterator[Path]:
-    """A temporary image folder whose train/ has at most `most` readable photos of `data`, evenly
-    chosen. data: any folder with photos in it; of an image folder, train/ is taken.
+    """Yields a temporary image folder whose train/ links to at most `most` photos of `data`.
+
+    The photos are evenly spaced over all that were found, and unreadable ones are removed. data:
+    any folder with photos; if it has a folder train/, only photos in there are used.
 
     Raises:
-        UserError: there are none.
+        UserError: there are no photos, or none of those chosen is readable.
     """
     top = data / "train" if (data / "train").is_dir() else data
     found = sorted(images_below(top, "")) if top.is_dir() else []
     if not found:
-        raise UserError(f"{data}: no photos in it; give a folder of images, such as data.root")
+        raise UserError(f"{data}: no photos found; give a folder of images, such as data.root")
     with TemporaryDirectory(prefix="resnet-dist-bench-") as name:
         root = Path(name)
         for number in range(min(most, len(found))):
             path = Path(found[number * len(found) // min(most, len(found))])
-            # Their own class, so that labels cost what they cost.
+            # Keeps the class of each photo, so that loading the labels costs as much as usual.
             link = root / "train" / (path.parent.name or "photos") / f"{number:08}{path.suffix}"
             link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to((top / path).absolute())
             val = root / "val" / link.parent.name
-            if not val.exists():  # no data set is without
+            if not val.exists():  # every data set needs a val/
                 val.mkdir(parents=True)
                 (val / link.name).symlink_to((top / path).absolute())
         index = build_index("folder", root, "train", None)
         for sample in index.bad:
             os.unlink(index.paths[sample])
         if len(index.bad) == len(index):
-            raise UserError(f"{data}: none of its photos can be read; see `resnet-dist verify`")
+            raise UserError(
+                f"{data}: none of its photos can be read; run `resnet-dist verify` to see why"
+            )
         yield root
 
 
 def as_shards(folder: Path) -> Path:
-    """The same photos as shards, beside `folder`'s train/."""
+    """Writes the photos of `folder` as shards to the folder `folder`-shards, and returns its
+    path."""
     dest = Path(f"{folder}-shards")
     prepare_shards(folder, dest, Settings(IMAGES_PER_SHARD, limit=None), cores())
     return dest

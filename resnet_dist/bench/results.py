@@ -1,4 +1,5 @@
-"""What a figure is worth nothing without: the machine and the versions that made it."""
+"""Writes the results of a benchmark with the machine and the package versions that produced
+them."""
 
 import contextlib
 import json
@@ -15,13 +16,13 @@ PACKAGES = ("torch", "torchvision", *DALI, "pillow", "numpy", "pyarrow")
 
 
 def cores() -> int:
-    """That this process may use."""
+    """Returns the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0))
 
 
 def cores_per_gpu() -> int:
-    """What one rank of a node may use."""
-    import torch  # not for all: `bench index` measures processes without it
+    """Returns the number of CPU cores for each rank, with one rank per GPU."""
+    import torch  # not at the top, because `bench index` measures processes without torch
 
     return max(1, cores() // max(1, torch.cuda.device_count()))
 
@@ -40,7 +41,7 @@ def machine() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Of those of PACKAGES that are installed."""
+    """Returns the versions of those PACKAGES that are installed."""
     found = {}
     for package in PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
@@ -56,10 +57,10 @@ def _cpu_name() -> str:
 
 
 def write(path: Path | None, benchmark: str, figures: dict[str, Any]) -> None:
-    """Writes JSON where a path is given.
+    """Writes the figures as JSON to `path`, unless it is None.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: the file cannot be written.
     """
     if path is None:
         return
@@ -73,7 +74,8 @@ def write(path: Path | None, benchmark: str, figures: dict[str, Any]) -> None:
 
 
 def columns(rows: list[list[str]]) -> str:
-    """A table: the first column to the left, the others to the right; the first row is its head."""
+    """Formats a table whose first row is the header. Left-aligns the first column, right-aligns the
+    others."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
         "  ".join(

@@ -1,4 +1,4 @@
-"""`bench loader --tune`: the loader's knobs, one after the other; each then keeps its fastest."""
+"""`bench loader --tune`: finds the fastest value of each loader setting, one after another."""
 
 import os
 from dataclasses import asdict, replace
@@ -18,14 +18,14 @@ from resnet_dist.data.load.build import agreed_decoding
 from resnet_dist.data.load.cache import SHARED_MEMORY
 from resnet_dist.errors import UserError
 
-WORTH_A_CHANGE = 1.02  # less than 2 % is noise: then the value stays
+WORTH_A_CHANGE = 1.02  # a gain below 2 % is noise, and the value is not changed
 
 
 def tune(data: Path, settings: Settings, output: Path | None) -> None:
-    """Prints the figures and the best values as YAML. settings.threads: cores of one rank.
+    """Prints the measurements, and the best values as YAML. settings.threads: cores of one rank.
 
     Raises:
-        UserError: no photos in `data`.
+        UserError: there are no photos in `data`.
     """
     rows: list[dict[str, Any]] = []
     with photo_folder(data, settings.images) as folder:
@@ -54,9 +54,9 @@ def tune(data: Path, settings: Settings, output: Path | None) -> None:
                 {"knob": knob, "value": value, "images_per_sec": round(speed, 1)}
                 for value, speed in zip(values, speeds, strict=True)
             ]
-            stays = values.index(getattr(best.data, knob))
+            current = values.index(getattr(best.data, knob))
             fastest = max(range(len(values)), key=speeds.__getitem__)
-            if speeds[fastest] > WORTH_A_CHANGE * speeds[stays]:
+            if speeds[fastest] > WORTH_A_CHANGE * speeds[current]:
                 best = loaders[fastest].work
     chosen = {row["knob"]: getattr(best.data, row["knob"]) for row in rows}
     table = [["knob", "value", "img/s", ""]]
@@ -69,10 +69,10 @@ def tune(data: Path, settings: Settings, output: Path | None) -> None:
 
 
 def knobs(work: Work) -> dict[str, list[Any]]:
-    """Values to try; the one that `work` has is among them.
+    """Returns the values to try for each setting, including the value that `work` has.
 
-    cache=encoded is left out: it helps where files are slow to read, and here all of them are in
-    the page cache.
+    cache=encoded is left out: it helps when files are slow to read, but here all files are in the
+    page cache.
     """
     threads = work.threads
     tried: dict[str, list[Any]] = {
@@ -80,7 +80,7 @@ def knobs(work: Work) -> dict[str, list[Any]]:
         "read_threads": [2, 8, 16],
         "prefetch_batches": [1, 2, 4],
     }
-    ways: dict[str, list[Any]] = {"decode": ["auto", "image"]}  # on a CPU auto is windows
+    ways: dict[str, list[Any]] = {"decode": ["auto", "image"]}  # on a CPU, auto means "window"
     if work.device == "cuda":
         ways["decode"].append("window")
         ways["hw_decoder_load"] = [None, 0.0, 0.5, 0.8, 1.0]
@@ -94,10 +94,11 @@ def knobs(work: Work) -> dict[str, list[Any]]:
 
 
 def _is_sound(work: Work, knob: str, value: Any) -> bool:
-    """False: the probe of this GPU's decoders found it broken."""
-    asking = replace(work, data=replace(work.data, **{knob: value}))
+    """Returns whether images can be decoded this way; False if the probe of this GPU's decoders
+    found the way to be broken."""
+    changed = replace(work, data=replace(work.data, **{knob: value}))
     try:
-        agreed_decoding(asking.config, asking.world)
+        agreed_decoding(changed.config, changed.world)
     except UserError:
         return False
     return True

@@ -1,1 +1,1 @@
-"""What a run records, and where it is shown."""
+"""Records the metrics of a run, and copies them to MLflow."""

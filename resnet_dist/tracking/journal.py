@@ -1,8 +1,9 @@
-"""The record of a run: RUN/journal.jsonl is the truth, and mirror.py shows it to MLflow.
+"""Writes a run's metrics to RUN/journal.jsonl, the authoritative record of the run.
 
     {"step": 440, "time_ms": 1795771800000, "metrics": {"train/loss": 1.25, ...}}
 
-metrics.py has the names. A resumed run logs no step twice.
+metrics.py has the names of the metrics, and mirror.py copies the journal to MLflow. A resumed run
+does not log a step again.
 """
 
 import contextlib
@@ -17,7 +18,7 @@ from resnet_dist.tracking.mirror import Mirror, RunRecord
 
 
 class Tracker:
-    """Writes metrics down. Made on every rank; only the one that `records` does anything."""
+    """Records metrics. Created on every rank, but does nothing unless `records` is true."""
 
     def __init__(
         self,
@@ -38,7 +39,7 @@ class Tracker:
             self._mirror.start()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Records metrics of `step`; what an earlier try of this run logged already is skipped."""
+        """Records the metrics of `step`, except those that this run logged before a restart."""
         if not self.records:
             return
         new = {name: value for name, value in metrics.items() if step > self._last(name)}
@@ -48,10 +49,11 @@ class Tracker:
             self._journal.write(json.dumps(record) + "\n")
 
     def close(self, status: str, artifacts: Mapping[str, Path]) -> RunRecord | None:
-        """Ends the record: MLflow's status ("FINISHED", "KILLED", "FAILED"), name -> artifact.
+        """Closes the journal and the MLflow run. Returns the record of the MLflow run, if any.
 
-        Waits for the mirror, at most DRAIN_SECONDS. Returns the MLflow run, if there is one. Raises
-        nothing: it would hide what ended the run.
+        status: MLflow's "FINISHED", "KILLED" or "FAILED". artifacts: name -> path. Waits at most
+        DRAIN_SECONDS for the mirror. Does not raise, because an exception from here would hide the
+        one that ended the run.
         """
         if not self.records:
             return None
@@ -67,15 +69,16 @@ class Tracker:
 
 
 class _Journal:
-    """journal.jsonl. A line that the disk does not take waits in memory for the next one."""
+    """journal.jsonl. Keeps lines that cannot be written in memory and retries with the next one."""
 
     def __init__(self, path: Path, last_step: dict[str, int], warn: Callable[[str], None]):
-        """Notes the last step of each metric, and cuts a torn last line."""
+        """Reads the last step of each metric into `last_step`, and removes an incomplete last
+        line."""
         self._path = path
         self._warn = warn
         self._warned = False
         self._unwritten = b""
-        self._whole = 0  # bytes that are on the disk
+        self._whole = 0  # bytes known to be on disk
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         with open(path, "rb") as file:
             for line in file:
@@ -97,18 +100,22 @@ class _Journal:
         except OSError as error:
             if not self._warned:
                 self._warn(
-                    f"warning: {self._path}: not written: {error.strerror}; training goes on, and "
-                    "its lines are kept in memory until they can be written"
+                    f"warning: {self._path}: not written: {error.strerror}; training continues, "
+                    "and the lines are kept in memory until they can be written"
                 )
             self._warned = True
 
     def _flush(self) -> None:
-        """Each time from where the disk is known to have it all: a failed fsync may have lost it,
-        and a full disk may have taken a part."""
+        """Writes all unwritten lines, starting at the last byte known to be on disk.
+
+        A failed fsync may have lost what was written after that byte, and a full disk may have
+        accepted only some of it.
+        """
         done = 0
         while done < len(self._unwritten):
             done += os.pwrite(self._descriptor, self._unwritten[done:], self._whole + done)
-        # Before a checkpoint of the same step can be: a resumed run logs no step again.
+        # The lines must be on disk before a checkpoint of the same step is, because a run that
+        # resumes from that checkpoint does not log the step again.
         os.fsync(self._descriptor)
         self._whole += done
         self._unwritten = b""
@@ -118,6 +125,6 @@ class _Journal:
             self._flush()
         except OSError as error:
             lines = self._unwritten.count(b"\n")
-            self._warn(f"warning: {self._path}: {lines} lines are lost: {error.strerror}")
-        with contextlib.suppress(OSError):  # it has been flushed, or warned of
+            self._warn(f"warning: {self._path}: {lines} lines were lost: {error.strerror}")
+        with contextlib.suppress(OSError):  # already flushed, or already warned about
             os.close(self._descriptor)

@@ -1,7 +1,7 @@
-"""MLflow's view of a run: a thread sends on what stands in journal.jsonl.
+"""Copies journal.jsonl to MLflow in a background thread.
 
-RUN/mlflow.json holds how far it came. A slow or dead server so costs training nothing, and a
-resumed run goes on under its run id.
+A slow or unreachable server therefore does not slow down training. RUN/mlflow.json records how much
+of the journal has been sent, and the MLflow run id, which a resumed run reuses.
 """
 
 import contextlib
@@ -26,27 +26,27 @@ if TYPE_CHECKING:
 
 POLL_SECONDS = 1.0
 RETRY_SECONDS = 15.0
-DRAIN_SECONDS = 60.0  # at the end of a run, the most that is spent on MLflow
-METRICS_PER_CALL = 1000  # the server's limits
+DRAIN_SECONDS = 60.0  # longest wait for MLflow at the end of a run
+METRICS_PER_CALL = 1000  # this and the next three are limits of the MLflow server
 PARAMS_PER_CALL = 100
 PARAM_CHARACTERS = 6000
 TAG_CHARACTERS = 5000
 
 
 def tracking_uri(run_root: Path) -> str:
-    """MLFLOW_TRACKING_URI, or a database at an absolute path inside the run root."""
+    """Returns $MLFLOW_TRACKING_URI or, by default, the URI of a database in `run_root`."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{run_root.absolute()}/mlflow.db"
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """RUN/mlflow.json: the MLflow run that mirrors a run folder, and how far it got."""
+    """RUN/mlflow.json: the MLflow run that mirrors a run folder, and how much has been sent."""
 
     tracking_uri: str
     experiment_id: str
     run_id: str
-    journal_bytes: int = 0
-    name: str = ""  # of the run; "": an older version wrote it
+    journal_bytes: int = 0  # bytes of journal.jsonl sent so far
+    name: str = ""  # of the run; "" in a file written by an older version
 
     @classmethod
     def read(cls, run_dir: Path) -> "RunRecord | None":
@@ -58,7 +58,7 @@ class RunRecord:
 
 
 class Mirror(threading.Thread):
-    """Sends the journal on to MLflow. Training never waits for it and never fails because of it."""
+    """Sends the journal to MLflow. Training never waits for it and never fails because of it."""
 
     def __init__(self, config: Config, tags: Mapping[str, str], warn: Callable[[str], None]):
         super().__init__(name="mlflow-mirror", daemon=True)
@@ -76,12 +76,13 @@ class Mirror(threading.Thread):
         self.ending.set()
         self.join(DRAIN_SECONDS)
         if self.is_alive():
-            self.warn("MLflow: not all records were sent; journal.jsonl holds them")
+            self.warn("MLflow: not all metrics were sent; journal.jsonl has all of them")
 
     def run(self) -> None:
         client: MlflowClient | None = None
         while True:
-            last_round = self.ending.is_set()  # read before sending: nothing comes after it
+            # Read before sending: once `ending` is set, nothing more is added to the journal.
+            last_round = self.ending.is_set()
             try:
                 if client is None:
                     client = self._connect()
@@ -89,10 +90,10 @@ class Mirror(threading.Thread):
                 if last_round:
                     self._close_run(client)
                     return
-            except Exception as error:  # whatever the server or its client throws
+            except Exception as error:  # the server and its client may raise anything
                 if not self._warned:
                     reason = " ".join(str(error).split())[:200]
-                    self.warn(f"MLflow: {reason}; training goes on, journal.jsonl holds the record")
+                    self.warn(f"MLflow: {reason}; training continues, journal.jsonl has the record")
                     self._warned = True
                 if last_round:
                     return
@@ -105,18 +106,18 @@ class Mirror(threading.Thread):
         with _database_lock(uri, self.run_dir.parent):
             client = mlflow_client(uri)
             record = RunRecord.read(self.run_dir)
-            # A folder that was copied to go on under another name has the other's record.
+            # A run folder that was copied to a new name still has the record of the original run.
             copied = record is not None and record.name not in ("", self.config.name)
             if record is None or copied or record.tracking_uri != without_credentials(uri):
                 record = self._create_run(client, uri)
-                # At once: whatever fails from here on, the next try goes on with this run.
+                # Written immediately, so that a retry after a failure below reuses this run.
                 record.write(self.run_dir)
         client.update_run(record.run_id, status="RUNNING")
         for key, value in self.tags.items():
             client.set_tag(record.run_id, key, value)
         from mlflow.entities import Param
 
-        # MLflow's params cannot change: those of the first start stand.
+        # MLflow does not allow a param to change, so the params of the first start are kept.
         known = client.get_run(record.run_id).data.params
         params = [
             Param(key, str(value)[:PARAM_CHARACTERS])
@@ -143,13 +144,14 @@ class Mirror(threading.Thread):
         )
 
     def _upload(self, client: "MlflowClient", run_id: str, path: Path, name: str | None) -> None:
-        """An artifact store that fails must not keep metrics and status from the server."""
+        """Uploads a file or folder. Only warns if this fails, so that metrics and status still
+        reach the server."""
         try:
             if path.is_dir():
                 client.log_artifacts(run_id, str(path), name)
             else:
                 client.log_artifact(run_id, str(path), name)
-        except Exception as error:  # whatever the store or its client throws
+        except Exception as error:  # the artifact store and its client may raise anything
             self.warn(f"MLflow: {path} was not uploaded: {' '.join(str(error).split())[:200]}")
 
     def _send_journal(self, client: "MlflowClient") -> None:
@@ -159,7 +161,7 @@ class Mirror(threading.Thread):
         assert record is not None  # written by _connect
         journal = self.run_dir / "journal.jsonl"
         with open(journal, "rb") as file:
-            # A journal that lost its end to a power cut is shorter than what was sent of it.
+            # After a power failure the journal may be shorter than what was sent.
             start = file.seek(min(record.journal_bytes, journal.stat().st_size))
             text = file.read()
         whole = text[: text.rfind(b"\n") + 1]
@@ -183,28 +185,32 @@ class Mirror(threading.Thread):
 
 @contextlib.contextmanager
 def _database_lock(uri: str, run_root: Path) -> Iterator[None]:
-    """One process at a time makes a new database or brings an old one up to date.
+    """Lets only one process at a time create or migrate the database.
 
-    MLflow does so without a lock, and runs that start at the same moment leave it broken for good.
+    MLflow does this without a lock, and runs that start at the same moment would leave the database
+    permanently broken.
     """
     if not uri.startswith("sqlite:"):
         yield
         return
     with contextlib.ExitStack() as stack:
-        with contextlib.suppress(OSError):  # a file system without locks: as MLflow has it
+        with contextlib.suppress(OSError):  # without file locks, continue unprotected, like MLflow
             lock = stack.enter_context(open(run_root / ".mlflow.lock", "a"))
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
 def without_credentials(uri: str) -> str:
-    """http://user:secret@host -> http://host: for files and screens."""
+    """Removes user and password from a URI, so that it can be printed or written to a file.
+
+    http://user:secret@host becomes http://host.
+    """
     parts = urlsplit(uri)
     return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])) if "@" in uri else uri
 
 
 def mlflow_client(uri: str) -> "MlflowClient":
-    """A client that gives up on a dead server within seconds, not after MLflow's four minutes.
+    """Returns a client that gives up on a dead server in seconds, not MLflow's four minutes.
 
     Raises:
         UserError: MLflow is not installed.
@@ -213,7 +219,7 @@ def mlflow_client(uri: str) -> "MlflowClient":
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     logging.getLogger("alembic").setLevel(logging.WARNING)
-    # Imported here: it takes seconds, which rank 0 spends in its side thread and others never.
+    # The import takes seconds. Here, only rank 0 pays for it, and only in its background thread.
     try:
         from mlflow import MlflowClient
     except ModuleNotFoundError as error:
@@ -222,10 +228,13 @@ def mlflow_client(uri: str) -> "MlflowClient":
 
 
 def git_commit() -> str:
-    """The commit of the source tree, "-dirty" with changes on top; "unknown" outside a checkout."""
+    """Returns the commit of the source tree, or "unknown" outside a checkout.
+
+    Ends with "-dirty" if there are uncommitted changes.
+    """
     command = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
     tree = Path(__file__).resolve().parent.parent
-    # Installed inside somebody else's checkout, it is not that checkout's commit.
+    # If the package is installed inside another project's checkout, that commit is not ours.
     env = os.environ | {"GIT_CEILING_DIRECTORIES": str(tree.parent)}
     try:
         done = subprocess.run(

@@ -1,1 +1,1 @@
-"""What a user may ask for besides training. Training imports none of it."""
+"""The subcommands other than `train`. Training imports nothing from this package."""

@@ -1,4 +1,4 @@
-"""Runs side by side, from MLflow: what differs in their configs, their scores and error curves."""
+"""Compares runs that MLflow recorded: the settings that differ, the scores and the error curves."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -17,18 +17,18 @@ if TYPE_CHECKING:
 
 TAGS = ("git.commit", "recipe", "world_size", "device")
 COMMIT_CHARACTERS = 10
-WINDOW_EPOCHS = 0.25  # over which the training error of minibatches is averaged
+WINDOW_EPOCHS = 0.25  # length of the moving average over the training error of the minibatches
 
 
 @dataclass(frozen=True)
 class ErrorCurves:
-    """The errors of one run in percent, over optimizer steps in rising order."""
+    """The errors of one run in percent, in ascending order of optimizer steps."""
 
     name: str
     net: Net | None  # None: a network that this version does not know
     network: str
-    train: np.ndarray  # float64 [N, 2]: step, error of the minibatches since the point before
-    val: np.ndarray  # float64 [M, 2]: step, error of an evaluation; M may be 0
+    train: np.ndarray  # float64 [N, 2]: step, error of the minibatches since the previous point
+    val: np.ndarray  # float64 [M, 2]: step, error in an evaluation; M may be 0
     steps_per_epoch: float
 
     @property
@@ -36,7 +36,10 @@ class ErrorCurves:
         return WINDOW_EPOCHS * self.steps_per_epoch
 
     def smoothed_train(self) -> np.ndarray:
-        """[N, 2]: step, mean training error of the window around it; at the ends, of its half."""
+        """Returns float64 [N, 2]: each step, and the mean training error of the window around it.
+
+        At both ends of the curve, only half of the window has points.
+        """
         steps, errors = self.train.T
         first = np.searchsorted(steps, steps - self.window_steps / 2, "left")
         end = np.searchsorted(steps, steps + self.window_steps / 2, "right")
@@ -46,7 +49,10 @@ class ErrorCurves:
         return np.column_stack([steps, (sums[end] - sums[first]) / (counts[end] - counts[first])])
 
     def last_train_error(self) -> tuple[float, int]:
-        """Mean training error of the last window, at least of the last point; its steps."""
+        """Returns the mean training error of the last window, and the number of steps in it.
+
+        The window always includes the last point.
+        """
         steps, errors = self.train.T
         inside = steps > steps[-1] - self.window_steps
         inside[-1] = True
@@ -54,17 +60,18 @@ class ErrorCurves:
         return float(np.average(errors[inside], weights=covered)), int(covered.sum())
 
     def _covered_steps(self) -> np.ndarray:
-        """[N]: how many steps' minibatches each point is the mean of."""
+        """Returns [N]: the number of steps over whose minibatches each point is averaged."""
         return np.diff(self.train[:, 0], prepend=0)
 
 
 def compare(names: list[str], run_root: Path) -> str:
-    """A table with a column per run. A name is a run folder, its name in run_root, or a run id.
+    """Returns a table with a column per run, omitting the settings that all runs share.
 
-    Below it, where plain and residual nets of the same depths are among the runs: degradation.
+    If the runs include plain and residual nets of the same depths, `degradation` is shown below it.
+    names: each is a run folder, its name in run_root, or an MLflow run id.
 
     Raises:
-        UserError: a run that MLflow does not hold.
+        UserError: MLflow has no such run.
     """
     found = [_find(name, run_root) for name in names]
     columns = [_column(client, run) for client, run in found]
@@ -73,7 +80,7 @@ def compare(names: list[str], run_root: Path) -> str:
     for key in keys:
         cells = [column.get(key, "-") for column in columns]
         is_setting = not key.startswith(("best ", "last ", "status"))
-        if not (is_setting and len(set(cells)) == 1):  # what all runs share tells nothing
+        if not (is_setting and len(set(cells)) == 1):  # omits settings that all runs share
             rows.append((key, *cells))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     table = "\n".join(
@@ -81,31 +88,32 @@ def compare(names: list[str], run_root: Path) -> str:
         for row in rows
     )
     curves = [_curves(client, run) for client, run in found]
-    # A run whose first point is not logged yet has its place in the table alone.
+    # A run that has not logged a point yet appears in the table only.
     block = degradation([curve for curve in curves if len(curve.train)])
     return f"{table}\n\n{block}" if block else table
 
 
 def error_curves(names: list[str], run_root: Path) -> list[ErrorCurves]:
-    """The error curves of the runs, from MLflow.
+    """Reads the error curves of the runs from MLflow.
 
     Raises:
-        UserError: a run that MLflow does not hold, or one without train/acc1.
+        UserError: MLflow has no such run, or the run has no train/acc1.
     """
     curves = [_curves(*_find(name, run_root)) for name in names]
     for name, curve in zip(names, curves, strict=True):
         if not len(curve.train):
             raise UserError(
-                f"{name}: MLflow holds no train/acc1 of this run, so there is no curve to draw; "
-                "leave it out, or wait for its first train.log_every_steps"
+                f"{name}: MLflow has no train/acc1 of this run, so there is no curve to draw; "
+                "leave it out, or wait for its first log line (train.log_every_steps)"
             )
     return curves
 
 
 def panels(curves: Sequence[ErrorCurves]) -> dict[str, list[ErrorCurves]]:
-    """Plain and residual nets side by side where both are among the runs, else all in one panel.
+    """Assigns the curves to panels. Returns title -> curves.
 
-    Returns title -> curves.
+    If there are both plain and residual nets, and no others, each kind has its own panel.
+    Otherwise all curves share one panel.
     """
     sides: dict[str, list[ErrorCurves]] = {"plain networks": [], "residual networks": []}
     for curve in curves:
@@ -117,16 +125,18 @@ def panels(curves: Sequence[ErrorCurves]) -> dict[str, list[ErrorCurves]]:
 
 
 def degradation(curves: Sequence[ErrorCurves]) -> str:
-    """What depth does to the training error of plain and of residual nets (He et al. 2015,
-    section 4.1): a line per kind of network, "" without two depths that both kinds have.
+    """Describes how depth changes the training error of plain and of residual nets, in one line
+    for each kind of network (He et al. 2015, section 4.1).
 
-    Runs of the same network are averaged.
+    Runs of the same network are averaged. Returns "" unless there are two or more depths at which
+    both kinds were trained.
     """
     runs: dict[Net, list[ErrorCurves]] = {}
     for curve in curves:
         if curve.net is not None:
             runs.setdefault(curve.net, []).append(curve)
-    chains: dict[tuple[Net, ...], None] = {}  # of one kind of network, shallow to deep
+    # The keys are an ordered set. Each has the networks of one kind, shallow to deep.
+    chains: dict[tuple[Net, ...], None] = {}
     for residual in dict.fromkeys(replace(net, depths=()) for net in runs):
         plain = replace(residual, shortcut="none")
         shared = [
@@ -152,21 +162,24 @@ def degradation(curves: Sequence[ErrorCurves]) -> str:
 
 
 def _depth_line(nets: list[list[ErrorCurves]], with_steps: bool) -> str:
-    """The runs of each network, shallow to deep, as "plain20 8.10 % -> plain56 9.30 %: +1.20"."""
-    parts, errors = [], []
+    """Formats networks as "plain20 8.10 % -> plain56 9.30 %: +1.20 points".
+
+    nets: the runs of each network, shallow to deep.
+    """
+    texts, errors = [], []
     for runs in nets:
         errors.append(sum(run.last_train_error()[0] for run in runs) / len(runs))
-        part = f"{runs[0].network} {errors[-1]:.2f} %"
+        text = f"{runs[0].network} {errors[-1]:.2f} %"
         if with_steps:
-            part += f" at step {span(int(run.train[-1, 0]) for run in runs)}"
+            text += f" at step {span(int(run.train[-1, 0]) for run in runs)}"
         if len(runs) > 1:
-            part += f" (mean of {len(runs)} runs)"
-        parts.append(part)
-    return f"  {' -> '.join(parts)}: {errors[-1] - errors[0]:+.2f} points"
+            text += f" (mean of {len(runs)} runs)"
+        texts.append(text)
+    return f"  {' -> '.join(texts)}: {errors[-1] - errors[0]:+.2f} points"
 
 
 def span(numbers: Iterable[int]) -> str:
-    """Of one or more numbers: "98", or "98 to 390"."""
+    """Formats the range of one or more numbers: "98" if all are equal, else "98 to 390"."""
     ordered = sorted(numbers)
     low, high = ordered[0], ordered[-1]
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
@@ -186,13 +199,13 @@ def _curves(client: Any, run: "Run") -> ErrorCurves:
 
 
 def _history(client: Any, run: "Run", metric: str) -> np.ndarray:
-    """float64 [N, 2]: step, value, in rising order of steps."""
+    """Returns float64 [N, 2]: step and value, in ascending order of steps."""
     points = client.get_metric_history(run.info.run_id, metric)
     return np.array(sorted((p.step, p.value) for p in points), dtype=np.float64).reshape(-1, 2)
 
 
 def _column(client: Any, run: "Run") -> dict[str, str]:
-    """Row title -> cell: settings first, then scores."""
+    """Returns row title -> cell of one run: settings first, then scores."""
     cells = {"name": run.info.run_name or run.info.run_id, "status": run.info.status}
     cells |= dict(sorted(run.data.params.items()))
     cells |= {tag: run.data.tags[tag] for tag in TAGS if tag in run.data.tags}
@@ -211,6 +224,7 @@ def _column(client: Any, run: "Run") -> dict[str, str]:
 
 
 def _find(name: str, run_root: Path) -> tuple[Any, "Run"]:
+    """Returns an MLflow client, and the run with this name. Raises what `compare` raises."""
     uri, run_id = tracking_uri(run_root), name
     for folder in (Path(name), run_root / name):
         record = RunRecord.read(folder)
@@ -221,7 +235,10 @@ def _find(name: str, run_root: Path) -> tuple[Any, "Run"]:
             break
     local = uri.removeprefix("sqlite:///")
     if local != uri and not Path(local).is_file():
-        raise UserError(f"{name}: no run folder and no {local}; give --run-root or a run folder")
+        raise UserError(
+            f"{name}: not a run folder, and there is no database {local}; give a run folder, or "
+            "--run-root"
+        )
     client = mlflow_client(uri)
     from mlflow.exceptions import MlflowException
 
@@ -229,6 +246,6 @@ def _find(name: str, run_root: Path) -> tuple[Any, "Run"]:
         return client, client.get_run(run_id)
     except MlflowException:
         raise UserError(
-            f"{name}: no run folder below {run_root} and no run id in {uri}; "
+            f"{name}: neither a run folder in {run_root} nor a run id in {uri}; "
             "give a folder such as runs/quickstart"
         ) from None

@@ -1,6 +1,6 @@
-"""`train --dry-run`, and what launchers ask before they queue a job: config and plan, as text.
+"""`train --dry-run`, which launchers also run before they queue a job: shows config and plan.
 
-No torch here: it works on a login node.
+This module must not import torch, because it also runs on login nodes.
 """
 
 from pathlib import Path
@@ -16,9 +16,13 @@ from resnet_dist.run.plan_text import describe_plan
 def dry_run(
     config: Config, world_size: int, local_world_size: int, train_images: int | None
 ) -> str:
-    """The merged config and the plan, as text. Counts the images unless `train_images` is given.
+    """Returns the merged config and the plan as text, and how they differ from the run folder's.
 
-    local_world_size: ranks per node.
+    Counts the images unless `train_images` is given. local_world_size: ranks per node.
+
+    Raises:
+        UserError: the images cannot be counted, the plan is impossible, or the run folder cannot
+            be read.
     """
     data = config.data
     val_images = data.holdout_images or None
@@ -27,12 +31,12 @@ def dry_run(
             train_images = count_images(data.format, Path(data.root), "train")
             val_images = val_images or count_images(data.format, Path(data.root), "val")
         except UserError as error:
-            raise UserError(f"{error} (--train-images N plans without the data)") from None
+            raise UserError(f"{error} (or plan without the data: --train-images N)") from None
     train_images -= config.holdout_images_of(train_images)
     plan = Plan.of(config, world_size, train_images, val_images, local_world_size)
     text = to_yaml(config) + "\n" + describe_plan(plan)
-    differing = check_run_folder(config, anyway=True)  # the plan is worth reading all the same
+    differing = check_run_folder(config, anyway=True)  # the plan is useful even if it is refused
     if differing:
-        text += "\n\nto be trained under another name=, or with --resume-anyway: not as "
-        text += f"{config.run_dir} has it: {'; '.join(differing)}"
+        text += f"\n\nsettings differ from {config.run_dir}: {'; '.join(differing)}; "
+        text += "use another name= or --resume-anyway"
     return text

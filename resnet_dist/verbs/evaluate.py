@@ -1,4 +1,4 @@
-"""`evaluate`: the score of a checkpoint, by the protocol that the user names."""
+"""`evaluate`: scores a checkpoint under the evaluation protocol that the user chooses."""
 
 import sys
 from pathlib import Path
@@ -17,7 +17,7 @@ from resnet_dist.run.bad_samples import named
 from resnet_dist.verbs.recalibrate import recalibrate
 from resnet_dist.verbs.trained import Trained, load_trained
 
-MIN_DENSE_PX = 2**5 * MAP_PX  # five times halved, the map is as large as VGG's kernel
+MIN_DENSE_PX = 2**5 * MAP_PX  # after five halvings, the map is just as large as VGG's first kernel
 
 
 def evaluate_checkpoint(
@@ -27,21 +27,23 @@ def evaluate_checkpoint(
     bn_images: int | None = None,
     save_to: Path | None = None,
 ) -> Score:
-    """The score of a checkpoint on the validation images of its config; every rank calls it.
+    """Returns the score of a checkpoint on the validation images of its config. A collective.
 
-    bn_images: first take the BN statistics anew, from so many training images (recalibrate.py),
-    and write the checkpoint with them to save_to, a new folder.
+    bn_images: if given, first recomputes the BN statistics over this many training images (see
+    recalibrate.py). save_to: a new folder for the checkpoint with these statistics.
 
     Raises:
-        UserError: no such checkpoint, its classes are not those of the data, a protocol that the
-            data or the network cannot follow, or what `recalibrate` and writing raise.
+        UserError: there is no such checkpoint, its classes differ from the data's, the data or the
+            network does not support the protocol, the statistics cannot be recomputed, or save_to
+            cannot be written.
     """
     world = distributed.start()
     if save_to is not None and world.on_main(save_to.exists):
-        raise UserError(f"--save-to {save_to}: is there already; give a new folder")
+        raise UserError(f"--save-to {save_to}: already exists; give a new folder")
     trained = load_trained(path, overrides, world)
     config, index = trained.config, val_index(trained, path, world)
-    if config.train.deterministic:  # no autotuning otherwise: the shapes of multi-scale vary
+    # Otherwise the defaults stay, without autotuning, because the shapes in multi-scale vary.
+    if config.train.deterministic:
         fix_algorithms(True)
     check_protocol(protocol, trained, index)
     if bn_images is not None:
@@ -50,7 +52,7 @@ def evaluate_checkpoint(
         world.on_main(lambda: trained.write(save_to))
     mean = trained.mean_image
     if mean is not None and protocol.scales_px:
-        mean = mean.mean(axis=(0, 1))  # the mean image fits the crop alone: its channels' means
+        mean = mean.mean(axis=(0, 1))  # the mean image fits only the crop; uses its channel means
     loader = make_loader(index, config, world, mean, trained.decoding(world))
     requests = eval_requests(config, index, protocol, world.rank, world.size)
     batches = loader.batches(requests)
@@ -64,26 +66,30 @@ def evaluate_checkpoint(
 
 
 def val_index(trained: Trained, path: Path, world: World) -> Index:
-    """Its validation images. Raises UserError where they are of other classes. A collective."""
+    """Returns the index of the validation images. A collective.
+
+    Raises:
+        UserError: their classes are not those that the network was trained on.
+    """
     index = load_index(trained.config, "val", world)
     if index.classes != trained.classes:
         raise UserError(
-            f"data.root={trained.config.data.root}: has {len(index.classes)} classes that are not "
-            f"the {len(trained.classes)} of {path}; give its data with data.root=..."
+            f"data.root={trained.config.data.root}: its {len(index.classes)} classes differ from "
+            f"the {len(trained.classes)} of {path}; give matching data with data.root=..."
         )
     return index
 
 
 def check_protocol(protocol: Protocol, trained: Trained, index: Index) -> None:
-    """Raises UserError where the data or the network cannot follow the protocol."""
+    """Raises UserError if the data or the network does not support the protocol."""
     if index.pixels is not None and protocol != CENTER_CROP:
         raise UserError(
-            f"--protocol {protocol.name}: the images of data.format={trained.config.data.format} "
-            "are seen whole, at their own size; use center-crop"
+            f"--protocol {protocol.name}: images of data.format={trained.config.data.format} are "
+            "used whole, at their own size; use center-crop"
         )
     smallest = min(protocol.scales_px, default=MIN_DENSE_PX)
     if isinstance(trained.network, Vgg) and smallest < MIN_DENSE_PX:
         name = trained.config.model.name
         raise UserError(
-            f"--scales: {smallest} px: {name} needs at least {MIN_DENSE_PX}; give larger ones"
+            f"--scales: {smallest} px: {name} needs at least {MIN_DENSE_PX} px; give larger scales"
         )

@@ -1,7 +1,7 @@
-"""A trained network in other programs' forms: torchvision, timm, ONNX, torch.export.
+"""Exports a trained network for other programs: torchvision, timm, ONNX, torch.export.
 
-The weights are the checkpoint's, with train.ema_decay the averaged ones, in float32; the network is
-in eval mode and on the CPU.
+The exported weights are the checkpoint's (the averaged ones if it was trained with
+train.ema_decay), in float32. The network is in eval mode and on the CPU.
 """
 
 import importlib
@@ -27,10 +27,10 @@ from resnet_dist.files import replacing
 from resnet_dist.models.build import build_model
 from resnet_dist.models.depths import DEPTHS, Net, why_no_counterpart
 
-# torch.export takes for granted that a map which is one pixel in its example always is: at 64
-# pixels no stage's map is.
+# torch.export treats a dimension of size one in the example as fixed. With 64 pixels, no feature
+# map of the network shrinks to one pixel.
 ONNX_EXAMPLE_PX = 64
-TIMM_VGG = {  # torchvision's name -> timm's, whose head is convolutions over the map
+TIMM_VGG = {  # torchvision's name -> timm's; timm's head applies convolutions to the feature map
     "classifier.0": "pre_logits.fc1",  # [4096, 512 * 7 * 7] -> [4096, 512, 7, 7]
     "classifier.3": "pre_logits.fc2",  # [4096, 4096] -> [4096, 4096, 1, 1]
     "classifier.6": "head.fc",
@@ -38,21 +38,24 @@ TIMM_VGG = {  # torchvision's name -> timm's, whose head is convolutions over th
 
 
 def export(path: Path, target: str, output: Path | None = None) -> str:
-    """Writes the network of a checkpoint for `target` (a key of TARGETS), and OUTPUT.json beside.
+    """Writes the network of a checkpoint for `target` (a key of TARGETS), and OUTPUT.json next to
+    it.
 
-    path: a checkpoint or run folder. output: None stands for RUN/export/<model>-step<step>.<ext>.
-    OUTPUT.json tells what the weights alone do not: the classes, and how images are prepared; a
-    mean image (float32 [H, W, 3], 0..1 scale) is OUTPUT.mean_image.npy. All appear when complete.
+    path: a checkpoint or run folder. output: None means RUN/export/<model>-step<step>.<ext>.
+    OUTPUT.json has what the weights do not tell: the classes, and how to preprocess images. A mean
+    image (float32 [H, W, 3], 0..1 scale) is written to OUTPUT.mean_image.npy. No file is ever
+    visible half written.
 
     Returns the line to print.
 
     Raises:
-        UserError: no checkpoint, no folder to write to, or a network that the target has not.
+        UserError: there is no checkpoint, `output` cannot be written, or the target library does
+            not have this network.
     """
     if target == "onnx":
         _check_onnx()
     if output is not None and (output.is_dir() or not output.parent.is_dir()):
-        why = "is a folder; give a file" if output.is_dir() else "no such folder; make it first"
+        why = "is a folder; give a file" if output.is_dir() else "no such folder; create it first"
         raise UserError(f"--output {output}: {why}")
     saved = Checkpoint.load(path)
     config = config_from_dict(saved.config, str(path))
@@ -84,10 +87,11 @@ def export(path: Path, target: str, output: Path | None = None) -> str:
 
 
 def timm_state_dict(model: nn.Module, net: Net) -> dict[str, Tensor]:
-    """The weights under timm's names: torchvision's, but for the head of VGG.
+    """Returns the weights under timm's names, which are torchvision's except for the head of VGG.
 
-    timm's VGG slides its head over maps above 7x7, as Vgg.dense does: there (256 pixels and more)
-    the outputs are not those of Vgg.forward, which pools them to 7x7.
+    timm's VGG slides its head over feature maps larger than 7x7, like Vgg.dense. For such maps
+    (images of 256 pixels and more) its outputs differ from those of Vgg.forward, which pools the
+    maps to 7x7.
     """
     if net.form != "vgg":
         return model.state_dict()
@@ -102,17 +106,18 @@ def timm_state_dict(model: nn.Module, net: Net) -> dict[str, Tensor]:
 
 
 def _about(saved: Checkpoint, config: Config, output: Path) -> dict[str, Any]:
-    """What the weights alone do not tell: plain values, ready for JSON."""
+    """Returns what the weights alone do not tell, as plain values for JSON."""
     has_mean_image = saved.mean_image is not None
     return {
         "model": config.model.name,
         "classes": list(saved.classes),
         "num_classes": len(saved.classes),
-        "preprocessing": {  # the evaluation's: shorter side, central crop, (x - mean) / std
+        "preprocessing": {  # as in evaluation: resize shorter side, center crop, (x - mean) / std
             "eval_resize_px": config.data.eval_resize_px,
             "eval_crop_px": config.data.eval_crop_px,
             "interpolation": "bilinear, antialias",
-            # On the 0..1 scale: R, G, B, or a file with a mean per pixel in their place.
+            # On the 0..1 scale. "mean" is R, G, B; "mean_image", a file of means per pixel, if any,
+            # replaces it.
             "mean": None if has_mean_image else list(config.data.mean),
             "mean_image": f"{output.name}.mean_image.npy" if has_mean_image else None,
             "std": list(config.data.std),
@@ -128,16 +133,16 @@ def _torchvision(model: nn.Module, config: Config, about: dict[str, Any]) -> byt
 
 
 def _safetensors(model: nn.Module, config: Config, about: dict[str, Any]) -> bytes:
-    # Metadata are strings; "format" is what Hugging Face's readers ask for.
+    # Metadata values must be strings. Hugging Face's readers require the key "format".
     texts = {k: v if isinstance(v, str) else json.dumps(v) for k, v in about.items()}
     weights = timm_state_dict(model, DEPTHS[config.model.name])
     return safetensors.torch.save(weights, {"format": "pt", **texts})
 
 
 def _onnx(model: nn.Module, config: Config, about: dict[str, Any]) -> bytes:
-    """images [batch, 3, height, width] -> logits [batch, num_classes], the weights inside.
+    """Exports images [batch, 3, height, width] -> logits [batch, num_classes], weights included.
 
-    VGG's linear layers fix height and width: they are eval_crop_px.
+    For VGG, height and width are fixed to eval_crop_px because of its linear layers.
     """
     axes, example_px = {0: "batch", 2: "height", 3: "width"}, ONNX_EXAMPLE_PX
     if DEPTHS[config.model.name].form == "vgg":
@@ -155,13 +160,13 @@ def _onnx(model: nn.Module, config: Config, about: dict[str, Any]) -> bytes:
 
 
 def _pt2(model: nn.Module, config: Config, about: dict[str, Any]) -> bytes:
-    """images [B, 3, eval_crop_px, eval_crop_px] -> logits [B, num_classes], for any B."""
+    """Exports images [B, 3, eval_crop_px, eval_crop_px] -> logits [B, num_classes] for any B."""
     program = _traced(model, config.data.eval_crop_px, (0,))
     torch.export.save(program, content := io.BytesIO())
     return content.getvalue()
 
 
-LIBRARIES = {"torchvision": "torchvision", "safetensors": "timm"}  # target -> whose network it is
+LIBRARIES = {"torchvision": "torchvision", "safetensors": "timm"}  # target -> library to load it
 TARGETS: dict[str, tuple[str, Callable[[nn.Module, Config, dict[str, Any]], bytes]]] = {
     "torchvision": (".pth", _torchvision),
     "safetensors": (".safetensors", _safetensors),
@@ -173,22 +178,23 @@ TARGETS: dict[str, tuple[str, Callable[[nn.Module, Config, dict[str, Any]], byte
 def _traced(
     model: nn.Module, px: int, dynamic_axes: tuple[int, ...]
 ) -> torch.export.ExportedProgram:
-    images = torch.zeros(2, 3, px, px)  # two, as one would be taken for granted
+    images = torch.zeros(2, 3, px, px)  # two images, as torch.export fixes a dimension of size one
     shapes = dict.fromkeys(dynamic_axes, torch.export.Dim.DYNAMIC)
     program = torch.export.export(model, (images,), dynamic_shapes=(shapes,))
     for node in program.graph.nodes:
-        node.meta.pop("stack_trace", None)  # names folders of this machine: not to be given away
+        node.meta.pop("stack_trace", None)  # it would reveal paths on this machine
     return program
 
 
 def _write(files: dict[str, bytes], folder: Path) -> None:
-    """All of them are on the disk before the first gets its name; names are given in their order.
+    """Writes all files under temporary names, and renames them in the given order once all of them
+    are on disk.
 
     Raises:
-        OSError: one cannot be written; then none has its name.
+        OSError: a file cannot be written; then none of the files appears.
     """
     with ExitStack() as stack:
-        # The stack is left in the opposite order.
+        # An ExitStack exits its contexts, which rename the files, in reverse order.
         for name, content in reversed(files.items()):
             file = stack.enter_context(replacing(folder / name))
             file.write(content)
@@ -197,7 +203,8 @@ def _write(files: dict[str, bytes], folder: Path) -> None:
 
 
 def _run_folder(path: Path) -> Path:
-    """The run that a checkpoint belongs to; of one copied elsewhere, its own folder."""
+    """Returns the run folder that a checkpoint belongs to, or the checkpoint's own folder if it is
+    not inside a run folder."""
     path = path.absolute()
     above = (path, *path.parents[:2])
     return next((folder for folder in above if (folder / "checkpoints").is_dir()), path)
@@ -208,5 +215,5 @@ def _check_onnx() -> None:
         importlib.import_module("onnxscript")  # torch.onnx.export needs it; it brings onnx
     except ImportError:
         raise UserError(
-            "--to onnx: needs onnxscript, which is not here; pip install 'resnet-dist[export]'"
+            "--to onnx: needs onnxscript, not installed; pip install 'resnet-dist[export]'"
         ) from None

@@ -1,5 +1,8 @@
-"""Drawings in the manner of He et al. 2015, with matplotlib's object-oriented API: no pyplot, no
-display, no global state. The suffix of the file decides the format: PNG, PDF, SVG."""
+"""Draws the figures of He et al. 2015 for our runs.
+
+Uses matplotlib's object-oriented API: no pyplot, no display, no global state. The suffix of the
+file determines the format, such as PNG, PDF or SVG.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,39 +16,41 @@ from resnet_dist.errors import UserError
 from resnet_dist.verbs.compare import WINDOW_EPOCHS, ErrorCurves, panels, span
 
 DOTS_PER_INCH = 150
-# The paper's, a little darker where a thin line would fade: 20, 32, 44, 56 and 110 layers in
-# figure 6; more behind them.
+# The first five are the colours of figure 6 (20, 32, 44, 56 and 110 layers), a little darker where
+# a thin line would be too faint. The others follow when there are more curves.
 COLORS = (
     *("#c4a000", "#00a5a5", "#1a8a1a", "#e01010", "#000000"),
     *("#2050d0", "#b030b0", "#f07800", "#7a4a20", "#808080"),
 )
-LONG_RUN_STEPS = 10_000  # from here on the axis counts in 1e4, as the paper's
+LONG_RUN_STEPS = 10_000  # for runs at least this long, the axis counts in 1e4, as in the paper
 
 
 def check_path(path: Path) -> None:
-    """Before the work is done: raises UserError if a figure cannot be written there."""
+    """Raises UserError if a figure cannot be written to `path`. Call it before the work is done."""
     kinds = FigureCanvasBase.get_supported_filetypes()
     if path.suffix[1:].lower() not in kinds:
         raise UserError(
-            f"{path}: {path.suffix or 'no suffix'}: not a kind of figure; end it with .png, .pdf "
-            f"or .svg (known: {', '.join(sorted(kinds))})"
+            f"{path}: {path.suffix or 'no suffix'}: unknown figure format; use .png, .pdf or .svg "
+            f"(supported: {', '.join(sorted(kinds))})"
         )
     if not path.parent.is_dir():
-        raise UserError(f"{path}: no folder {path.parent}; make it, or give another path")
+        raise UserError(f"{path}: no folder {path.parent}; create it, or give a different path")
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Raises UserError if the figure cannot be written."""
+    """Writes the figure to `path`. Raises UserError if it cannot be written."""
     try:
         figure.savefig(path, dpi=DOTS_PER_INCH)
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}; give another path") from error
+        raise UserError(f"{path}: {error.strerror or error}; give a different path") from error
 
 
 def error_figure(curves: Sequence[ErrorCurves]) -> Figure:
-    """Figures 4 and 6: error in percent over iterations; training thin, validation bold.
+    """Draws error in percent over iterations, as in figures 4 and 6: training thin, validation
+    bold.
 
-    Plain and residual nets stand in two panels of one y axis where both are among the runs.
+    See `panels` for when plain and residual nets have panels of their own. The panels share one y
+    axis.
     """
     sides = panels(curves)
     figure = Figure(figsize=(5.2 * len(sides) + 1.2, 4.6), layout="constrained")
@@ -82,7 +87,8 @@ def error_figure(curves: Sequence[ErrorCurves]) -> Figure:
 
 
 def response_figure(responses: Mapping[str, Sequence[float]]) -> Figure:
-    """Figure 7: standard deviations of layers, per checkpoint; in order, and sorted by size."""
+    """Draws the layers' standard deviations of each checkpoint, as in figure 7: once in layer
+    order, and once sorted by size."""
     figure = Figure(figsize=(8, 5.6), layout="constrained")
     original, by_size = figure.subplots(2, 1, sharex=True, sharey=True)
     for number, (name, stds) in enumerate(responses.items()):
@@ -105,7 +111,10 @@ def response_figure(responses: Mapping[str, Sequence[float]]) -> Figure:
 
 
 def _colors(sides: Iterable[Sequence[ErrorCurves]]) -> list[list[str]]:
-    """A colour per curve: one per depth, as in the paper, if that tells a panel's runs apart."""
+    """Returns a colour for each curve of each panel.
+
+    As in the paper there is one colour per depth, unless two curves of a panel have the same depth.
+    """
     depths = [[curve.net.depths if curve.net else () for curve in side] for side in sides]
     known = sorted({of_net for side in depths for of_net in side}, key=sum)
     if any(len(set(side)) < len(side) for side in depths):
@@ -114,9 +123,10 @@ def _colors(sides: Iterable[Sequence[ErrorCurves]]) -> list[list[str]]:
 
 
 def _top(curves: Sequence[ErrorCurves]) -> float:
-    """The end of the y axis: nine tenths of each curve's points lie below, its first peak may not.
+    """Returns the upper end of the y axis, in percent.
 
-    In a run of the paper's 64k iterations that is about the paper's 20 to 25 %.
+    At least 90 % of each curve's points are below it, but the high errors at the start may not be.
+    For a run of the paper's 64k iterations it is about 20 to 25 %, as in the paper.
     """
     drawn = [points[:, 1] for curve in curves for points in (curve.smoothed_train(), curve.val)]
     highest = max(np.quantile(errors, 0.9) for errors in drawn if len(errors))

@@ -1,4 +1,4 @@
-"""What a trained network says of image files: classes and probabilities, a row per image."""
+"""`predict`: prints the classes and probabilities that a trained network gives for image files."""
 
 import csv
 import os
@@ -26,27 +26,28 @@ from resnet_dist.verbs.trained import Trained, load_trained
 
 
 def predict(path: Path, inputs: Sequence[str], top: int, as_csv: bool) -> bool:
-    """Prints the `top` likeliest classes of each image, as soon as its batch is done.
+    """Prints the `top` most likely classes of each image, as soon as its batch is done.
 
-    path: a checkpoint or run folder. inputs: image files, and folders to look for them. An image
-    that cannot be read is a line on stderr, and the others are predicted all the same.
+    path: a checkpoint or run folder. inputs: image files, and folders to search for image files. An
+    image that cannot be read is reported on stderr, and does not affect the others.
 
-    Returns whether all were read.
+    Returns whether all images could be read.
 
     Raises:
-        UserError: no checkpoint, no images, or more classes asked for than there are.
+        UserError: there is no checkpoint, there are no images, or `top` exceeds the number of
+            classes.
     """
     world = distributed.start_alone("predict")
     trained = load_trained(path, [], world)
     classes = trained.classes
     if top > len(classes):
-        raise UserError(f"--top {top}: {path} has {len(classes)} classes; give at most as many")
+        raise UserError(f"--top {top}: {path} has {len(classes)} classes; give at most that many")
     files = find_images(inputs)
-    places = [""] if top == 1 else [str(place) for place in range(1, top + 1)]
-    header = ["path", *(f"{name}{n}" for n in places for name in ("class", "probability"))]
+    suffixes = [""] if top == 1 else [str(number) for number in range(1, top + 1)]
+    header = ["path", *(f"{name}{n}" for n in suffixes for name in ("class", "probability"))]
     write = _csv_row if as_csv else _table_row(header, files, classes)
     write(header)
-    # Pillow's doubts about headers name no file; what cannot be read is said below.
+    # Pillow's warnings about headers do not say which file. Unreadable files are reported below.
     warnings.filterwarnings("ignore", module="PIL")
     all_read = True
     for file, answer in classify(trained, files, world):
@@ -61,21 +62,23 @@ def predict(path: Path, inputs: Sequence[str], top: int, as_csv: bool) -> bool:
 
 
 def find_images(inputs: Sequence[str]) -> list[str]:
-    """Files as they are given; in place of a folder, the image files below it, sorted."""
+    """Returns the inputs, with each folder replaced by the sorted image files below it."""
     found: list[str] = []
     for given in inputs:
         inner = sorted(images_below(given, "")) if os.path.isdir(given) else [""]
         found += [os.path.join(given, file) if file else given for file in inner]
     if not found:
-        raise UserError(f"{', '.join(inputs)}: no image files below ({', '.join(IMAGE_SUFFIXES)})")
+        raise UserError(f"{', '.join(inputs)}: no image files found ({', '.join(IMAGE_SUFFIXES)})")
     return found
 
 
 def classify(
     trained: Trained, files: Sequence[str], world: World
 ) -> Iterator[tuple[str, Tensor | str]]:
-    """Each file, in order, with its probabilities, float32 [num_classes] on the CPU, or why there
-    are none."""
+    """Yields each file, in order, with its probabilities or the reason why it cannot be read.
+
+    The probabilities are float32 [num_classes] on the CPU.
+    """
     config, count = trained.config, len(files)
     sizes = np.zeros((count, 2), np.int32)
     bad: dict[int, str] = {}
@@ -87,7 +90,7 @@ def classify(
                 sizes[number] = size
     index = Index(
         classes=trained.classes,
-        labels=np.zeros(count, np.int64),  # nobody knows them
+        labels=np.zeros(count, np.int64),  # unknown, and not used
         sizes=sizes,
         paths=tuple(os.path.abspath(file) for file in files),
         pixels=None,
@@ -97,18 +100,19 @@ def classify(
     config = replace(config, data=replace(config.data, max_bad_samples=count))
     loader = make_loader(index, config, world, trained.mean_image, trained.decoding(world))
     batch_size = config.train.max_local_batch_size
-    parts = [np.arange(count)[start : start + batch_size] for start in range(0, count, batch_size)]
-    requests = (Request(part, eval_windows(config.data, sizes[part])) for part in parts)
-    for part, batch in zip(parts, loader.batches(requests), strict=True):
+    slices = [np.arange(count)[start : start + batch_size] for start in range(0, count, batch_size)]
+    requests = (Request(samples, eval_windows(config.data, sizes[samples])) for samples in slices)
+    for samples, batch in zip(slices, loader.batches(requests), strict=True):
         with torch.inference_mode(), autocast(world.device, config.train.precision):
             logits = trained.network(batch.images)
         probabilities = logits.float().softmax(dim=1).cpu()  # CPU-GPU sync point
-        for number, answer in zip(part.tolist(), probabilities, strict=True):
+        for number, answer in zip(samples.tolist(), probabilities, strict=True):
             why = loader.bad.get(number)
             yield files[number], answer if why is None else f"{why}; remove or replace it"
 
 
 def _size(file: str) -> tuple[int, int] | str:
+    """Returns the height and width of an image, or the reason why it cannot be read."""
     try:
         return displayed_size(file)
     except UnreadableImage as error:
@@ -123,7 +127,7 @@ def _csv_row(cells: Sequence[str]) -> None:
 def _table_row(
     header: Sequence[str], files: Sequence[str], classes: Sequence[str]
 ) -> Callable[[Sequence[str]], None]:
-    """Prints rows in columns as wide as the widest that may come."""
+    """Returns a function that prints a row in columns wide enough for any row that may follow."""
     longest = {"path": max(map(len, files)), "class": max(map(len, classes)), "probability": 0}
     widths = [max(len(name), longest[name.rstrip("0123456789")]) for name in header]
 

@@ -1,8 +1,9 @@
-"""BN statistics taken after training, over many images, in place of the moving averages.
+"""Recomputes BN statistics over many images after training, to replace the moving averages.
 
-He et al.'s released models hold such (github.com/KaimingHe/deep-residual-networks, "Disclaimer and
-known issues": an average over a large training batch after training, not a moving one). Wu &
-Johnson 2021, "Rethinking 'Batch' in BatchNorm", arXiv:2105.07576, section 3: precise BN.
+He et al.'s released models have such statistics (github.com/KaimingHe/deep-residual-networks,
+"Disclaimer and known issues": an average over a large training batch after training, not a moving
+average). Wu & Johnson 2021, "Rethinking 'Batch' in BatchNorm", arXiv:2105.07576, section 3, call
+this precise BN.
 """
 
 from collections.abc import Iterator
@@ -23,15 +24,16 @@ from resnet_dist.verbs.trained import Trained
 
 @torch.no_grad()
 def recalibrate(trained: Trained, images: int, world: World) -> None:
-    """Gives each BN layer that was trained, not frozen, the mean and variance of its inputs over
-    `images` training images.
+    """Sets the running statistics of each BN layer that was not frozen to the mean and variance of
+    its inputs over `images` training images. A collective.
 
-    The images are the first of epoch 0, as training sees them. Each batch is normalized by itself,
-    as in training; the statistics of the batches are then joined exactly. Every rank calls it, and
-    gets the same bits on any number of ranks.
+    The images are the first ones of epoch 0, augmented as in training. Each batch is normalized by
+    its own statistics, as in training, and the statistics of all batches are then combined exactly.
+    The result is bit for bit the same for any number of ranks.
 
     Raises:
-        UserError: a network without BN, more images than there are, or too few for a variance.
+        UserError: the network trains no BN, there are fewer training images than `images`, or there
+            are too few to compute a variance.
     """
     config, network = trained.config, trained.network
     layers = _layers(network, config.optim.lr_scales)
@@ -41,15 +43,17 @@ def recalibrate(trained: Trained, images: int, world: World) -> None:
     if images > len(index):
         raise UserError(
             f"--recalibrate-bn {images}: {config.data.root} has {len(index)} training images; "
-            "give at most these"
+            "give at most that many"
         )
     samples = epoch_order(config.seed, 0, len(index))[:images]
     count = -(-images // config.train.max_local_batch_size)
-    # Of nearly one size, as each is normalized by itself; the same ones for any number of ranks.
+    # The batches have nearly the same size, because each is normalized by its own statistics. They
+    # do not depend on the number of ranks.
     slices = [slice_of(samples, number, count) for number in range(count)]
-    if len(slices[0]) < 2:  # the smallest; a map of one pixel then is a single value
+    # slices[0] is the smallest. With one image, a map of one pixel has a single value per channel.
+    if len(slices[0]) < 2:
         raise UserError(
-            "--recalibrate-bn: a batch of one image has no variance; give more images, or a larger "
+            "--recalibrate-bn: a batch of one image has no variance; give more images or a larger "
             "train.max_local_batch_size"
         )
     requests = (train_request(config, index, 0, p) for p in slices[world.rank :: world.size])
@@ -60,7 +64,7 @@ def recalibrate(trained: Trained, images: int, world: World) -> None:
     total = torch.zeros(3, sum(channels), dtype=torch.float64, device=world.device)
     with _normalizing_by_batch(network, layers) as seen:
         for first in range(0, count, world.size):
-            # A row per rank, zero but for our own: the sum over the ranks is exact.
+            # One row per rank. Each rank fills in only its own, so the sum over the ranks is exact.
             rows = total.new_zeros(world.size, *total.shape)
             batch = world.on_all(lambda: next(batches, None))
             if batch is not None:
@@ -68,13 +72,13 @@ def recalibrate(trained: Trained, images: int, world: World) -> None:
                     network(batch.images)
                 rows[world.rank] = torch.cat([seen[layer] for layer in layers], dim=1)
             for row in world.sum(rows)[: count - first]:  # in the order of the batches
-                total = _joined(total, row)
+                total = _combined(total, row)
     for layer, (values, mean, squares) in zip(layers, total.split(channels, dim=1), strict=True):
         assert layer.running_mean is not None
         assert layer.running_var is not None
         assert layer.num_batches_tracked is not None
         layer.running_mean.copy_(mean)
-        layer.running_var.copy_(squares / (values - 1))  # unbiased, as torch keeps it
+        layer.running_var.copy_(squares / (values - 1))  # unbiased, like torch's running variance
         layer.num_batches_tracked.fill_(count)
 
 
@@ -82,9 +86,9 @@ def recalibrate(trained: Trained, images: int, world: World) -> None:
 def _normalizing_by_batch(
     network: nn.Module, layers: list[nn.BatchNorm2d]
 ) -> Iterator[dict[nn.Module, Tensor]]:
-    """`layers` normalize as in training, all else (dropout) is as in evaluation.
+    """Puts `layers` into training mode, and everything else, such as dropout, into eval mode.
 
-    Yields what each layer was given in the last forward pass: see `_statistics`.
+    Yields a dict that holds the `_statistics` of each layer's input in the last forward pass.
     """
     seen: dict[nn.Module, Tensor] = {}
 
@@ -102,7 +106,8 @@ def _normalizing_by_batch(
 
 
 def _layers(network: nn.Module, lr_scales: dict[str, float]) -> list[nn.BatchNorm2d]:
-    """All BN layers but those of frozen parts, whose statistics training left as they were."""
+    """Returns all BN layers except those in frozen parts, whose statistics training did not
+    change."""
     frozen = {
         layer
         for name, modules in parts(network).items()
@@ -115,7 +120,8 @@ def _layers(network: nn.Module, lr_scales: dict[str, float]) -> list[nn.BatchNor
 
 
 def _statistics(x: Tensor) -> Tensor:
-    """x [B, C, H, W] -> float64 [3, C]: how many values, their mean, sum of squares about it."""
+    """Returns float64 [3, C] for x [B, C, H, W]: number of values, mean, sum of squared deviations
+    from the mean."""
     values = x.numel() // x.shape[1]
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     var, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)
@@ -123,8 +129,8 @@ def _statistics(x: Tensor) -> Tensor:
     return torch.stack([torch.full_like(mean, values), mean, values * var])
 
 
-def _joined(a: Tensor, b: Tensor) -> Tensor:
-    """Chan, Golub & LeVeque 1979: the statistics of both parts, from those of each."""
+def _combined(a: Tensor, b: Tensor) -> Tensor:
+    """Combines the `_statistics` of two sets of values (Chan, Golub & LeVeque 1979)."""
     count, delta = a[0] + b[0], b[1] - a[1]
     share = b[0] / count
     return torch.stack([count, a[1] + delta * share, a[2] + b[2] + delta.square() * a[0] * share])

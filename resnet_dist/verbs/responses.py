@@ -1,5 +1,5 @@
-"""Layer responses: how strongly each layer of a trained network answers (He et al. 2015, section
-4.2, figure 7)."""
+"""Measures layer responses: the standard deviation of each layer's output in a trained network
+(He et al. 2015, section 4.2, figure 7)."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -28,29 +28,30 @@ from resnet_dist.verbs.trained import load_trained
 
 @dataclass(frozen=True)
 class Responses:
-    """Of one checkpoint."""
+    """The layer responses of one checkpoint."""
 
     name: str
-    images: int
+    images: int  # number of images measured
     stds: dict[str, float]  # name of a layer's BN -> standard deviation, in forward order
 
 
 def analyze_responses(
     paths: Sequence[Path], overrides: list[str], images: int | None
 ) -> list[Responses]:
-    """The responses of checkpoints to the validation images of their configs, in one process.
+    """Measures the responses of checkpoints to the validation images of their configs.
 
-    images: so many of them, evenly spaced over the classes; None: all. A checkpoint has its run's
-    name, or its path where several have that name.
+    Runs in a single process. images: number of images to use, evenly spaced over the classes; None:
+    all. Checkpoints are named after their runs, or by their paths if two of the names are the same.
 
     Raises:
-        UserError: no such checkpoint, other classes than those of the data, or a network without
-            BN; before anything is measured.
+        UserError: no such checkpoint, its classes differ from the data's, or the network has no BN.
+            Raised before anything is measured.
     """
     if not paths:
         raise UserError("command line: no checkpoint; give a folder such as RUN/checkpoints/best")
     world = distributed.start_alone("analyze responses")
-    # All of them first: what is wrong with the last shows before the first takes its minutes.
+    # Loads all checkpoints first, so that an error in the last one shows up before the first one is
+    # measured, which takes minutes.
     loaded = []
     for path in paths:
         trained = load_trained(path, overrides, world)
@@ -72,7 +73,10 @@ def analyze_responses(
 
 
 def split_arguments(given: Sequence[str]) -> tuple[list[Path], list[str]]:
-    """Checkpoints and overrides, which stand among each other; a path that exists is a path."""
+    """Separates checkpoint paths from overrides, which may come in any order.
+
+    An argument with "=" is an override, unless a file or folder of that name exists.
+    """
     overrides = [text for text in given if "=" in text and not Path(text).exists()]
     return [Path(text) for text in given if text not in overrides], overrides
 
@@ -81,15 +85,15 @@ def split_arguments(given: Sequence[str]) -> tuple[list[Path], list[str]]:
 def layer_stds(
     model: nn.Module, batches: Iterable[Batch], world: World, precision: str
 ) -> dict[str, float]:
-    """Name of a layer's BN -> standard deviation of its output, in the order of the forward pass.
+    """Returns name of a layer's BN -> standard deviation of its output, in forward order.
 
-    Over all images, channels and positions, divided by their number, in evaluation mode: before
-    the nonlinearity and the addition.
+    This is the population standard deviation over all images, channels and pixels, in evaluation
+    mode, before the nonlinearity and the addition.
     """
     sums: dict[str, Tensor] = {}  # [3] float64: sum, sum of squares, count
 
     def add(name: str, module: nn.Module, inputs: Any, output: Tensor) -> None:
-        values = output.double()  # now: an in-place ReLU follows
+        values = output.double()  # a copy, because an in-place ReLU follows
         count = torch.full_like(values[0, 0, 0, 0], values.numel())
         batch_sums = torch.stack([values.sum(), values.square().sum(), count])
         sums[name] = sums[name] + batch_sums if name in sums else batch_sums
@@ -115,7 +119,8 @@ def layer_stds(
 
 
 def main_path_norms(model: nn.Module) -> dict[str, nn.Module]:
-    """Name -> BN, one per convolution; those of the shortcuts' projections are no layers."""
+    """Returns name -> BN, one per convolution, except for projections in shortcuts, which the paper
+    does not count as layers."""
     shortcuts = shortcut_modules(model)
     return {
         name: module
@@ -125,7 +130,7 @@ def main_path_norms(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def describe_responses(measured: Sequence[Responses]) -> str:
-    """A row per checkpoint."""
+    """Formats a table with a row per checkpoint."""
     rows = [("checkpoint", "layers", "images", "mean std", "median std", "smallest", "largest")]
     for responses in measured:
         stds = responses.stds
@@ -149,7 +154,7 @@ def describe_responses(measured: Sequence[Responses]) -> str:
 
 
 def _requests(config: Config, index: Index, count: int) -> Iterator[Request]:
-    """`count` of the images, evenly spaced: folders hold them class by class."""
+    """Yields requests for `count` images, evenly spaced because the index is sorted by class."""
     chosen = np.arange(count) * len(index) // count
     for start in range(0, count, config.train.max_local_batch_size):
         samples = chosen[start : start + config.train.max_local_batch_size]

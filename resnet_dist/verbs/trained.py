@@ -1,4 +1,4 @@
-"""A trained network, read from a checkpoint and ready on its device."""
+"""Loads a trained network from a checkpoint onto its device."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,21 +20,22 @@ from resnet_dist.models.build import build_model
 
 @dataclass(frozen=True)
 class Trained:
-    """What it takes to use a network (of train.ema_decay: the averaged one), and to write it."""
+    """A trained network (the averaged one, with train.ema_decay), and what is needed to use it and
+    to write it."""
 
-    config: Config  # of its training, with the overrides on top
+    config: Config  # the config of its training, with the overrides applied
     network: nn.Module  # in evaluation mode, on the world's device, channels_last, float32
     classes: tuple[str, ...]
     mean_image: np.ndarray | None  # float32 [H, W, 3] on the 0..1 scale; None: config.data.mean
     saved: Checkpoint
 
     def decoding(self, world: World) -> Decoding:
-        """The way in which its training images were decoded, where that is sound here. A
-        collective; raises what agreed_decoding raises."""
+        """Returns the way in which its training images were decoded, or a different way if that is
+        broken on this machine. A collective. Raises what agreed_decoding raises."""
         return agreed_decoding(self.config, world, self.saved.decoder)[0]
 
     def write(self, folder: Path) -> None:
-        """The checkpoint with the network as it is now, in a new folder. For one rank only.
+        """Writes the checkpoint with the network's current weights to a new folder. One rank only.
 
         Raises:
             UserError: the folder cannot be written.
@@ -46,25 +47,25 @@ class Trained:
 
 
 def load_trained(path: Path, overrides: list[str], world: World) -> Trained:
-    """Reads a checkpoint (or a run folder, whose best one it takes). A collective.
+    """Reads a checkpoint, or the best checkpoint of a run folder. A collective.
 
     Raises:
-        UserError: no such checkpoint, or overrides that do not go with it.
+        UserError: there is no such checkpoint, or the overrides do not fit it.
     """
     saved = world.on_all(lambda: Checkpoint.load(path))
     config = config_from_dict(saved.config, str(path), overrides)
-    # It would be filled for a few batches.
+    # Filling a cache is not worth it for a few batches.
     config = replace(config, data=replace(config.data, cache="none"))
     name = saved.config["model"]["name"]
     if config.model.name != name:
-        raise config.invalid("model.name", f"{path} holds a {name}", name)
+        raise config.invalid("model.name", f"{path} is a {name}", name)
     per_pixel_mean = saved.mean_image is not None
     if config.data.per_pixel_mean != per_pixel_mean:
         why = f"{path} was trained {'with' if per_pixel_mean else 'without'} a mean image"
         raise config.invalid("data.per_pixel_mean", why, per_pixel_mean)
     mean_image = None if saved.mean_image is None else saved.mean_image.numpy()
     if mean_image is not None and len(mean_image) != config.data.eval_crop_px:
-        why = f"the mean image of {path} has another size"
+        why = f"the mean image of {path} has a different size"
         raise config.invalid("data.eval_crop_px", why, len(mean_image))
     network = build_model(name, len(saved.classes))
     network.load_state_dict(saved.weights)

@@ -68,7 +68,7 @@ def test_photos_are_chosen_from_any_folder(tiny_folder: Path, tmp_path: Path) ->
     (tmp_path / "b.jpg").symlink_to(next(tiny_folder.rglob("*.jpg")))
     with photo_folder(tmp_path, most=5) as root:
         assert len(list((root / "train").rglob("*.jpg"))) == 1  # without the broken one
-    with pytest.raises(UserError, match="no photos in it"), photo_folder(tmp_path / "x", most=5):
+    with pytest.raises(UserError, match="no photos found"), photo_folder(tmp_path / "x", most=5):
         pass
 
 

@@ -176,7 +176,7 @@ def test_a_gpu_that_is_not_there_is_one_line(tmp_path: Path) -> None:
     env = os.environ | {"PATH": str(tmp_path)}  # no nvidia-smi
     done = subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True)
     assert done.returncode == 2
-    assert "--device cuda: nvidia-smi names no GPU" in done.stderr
+    assert "--device cuda: nvidia-smi finds no GPU" in done.stderr
     assert not list(tmp_path.iterdir())
 
 
@@ -206,7 +206,7 @@ def test_a_batch_is_freed_where_it_is_let_go(batch_copy: ModuleType, way: str) -
         ("import os; os.abort()", "the process ended with SIGABRT"),
         (
             "import os; print('ok', flush=True); os.abort()",
-            "the process ended with SIGABRT, after it had said: ok",
+            "the process ended with SIGABRT after it had printed: ok",
         ),
     ],
 )

@@ -77,7 +77,7 @@ def test_each_test_has_a_process_of_its_own(of_all_kinds: Path) -> None:
         'FAILED test_it.py::test_errs: failed on setup with "RuntimeError: from the fixture"',
         "SKIPPED test_it.py::test_is_skipped: for a reason",
         "CRASHED test_it.py::test_crashes: SIGSEGV",
-        "CRASHED test_it.py::test_crashes_at_the_end: SIGABRT, after it had passed",
+        "CRASHED test_it.py::test_crashes_at_the_end: SIGABRT after the test had passed",
         "TIMED OUT test_it.py::test_hangs: after 8 s",
     ]
     assert numbers.startswith("2 crashed, 2 failed, 2 passed, 1 skipped, 1 timed out in ")

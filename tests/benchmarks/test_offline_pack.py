@@ -120,5 +120,5 @@ def test_a_folder_without_archives_is_one_line(tmp_path: Path) -> None:
     done = unpack(tmp_path, tmp_path / "site")
     assert done.returncode == 1
     assert done.stderr == (
-        f"{tmp_path}: no archives in it; make them with benchmarks/offline_pack.py\n"
+        f"{tmp_path}: no archives found; make them with benchmarks/offline_pack.py\n"
     )

@@ -220,8 +220,8 @@ def test_submit_local_trains_on_two_ranks(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "code", "last_line"),
     [
-        (["train.epochs=100000"], 75, "was stopped; submit it again, it goes on"),
-        (["model.init_from=torchvision:nowhere.pth"], 2, "has bad input, its logs: "),
+        (["train.epochs=100000"], 75, "was stopped; submit it again to resume it"),
+        (["model.init_from=torchvision:nowhere.pth"], 2, "had bad input; see its logs in "),
     ],
 )
 def test_submit_local_ends_as_the_run_did(tmp_path, tiny_yaml, overrides, code, last_line):

@@ -162,7 +162,7 @@ def test_a_killed_run_is_told_from_one_that_goes_on(
     running.kill()
     ended(running)
     assert status(run_dir, "--start", "mine") == 1
-    assert f"{run_dir}: killed, having started at step 0" in capsys.readouterr().out
+    assert f"{run_dir}: killed after starting at step 0" in capsys.readouterr().out
 
 
 def test_what_another_start_wrote_does_not_count(trained: Trained, capsys: Captured) -> None:
@@ -170,7 +170,7 @@ def test_what_another_start_wrote_does_not_count(trained: Trained, capsys: Captu
     assert status(run_dir, "--start", ending(run_dir)[2]) == 0
     assert status(run_dir, "--start", "another") == 1
     assert capsys.readouterr().out.endswith(
-        f"{run_dir}: start another never held this run folder\n"
+        f"{run_dir}: start another never locked this run folder\n"
     )
 
 

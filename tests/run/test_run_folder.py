@@ -351,8 +351,8 @@ def test_a_dry_run_says_what_differs(
         said = capsys.readouterr().out
         assert "peak lr" in said
         assert said.endswith(
-            "\nto be trained under another name=, or with --resume-anyway: not as "
-            f"{trained().run_dir} has it: seed 0 -> 7\n"
+            f"\nsettings differ from {trained().run_dir}: seed 0 -> 7; "
+            "use another name= or --resume-anyway\n"
         )
 
 

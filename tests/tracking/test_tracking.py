@@ -115,9 +115,9 @@ def test_a_run_in_mlflow(tiny_config: Callable[..., Config], tmp_path: Path) -> 
     assert "optim.momentum" not in cells  # the same in all
     assert "best val/acc1" in cells
     assert "55 (step 20)" in compare(["tiny"], tmp_path / "runs")
-    with pytest.raises(UserError, match="nobody: no run folder below"):
+    with pytest.raises(UserError, match="nobody: neither a run folder in"):
         compare(["nobody"], tmp_path / "runs")
-    with pytest.raises(UserError, match="no run folder and no"):
+    with pytest.raises(UserError, match="not a run folder, and there is no"):
         compare(["nobody"], tmp_path / "elsewhere")
 
 
@@ -190,7 +190,7 @@ def test_a_full_disk_loses_no_line(
     tracker.close("FINISHED", {})
     assert losses(journal) == [(step, step / 2) for step in range(1, 61)]
     assert len(warnings) == 2
-    assert all("No space left on device; training goes on" in line for line in warnings)
+    assert all("No space left on device; training continues" in line for line in warnings)
 
 
 def test_what_could_not_be_written_is_tried_at_the_end(
@@ -209,7 +209,7 @@ def test_what_could_not_be_written_is_tried_at_the_end(
             (disk / "ballast").unlink()
         assert tracker.close("FAILED", {}) is None  # and raises nothing
     assert len(warnings) == 3
-    assert warnings[-1] == f"warning: {journal}: 2 lines are lost: No space left on device"
+    assert warnings[-1] == f"warning: {journal}: 2 lines were lost: No space left on device"
     # A torn line is no line: the next start cuts it.
     (disk / "ballast").unlink()
     start(config, warnings).close("FINISHED", {})
@@ -358,7 +358,7 @@ def test_a_dead_server_costs_a_warning_and_no_record(
     tracker.log(1, {"train/loss": 1.0})
     assert time.monotonic() - began < 0.5  # logging does not wait for the server
     assert tracker.close("FINISHED", {}) is None
-    assert any("training goes on" in line for line in warnings)
+    assert any("training continues" in line for line in warnings)
     assert "train/loss" in (config.run_dir / "journal.jsonl").read_text()
 
     # The server is back (here: the local database): the next start sends what it missed.
@@ -381,7 +381,7 @@ def test_without_mlflow_training_goes_on(
     assert train(config, "test", Interrupt()) is Outcome.FINISHED
     said = capsys.readouterr().out
     missing = "Python package mlflow: not installed; pip install mlflow"
-    assert said.count(f"MLflow: {missing}; training goes on, journal.jsonl holds the record") == 1
+    assert said.count(f"MLflow: {missing}; training continues, journal.jsonl has the record") == 1
     assert "MLflow run" not in said
     assert [step for step, _ in losses(config.run_dir / "journal.jsonl")] == [1, 2, 3]
     (tmp_path / "runs/mlflow.db").touch()

@@ -218,10 +218,10 @@ def test_the_command_line(
 @pytest.mark.parametrize(
     ("path", "line"),
     [
-        ("errors.xyz", r"errors\.xyz: \.xyz: not a kind of figure; end it with \.png, \.pdf"),
-        ("errors", "errors: no suffix: not a kind of figure"),
-        ("absent/errors.png", r"absent/errors\.png: no folder .*absent; make it"),
-        ("folder.png", r"folder\.png: Is a directory; give another path"),
+        ("errors.xyz", r"errors\.xyz: \.xyz: unknown figure format; use \.png, \.pdf"),
+        ("errors", "errors: no suffix: unknown figure format"),
+        ("absent/errors.png", r"absent/errors\.png: no folder .*absent; create it"),
+        ("folder.png", r"folder\.png: Is a directory; give a different path"),
     ],
 )
 def test_a_path_that_takes_no_figure(
@@ -241,5 +241,5 @@ def test_a_path_that_takes_no_figure(
 
 def test_a_run_without_training_error(run_root: Path, tmp_path: Path) -> None:
     assert "FINISHED" in compare(["plain20", "empty"], run_root)
-    with pytest.raises(UserError, match=r"^empty: MLflow holds no train/acc1 of this run"):
+    with pytest.raises(UserError, match=r"^empty: MLflow has no train/acc1 of this run"):
         error_curves(["plain20", "empty"], run_root)

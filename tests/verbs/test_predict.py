@@ -215,8 +215,8 @@ def test_what_cannot_be_predicted_is_one_line(
 ) -> None:
     (tmp_path / "empty").mkdir()
     for arguments, line in [
-        ((run, tmp_path / "empty"), "empty: no image files below (.jpg, "),
-        ((run, tiny_folder, "--top", 4), f"--top 4: {run} has 3 classes; give at most as many"),
+        ((run, tmp_path / "empty"), "empty: no image files found (.jpg, "),
+        ((run, tiny_folder, "--top", 4), f"--top 4: {run} has 3 classes; give at most that many"),
         ((tmp_path, tiny_folder), f"{tmp_path}: no checkpoint"),
     ]:
         rows, err, code = predict(capsys, *arguments)

@@ -203,7 +203,7 @@ def test_the_command_line_keeps_them(
     for key, value in trained.network.state_dict().items():
         assert torch.equal(content.model[key], value)
 
-    for folder, line in [(kept, "is there already"), (path / "state.pt" / "x", "not written")]:
+    for folder, line in [(kept, "already exists"), (path / "state.pt" / "x", "not written")]:
         with pytest.raises(SystemExit) as stopped:
             cli.main([*command, "--save-to", str(folder)])
         assert stopped.value.code == 2
