@@ -144,9 +144,10 @@ sys.modules.update(dict.fromkeys({[*forbidden, "pyarrow._parquet"]}))
 import pytest
 sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "--collect-only", "-m", "gpu"]))
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, timeout=100
-    )
+    # Plugins of pytest, such as pytest-xdist, would be loaded where they are installed.
+    env = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stdout
     assert "test_gpu_raw_pixels" in done.stdout
 
