@@ -1,1 +1,1 @@
-"""What a checkpoint holds, where checkpoints stand, and how one is written."""
+"""Checkpoints: their content, their folders, and how they are written."""

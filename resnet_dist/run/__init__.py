@@ -1,1 +1,1 @@
-"""What a run is besides its steps: its folder, its start, its stop, its screen and its end."""
+"""What surrounds the steps of a run: its folder, resuming, stopping, its screen, its outcome."""
