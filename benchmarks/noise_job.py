@@ -39,8 +39,8 @@ class NoiseJob:
     ) -> None:
         """Builds the network, its optimizer and one batch of noise.
 
-        batch_size: of this rank, whatever the world size. overrides: key=value settings of the
-        config.
+        batch_size: of this rank, independent of the world size. overrides: key=value settings of
+        the config.
         """
         path = f"configs/imagenet/{'resnet18' if small else 'resnet50'}.yaml"
         sizes = ("train.global_batch_size", "train.max_local_batch_size")

@@ -140,7 +140,7 @@ def side_by_side(folder: Path, shards: Path, settings: Settings) -> list[Loader]
             Loader("ours, shards", "ours", in_shards),
         ]
         if gpu:
-            # Lists each photo once per epoch, as the cache would keep a copy per listing.
+            # Lists each photo only once per epoch, because the cache would keep a copy per listing.
             once = replace(work, images=max(photos, settings.batch_size))
             cached = replace(once, data=replace(files, cache="decoded"))
             loaders += [Loader("ours, cache=decoded", "ours", cached)]

@@ -42,7 +42,7 @@ def export(path: Path, target: str, output: Path | None = None) -> str:
     it.
 
     path: a checkpoint or run folder. output: None means RUN/export/<model>-step<step>.<ext>.
-    OUTPUT.json has what the weights do not tell: the classes, and how to preprocess images. A mean
+    OUTPUT.json has what the weights do not: the classes, and how to preprocess images. A mean
     image (float32 [H, W, 3], 0..1 scale) is written to OUTPUT.mean_image.npy. No file is ever
     visible half written.
 
@@ -106,7 +106,7 @@ def timm_state_dict(model: nn.Module, net: Net) -> dict[str, Tensor]:
 
 
 def _about(saved: Checkpoint, config: Config, output: Path) -> dict[str, Any]:
-    """Returns what the weights alone do not tell, as plain values for JSON."""
+    """Returns the content of OUTPUT.json: everything a user needs besides the weights."""
     has_mean_image = saved.mean_image is not None
     return {
         "model": config.model.name,
