@@ -63,7 +63,7 @@ def list_parquet(folder: Path, split: str) -> HubSplit:
         except (pa.ArrowException, KeyError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(
-                f"{path}: has no columns image and label ({reason}); copy it again"
+                f"{path}: not a file with image and label ({reason}); copy it again"
             ) from None
         if label.dtype != np.int64 or (label < 0).any():
             row = int((label < 0).argmax()) if label.dtype == np.int64 else 0

@@ -508,7 +508,7 @@ def test_an_incomplete_source_is_named(photos: Photos, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"train-00000-of-NNNNN.parquet .* found 2"):
         list_train_here(tmp_path / "hub")
     (tmp_path / "hub" / "data" / "train-00001-of-00003.parquet").write_bytes(b"PAR1")
-    with pytest.raises(UserError, match=r"train-00001-of-00003.parquet: not a file of image"):
+    with pytest.raises(UserError, match=r"train-00001-of-00003.parquet: not a file with image"):
         list_train_here(tmp_path / "hub")
 
     make_ilsvrc(tmp_path / "tars", photos)
