@@ -521,7 +521,7 @@ def test_an_incomplete_source_is_named(photos: Photos, tmp_path: Path) -> None:
     (tmp_path / "devkit").replace(tmp_path / "tars" / "ILSVRC2012_devkit_t12.tar.gz")
     fewer = {name: data for (_, name), data in list(photos["val"].items())[1:]}
     (tmp_path / "tars" / "ILSVRC2012_img_val.tar").write_bytes(make_tar(fewer))
-    with pytest.raises(UserError, match=r"img_val.tar: 5 images, and 6 in the devkit"):
+    with pytest.raises(UserError, match=r"img_val.tar: 5 images, but 6 in the devkit"):
         list_train_here(tmp_path / "tars")
 
     make_folder(tmp_path / "folder", photos)
