@@ -526,7 +526,7 @@ def test_an_incomplete_source_is_named(photos: Photos, tmp_path: Path) -> None:
 
     make_folder(tmp_path / "folder", photos)
     (tmp_path / "folder" / "val" / SYNSETS[1]).rename(tmp_path / "folder" / "val" / "n09999999")
-    with pytest.raises(UserError, match=r"class 'n01443537' is in train alone \(3 .* 3 in val\)"):
+    with pytest.raises(UserError, match=r"class 'n01443537' is only in train \(3 .* 3 in val\)"):
         list_train_here(tmp_path / "folder")
 
 
