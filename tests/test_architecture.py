@@ -165,3 +165,23 @@ def test_an_import_changes_nothing() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+TESTS = sorted((REPO / "tests").rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", TESTS, ids=lambda path: str(path.relative_to(REPO)))
+def test_tests_share_helpers_and_keep_to_what_is_public(path: Path) -> None:
+    """No test module imports another; none reaches for a private name of ours."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            assert not node.module.startswith("tests.") or node.module.startswith("tests.support.")
+            if node.module.startswith("resnet_dist"):
+                assert not [name.name for name in node.names if name.name.startswith("_")]
+        if isinstance(node, ast.Attribute) and node.attr.startswith("_"):
+            is_own = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+            assert is_own or node.attr.startswith("__") or node.attr in NOT_OURS, node.lineno
+
+
+# Python's own; and torch's, which has no other way to tell its hooks.
+NOT_OURS = {"_exit", "_replace", "_forward_hooks", "_forward_pre_hooks"}

@@ -117,19 +117,23 @@ def test_one_save_at_a_time(tiny_config: Callable[..., Config], saver: Saver, ga
 
 def test_buffers_are_used_again(tiny_config: Callable[..., Config], saver: Saver) -> None:
     state = make_state(0, step=1)
-    saver.save(content_of(state, tiny_config()))
-    buffers = [buffer.data_ptr() for buffer in saver._buffers.values()]
+    content = content_of(state, tiny_config())
+    buffers = [tensor.data_ptr() for tensor in copies(saver, content)]
     assert len(buffers) > 100
-    state.step = 2
-    saver.save(content_of(state, tiny_config()))
+    saver.save(content)
     saver.wait()
-    assert [buffer.data_ptr() for buffer in saver._buffers.values()] == buffers
-    conv = next(key for key in saver._buffers if key[-1] == "conv1.weight")
-    channels_last = state.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    saver._buffers.clear()
-    saver.save(content_of(replace(state, model=channels_last, step=3), tiny_config()))
-    saver.wait()
-    assert saver._buffers[conv].is_contiguous(memory_format=torch.channels_last)
+    assert [tensor.data_ptr() for tensor in copies(saver, content)] == buffers
+    state.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    fresh = Saver(saver.run_dir, Retention())
+    copy = fresh.copy_to_host(content_of(state, tiny_config()).to_dict())
+    conv = copy["model"]["conv1.weight"]
+    assert conv.is_contiguous(memory_format=torch.channels_last)
+
+
+def copies(saver: Saver, content: Checkpoint) -> list[torch.Tensor]:
+    """The tensors of `content` in the saver's buffers."""
+    leaves = leaf_values(saver.copy_to_host(content.to_dict()))
+    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
 
 
 def test_a_full_disk_loses_nothing(tiny_config: Callable[..., Config], disk: Path) -> None:
@@ -300,7 +304,8 @@ def test_the_training_thread_does_not_wait_for_the_gpu(
             for _ in range(20):  # queued behind the copies
                 model(images).square().mean().backward()
                 optimizer.step()
-        assert all(buffer.is_pinned() for buffer in saver._buffers.values() if buffer.numel() > 3)
+    copy = saver.copy_to_host(content_of(state, tiny_config()).to_dict())
+    assert copy["model"]["weight"].is_pinned()
     saver.finish()
     for step in (2, 3):
         content = Checkpoint.load(saver.run_dir / f"checkpoints/step-0000000{step}")

@@ -192,34 +192,3 @@ def test_what_an_earlier_try_met_counts(spoiled: Callable[..., Config]) -> None:
     before = metrics(config, "data/bad_samples")[-1]
     train_on_rank(0, 1, config)
     assert min(metrics(config, "data/bad_samples")[2:]) >= before > 3
-
-
-def lose_data_and_train(rank: int, world_size: int, config: Config) -> str:
-    """Rank 1's files go, as a mount would, after the index is made."""
-    from resnet_dist import train as module
-
-    build = module.build
-
-    def build_then_lose(*arguments: Any) -> Any:
-        job = build(*arguments)
-        if rank == 1:
-            index = job.train_index
-            gone = replace(index, paths=tuple(path + ".gone" for path in index.paths))
-            job.train_loader._feed._reader._index = gone  # type: ignore[union-attr]
-        return job
-
-    module.build = build_then_lose  # type: ignore[assignment]
-    try:
-        train_on_rank(rank, world_size, config)
-    except UserError as error:
-        return str(error)
-    return "trained"
-
-
-def test_one_rank_without_data_ends_all_with_its_reason(tiny_config: Callable[..., Config]) -> None:
-    config = tiny_config(*CONFIG)
-    said = run_ranks(lose_data_and_train, 2, config, init_process_group=False)
-    assert said[0] == said[1]
-    assert said[0].startswith("rank 1: ")
-    assert "cannot be read (No such file or directory)" in said[0]
-    assert folders.latest(config.run_dir) is not None  # nothing is lost

@@ -21,6 +21,7 @@ from resnet_dist import distributed
 from resnet_dist.config import Config, DataConfig
 from resnet_dist.data.index.headers import UnreadableImage, screen
 from resnet_dist.data.index.index import Index, Shards
+from resnet_dist.data.load import build
 from resnet_dist.data.load.batch import Batch
 from resnet_dist.data.load.build import make_loader
 from resnet_dist.data.load.cache import BLANK_GREY, SPARE_BYTES, EncodedCache, shared_bytes
@@ -552,10 +553,13 @@ def test_what_the_walk_through_a_header_trusts(index: Index) -> None:
         screen(huge, (65535, 65535))
 
 
-def test_the_cores_of_a_node_are_shared_out_over_its_ranks(index: Index) -> None:
+def test_the_cores_of_a_node_are_shared_out_over_its_ranks(
+    index: Index, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[DataConfig] = []
+    monkeypatch.setattr(build, "Loader", lambda _, data, **options: given.append(data))
     cores = len(os.sched_getaffinity(0))
     config = replace(CONFIG, data=replace(DATA, decode_threads=None))
     for ranks in (1, 2, 1000):
-        world = replace(distributed.start(), local_size=ranks)
-        threads = make_loader(index, config, world)._executor["num_threads"]
-        assert threads == min(16, max(1, cores // ranks))
+        make_loader(index, config, replace(distributed.start(), local_size=ranks))
+        assert given[-1].decode_threads == min(16, max(1, cores // ranks))

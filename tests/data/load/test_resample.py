@@ -1,7 +1,9 @@
 """Resizing on the CPU is Pillow's, to the grey level; normalisation is its formula."""
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -84,6 +86,21 @@ def test_a_buffer_is_used_again_when_nobody_has_it() -> None:
     assert buffers.take((4, 5), np.uint8).dtype == torch.uint8
 
 
+class CountsThreads(list[torch.Tensor]):
+    """Images that notice how many threads torch has where they are used."""
+
+    def __init__(self, images: list[torch.Tensor], threads: list[int] | None = None) -> None:
+        super().__init__(images)
+        self.threads = [] if threads is None else threads
+
+    def __getitem__(self, some: Any) -> Any:
+        return CountsThreads(super().__getitem__(some), self.threads)
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        self.threads.append(torch.get_num_threads())
+        return super().__iter__()
+
+
 def test_torchs_own_threads_are_left_alone() -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(3)
@@ -92,6 +109,8 @@ def test_torchs_own_threads_are_left_alone() -> None:
         assert torch.get_num_threads() == 3
         with ThreadPoolExecutor(1) as new:
             assert new.submit(torch.get_num_threads).result() == 3
-        assert resampler._threads.submit(torch.get_num_threads).result() == 1
+        images = CountsThreads([torch.zeros(8, 8, 3, dtype=torch.uint8)])
+        resampler.start(images, unchanged(np.array([[0.0, 0, 8, 8]]), (4, 4)))()
+        assert images.threads == [1]
     finally:
         torch.set_num_threads(before)
