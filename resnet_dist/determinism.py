@@ -1,8 +1,9 @@
 """Deterministic mode: the same command on the same machines gives the same bits.
 
-Three things may change bits from run to run: kernels whose threads add in an arbitrary order,
-autotuning that chooses different kernels, and sums over the ranks. `fix_algorithms` takes care of
-the first two. Code that adds or averages over the ranks asks `is_deterministic`.
+Three things can change the bits between runs: kernels that add in the order in which their threads
+happen to finish, autotuning that picks a different kernel, and sums over the ranks.
+`fix_algorithms` takes care of the first two. Code that sums or averages over the ranks calls
+`is_deterministic`.
 """
 
 import os
@@ -11,27 +12,30 @@ import torch
 
 
 def fix_algorithms(deterministic: bool) -> None:
-    """Fixes the algorithms of this process, or lets torch choose the fastest ones.
+    """Makes this process use deterministic algorithms, or lets torch choose the fastest.
 
-    Call it before the first matrix product on a GPU. In deterministic mode, an operation without a
-    deterministic form raises RuntimeError.
+    Call it before the first matrix product on a GPU. In deterministic mode, an operation that has
+    no deterministic form raises RuntimeError from then on.
     """
     if deterministic:
-        # cuBLAS reads this once. Without it, results may depend on which streams are busy:
-        # docs.nvidia.com/cuda/cublas, "Results reproducibility". A user's own setting has priority.
+        # cuBLAS needs this, and reads it only once: otherwise its workspace depends on which
+        # streams are busy. See docs.nvidia.com/cuda/cublas, "Results reproducibility". A value that
+        # the user has set is kept.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic)
     torch.backends.cudnn.deterministic = deterministic
-    # Autotuning pays off, since training images all have one size and each shape is tried once.
+    # Autotuning pays off: all training images have one size, so each shape is timed only once.
     torch.backends.cudnn.benchmark = not deterministic
-    # torch would also fill every new tensor with NaN, so that reading uninitialized memory is
-    # deterministic too. That costs a pass over memory per layer, and no layer here does so.
+    # torch would also fill each new tensor with NaN, even activations, so that reading memory that
+    # was never written gives the same result. That costs a pass over memory per layer, to guard
+    # against a mistake that no layer here makes.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def is_deterministic() -> bool:
-    """Whether this process is in deterministic mode.
+    """Returns whether this process is in deterministic mode.
 
-    torch has the switch, and its operators read it too. Other modules call this function.
+    torch stores the switch, and its operators check it too. Code in this package checks it only
+    through this function.
     """
     return torch.are_deterministic_algorithms_enabled()

@@ -206,7 +206,7 @@ def test_batches_of_one_shape_and_bounded() -> None:
     same = replace(MULTI_SCALE, scales_px=(224, 640))
     groups = same.batches(Config(), np.array([[100, 150], [100, 151], [200, 300]]))
     assert [group.tolist() for group in groups] == [[0, 2], [1]]
-    with pytest.raises(ValueError, match="cannot be a batch"):
+    with pytest.raises(ValueError, match="cannot form a batch"):
         whole_windows(np.array([[100, 150], [100, 151]]), 640)
 
 
@@ -304,7 +304,7 @@ def test_the_command_line(saved: Callable[..., Path], capsys: pytest.CaptureFixt
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        ("--scales 224", "--scales goes with --protocol multi-scale"),
+        ("--scales 224", "--scales needs --protocol multi-scale"),
         ("--protocol multi-scale --scales 224,x", "--scales 224,x: must be distinct"),
         ("--protocol multi-scale --scales 224,224", "must be distinct whole numbers above zero"),
         ("--protocol multi-scale --scales 0", "must be distinct whole numbers above zero"),

@@ -11,7 +11,7 @@ FORMS = {"imagenet": ImageNetNet, "cifar": CifarNet, "vgg": Vgg}
 
 
 def build_model(name: str, num_classes: int, zero_init_last_gamma: bool = False) -> nn.Module:
-    """Returns a freshly initialized network. Draws from torch's global generator.
+    """Returns a freshly initialized network. Its weights come from torch's global generator.
 
     Raises:
         KeyError: `name` is not in DEPTHS (configs are checked for that earlier).

@@ -10,7 +10,8 @@ class CifarNet(nn.Module):
     """[B, 3, H, W] -> logits [B, num_classes]; H and W are 32 in the paper.
 
     Parameters of the residual nets for 10 classes (table 6): 0.27 M (20 layers), 0.46 M (32),
-    0.66 M (44), 0.85 M (56), 1.7 M (110), 19.4 M (1202). Shortcut option A adds no parameters.
+    0.66 M (44), 0.85 M (56), 1.7 M (110), 19.4 M (1202). The plain nets have as many, because
+    shortcuts of option A have no parameters.
     """
 
     def __init__(self, net: Net, num_classes: int, zero_init_last_gamma: bool = False):

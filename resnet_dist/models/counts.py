@@ -1,4 +1,4 @@
-"""The size of a network: layers, parameters, and multiply-adds as the paper counts them."""
+"""The size of a network: its parameters, and its multiply-adds as the paper counts them."""
 
 import torch
 from torch import nn
@@ -12,27 +12,27 @@ NUM_CLASSES = {"imagenet": 1000, "vgg": 1000, "cifar": 10}
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Returns the number of parameters."""
     return sum(p.numel() for p in model.parameters())
 
 
 def count_layers(model: nn.Module) -> int:
-    """Returns the depth in a network's name: convolutions and linear layers off the shortcuts."""
+    """Returns the depth in a network's name: its convolutions and linear layers, except on
+    shortcuts."""
     weighted = (m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear))
     return len(set(weighted) - shortcut_modules(model))
 
 
 def count_multiply_adds(model: nn.Module, px: int) -> int:
-    """Returns the multiply-adds for an image of px x px in all convolutions and linear layers.
+    """Counts the multiply-adds for one px x px image in all convolutions and linear layers.
 
-    These are the "FLOPs" in He et al. 2015, table 1. Projections on shortcuts are counted; BN,
+    These are the "FLOPs" of He et al. 2015, table 1. Projections on shortcuts are counted; BN,
     biases, activations, pooling and additions are not. The model may be on the meta device.
     """
     total = 0
 
     def add(module: nn.Module, _: object, output: torch.Tensor) -> None:
         nonlocal total
-        # Each weight is used once for each position of the output map.
+        # A layer uses each of its weights once per output pixel: weights x (H_out * W_out).
         total += module.weight.numel() * output[0, 0].numel()  # type: ignore[operator]
 
     hooks = [
@@ -49,7 +49,7 @@ def count_multiply_adds(model: nn.Module, px: int) -> int:
 
 
 def table_of_networks() -> str:
-    """Returns a table of all networks."""
+    """Returns a table with a line for each network in DEPTHS."""
     lines = [f"{'network':<14}{'layers':>7}{'input':>7}{'parameters':>13}{'multiply-adds':>18}"]
     for name, net in DEPTHS.items():
         with torch.device("meta"):

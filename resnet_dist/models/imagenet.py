@@ -1,4 +1,5 @@
-"""Plain and residual nets for ImageNet (He et al. 2015, table 1), with torchvision's names."""
+"""Plain and residual nets in the ImageNet form (He et al. 2015, table 1), with torchvision's
+parameter names."""
 
 from torch import Tensor, nn
 
@@ -9,9 +10,9 @@ from resnet_dist.models.residual import BLOCKS, initialize, stage
 class ImageNetNet(nn.Module):
     """[B, 3, H, W] -> logits [B, num_classes]; H and W are 224 in training.
 
-    Larger images work too. Average pooling and the linear layer commute, so the logits are then the
-    mean over the map of what a convolution instead of `fc` would give, as in the paper's fully
-    convolutional test.
+    Larger images work too. Average pooling and the linear layer commute, so the logits are the mean
+    over the last map of the outputs that a 1x1 convolution with the weights of `fc` would have:
+    this is the paper's fully convolutional test.
     """
 
     def __init__(self, net: Net, num_classes: int, zero_init_last_gamma: bool = False):

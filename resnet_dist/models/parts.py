@@ -1,13 +1,14 @@
-"""The parts of a network that fine-tuning can treat differently: stem, stages, head."""
+"""The parts of a network that fine-tuning treats differently, and how to freeze them."""
 
 from torch import nn
 
 
 def parts(network: nn.Module) -> dict[str, list[nn.Module]]:
-    """Returns the parts of a network by name, from input to output, as in optim.lr_scales.
+    """Returns a network's parts by name, from input to output: the stem, the stages, the head.
 
-    Each child module with parameters is a part under its own name (layer1, ..., fc; in VGG features
-    and classifier), except that the layers before the first stage, conv1 and bn1, form the "stem".
+    These are the names that optim.lr_scales accepts. Each child that has parameters is a part under
+    its own name (layer1, ..., fc; in VGG features, classifier). The single layers before the first
+    stage, conv1 and bn1, together are the "stem".
     """
     children = [(name, c) for name, c in network.named_children() if list(c.parameters())]
     stages = [number for number, (_, c) in enumerate(children) if isinstance(c, nn.Sequential)]
@@ -17,21 +18,22 @@ def parts(network: nn.Module) -> dict[str, list[nn.Module]]:
 
 
 class FrozenBatchNorm2d(nn.BatchNorm2d):
-    """nn.BatchNorm2d that stays in eval mode, so that its statistics are fixed."""
+    """nn.BatchNorm2d with fixed statistics: it stays in eval mode even while the network trains."""
 
     def train(self, mode: bool = True) -> "FrozenBatchNorm2d":
         return super().train(False)
 
 
 def freeze(part: nn.Module) -> None:
-    """Freezes parameters and BN statistics of a part, in place."""
+    """Freezes `part` in place: its parameters need no gradient, and its BN statistics are fixed."""
     part.requires_grad_(False)
     for layer in part.modules():
         if isinstance(layer, nn.BatchNorm2d):
-            layer.__class__ = FrozenBatchNorm2d  # keeps the object, as in convert_sync_batchnorm
+            # Only the class changes, so nothing has to be copied; see convert_sync_batchnorm.
+            layer.__class__ = FrozenBatchNorm2d
             layer.train()
 
 
 def head_name(network: nn.Module) -> str:
-    """Returns the name of the layer that computes the logits: the last linear one."""
+    """Returns the name of the layer that computes the logits: the last linear layer."""
     return [n for n, layer in network.named_modules() if isinstance(layer, nn.Linear)][-1]

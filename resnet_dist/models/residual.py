@@ -1,4 +1,5 @@
-"""Residual and plain blocks (He et al. 2015, figures 2 and 5), with torchvision's names."""
+"""Blocks and stages, residual and plain (He et al. 2015, figures 2 and 5), under torchvision's
+names."""
 
 from collections.abc import Callable
 from functools import partial
@@ -17,7 +18,7 @@ def conv1x1(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
 
 
 class ZeroPad(nn.Module):
-    """Shortcut option A, without parameters: every stride-th pixel, with zeros in new channels."""
+    """The shortcut of option A: every stride-th pixel, zeros for new channels, no parameters."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int):
         super().__init__()
@@ -29,14 +30,17 @@ class ZeroPad(nn.Module):
 
 
 def projection(in_channels: int, out_channels: int, stride: int) -> nn.Module:
-    """Shortcut options B and C: a 1x1 convolution and BN."""
+    """Returns the shortcut of options B and C: a 1x1 convolution and BN."""
     return nn.Sequential(conv1x1(in_channels, out_channels, stride), nn.BatchNorm2d(out_channels))
 
 
 def make_shortcut(
     option: str, in_channels: int, out_channels: int, stride: int
 ) -> nn.Module | None:
-    """Returns the module on a block's shortcut (section 3.3); None for the identity or none."""
+    """Returns the layers on a block's shortcut (section 3.3).
+
+    None: the shortcut is the identity, or, with option "none", the block has no shortcut.
+    """
     same_shape = in_channels == out_channels and stride == 1
     if option == "none" or (same_shape and option != "C"):
         return None
@@ -46,7 +50,7 @@ def make_shortcut(
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions (figure 5, left). [B, C_in, H, W] -> [B, C_out, H/stride, W/stride]."""
 
-    expansion = 1  # output channels per channel of the stage
+    expansion = 1  # output channels = expansion * channels of the stage
 
     def __init__(self, in_channels: int, channels: int, stride: int, shortcut: str):
         super().__init__()
@@ -71,7 +75,7 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 and 1x1 convolutions (figure 5, right).
+    """1x1, 3x3, 1x1 (figure 5, right).
 
     The stride is in the 3x3 (torchvision's form, "v1.5") or, with stride_in_1x1, in the first 1x1
     (the paper's form).
@@ -118,14 +122,16 @@ BLOCKS: dict[str, tuple[Callable[[int, int, int, str], nn.Module], int]] = {
 
 
 def stage(block: str, in_channels: int, channels: int, blocks: int, shortcut: str) -> nn.Sequential:
-    """Returns a stage of `blocks` blocks. If the channels double, the first halves the map.
+    """Returns `blocks` blocks with equally many channels; the first one halves height and width.
 
-    block: "basic", "bottleneck" or "bottleneck_v1" (with the stride in the 1x1). shortcut: "A",
-    "B", "C" or, for the plain network of the same depth, "none" (basic blocks only).
+    In the first stage of a network, no block halves them. block: "basic", "bottleneck", or
+    "bottleneck_v1" with the stride in the 1x1. shortcut: "A", "B", "C" or, for the plain network of
+    the same depth, "none" (basic blocks only).
     """
     make, expansion = BLOCKS[block]
     out_channels = channels * expansion
-    # The first stage keeps the stem's map; every later stage doubles the channels.
+    # The first stage keeps the size of the stem's map. Every later stage doubles the channels, and
+    # halves height and width in return (section 3.3).
     stride = 2 if out_channels == 2 * in_channels else 1
     first = make(in_channels, channels, stride, shortcut)
     rest = (make(out_channels, channels, 1, shortcut) for _ in range(blocks - 1))
@@ -133,7 +139,7 @@ def stage(block: str, in_channels: int, channels: int, blocks: int, shortcut: st
 
 
 def shortcut_modules(network: nn.Module) -> set[nn.Module]:
-    """Returns the modules on shortcuts, which do not count in a network's depth."""
+    """Returns the modules on the shortcuts, which do not count towards the network's depth."""
     return {
         module
         for block in network.modules()
@@ -144,13 +150,15 @@ def shortcut_modules(network: nn.Module) -> set[nn.Module]:
 
 @torch.no_grad()
 def initialize(model: nn.Module, zero_init_last_gamma: bool) -> None:
-    """Initializes convolutions as in He et al. 2015, arXiv:1502.01852 (fan out).
+    """Initializes convolutions as He et al. 2015, arXiv:1502.01852 (fan out); biases are zero.
 
-    BN starts as the identity. zero_init_last_gamma: each block starts as the identity too (Goyal et
-    al. 2017, section 5.1).
+    BN layers start as the identity: they keep PyTorch's weight 1 and bias 0. zero_init_last_gamma:
+    the last BN weight of each residual block starts at 0, so that the block starts as the identity
+    (Goyal et al. 2017, section 5.1).
     """
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
+            # N(0, std) with std = sqrt(2 / (kernel height * kernel width * output channels)).
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             if module.bias is not None:
                 nn.init.zeros_(module.bias)

@@ -1,14 +1,15 @@
-"""Batch normalization over the combined batch of several ranks, in plain torch operations.
+"""Batch normalisation over the joined batch of several ranks, in plain torch operations.
 
-`torch.nn.SyncBatchNorm` refuses CPU tensors. This layer has a single code path for CPU and GPU, so
-what the tests prove with gloo on a CPU is also what trains with NCCL on GPUs. It costs one packed
-all-reduce per layer and direction; in deterministic mode the backward one is a sum in rank order.
+`torch.nn.SyncBatchNorm` refuses CPU tensors. This layer has one code path for CPU and GPU, so the
+code that the tests check with gloo on a CPU is the code that trains with NCCL on GPUs. It costs one
+packed all-reduce per layer in each direction; in deterministic mode, the one in the backward pass
+is replaced by a sum in rank order.
 
 Sources:
     Ioffe & Szegedy 2015, "Batch Normalization: Accelerating Deep Network Training by Reducing
         Internal Covariate Shift": the layer and its gradient.
     Chan, Golub & LeVeque 1979, "Updating Formulae and a Pairwise Algorithm for Computing Sample
-        Variances": combining means and centred sums of squares.
+        Variances": joining means and centred sums of squares.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch.autograd.function import once_differentiable
 from resnet_dist.distributed import sum_over_ranks
 from resnet_dist.models.parts import FrozenBatchNorm2d
 
-_REDUCED = (0, 2, 3)  # batch, height and width: all dimensions except the channels
+_REDUCED = (0, 2, 3)  # batch, height, width: every dimension but the channels
 
 
 def _per_channel(values: Tensor) -> Tensor:
@@ -34,35 +35,37 @@ def _per_channel(values: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _group_statistics(x: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns mean [C], biased variance [C] and count [] per channel of all ranks' x [N, C, H, W].
+    """Returns mean [C], biased variance [C] and count [] of each channel over all ranks' x.
 
-    Local statistics are computed in x's dtype but at least float32, and combined in float64.
+    x: [N, C, H, W]. The local statistics are computed in x's dtype but at least in float32, and
+    are joined in float64.
     """
     channels, local_count = x.shape[1], x.numel() // x.shape[1]
-    # Each rank fills its own row (count, mean, M2) of a table of zeros. The sum over ranks then
-    # only adds zeros, which is exact, so every rank gets the same bits whatever the algorithm or
-    # topology of the all-reduce; and counts may differ. The price is a volume of W * (2C + 1)
-    # numbers for W ranks. In a large world, limit the process group, for example to a node.
+    # One row (count n, mean, M2) per rank, where M2 is the sum of squared deviations from the mean.
+    # All rows except this rank's own are zero, so the sum over ranks only adds zeros, which is
+    # exact. Therefore every rank gets the same bits, whatever the reduction's algorithm or
+    # topology, and counts may differ. The price is a volume of W * (2C + 1) numbers for W ranks:
+    # in a big world, limit the process group (for example to a node).
     dtype = torch.promote_types(x.dtype, torch.float32)
     rows = x.new_zeros(dist.get_world_size(group), 2 * channels + 1, dtype=dtype)
-    if local_count > 0:  # an empty local batch leaves its row zero, as its mean would be NaN
+    if local_count > 0:  # an empty local batch keeps its zero row; its mean would be NaN
         var, mean = torch.var_mean(x.to(dtype), dim=_REDUCED, correction=0)
         own = rows[dist.get_rank(group)]
-        own[0].fill_(local_count)  # assigning the number might copy it from the host
+        own[0].fill_(local_count)  # an assignment might copy the number from the host
         own[1 : channels + 1] = mean
         own[channels + 1 :] = var * local_count
     dist.all_reduce(rows, group=group)
 
-    # Chan et al., for any number of ranks r with n_r values each:
-    #     mean = sum(n_r * mean_r) / n,   var = sum(M2_r + n_r * (mean_r - mean)^2) / n.
-    # E[x^2] - E[x]^2 would lose all precision where the mean is large against the spread.
+    # Chan et al. for any number of ranks r, with N the sum of n_r:
+    #     mean = sum(n_r * mean_r) / N,  var = sum(M2_r + n_r * (mean_r - mean)^2) / N
+    # E[x^2] - E[x]^2 would lose its digits to cancellation where mean >> spread.
     sizes = [1, channels, channels]
     counts, means, centred_squares = torch.split_with_sizes(rows.double(), sizes, dim=1)
     count = counts.sum()
     mean = (counts * means).sum(0) / count
     var = (centred_squares + counts * (means - mean).square()).sum(0) / count
-    # The total can only be one if this rank has at most one value, so all other ranks skip reading
-    # it from the device; and if it is one, every rank raises.
+    # If the total is at most one value, no rank has more than one. So ranks with more need not read
+    # the total (CPU-GPU sync point); and if the total is at most one, every rank raises.
     if local_count <= 1 and count.item() <= 1:
         raise ValueError(
             "Expected more than 1 value per channel when training, got "
@@ -92,11 +95,11 @@ class _Normalise(torch.autograd.Function):
         weight = None if weight is None else weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
         ctx.group = group
-        # x is kept in its own dtype, which halves the memory for backward under autocast.
+        # Saving x in its own dtype halves the memory kept for the backward pass under autocast.
         ctx.save_for_backward(x, weight, mean, invstd, count)
-        # The fused kernel takes a low-precision x with float32 statistics and keeps channels_last.
-        # For a mean that is large against the spread it is as exact as nn.BatchNorm2d, since the
-        # rounding of the mean dominates.
+        # The fused kernel accepts a low-precision x with float32 statistics and keeps
+        # channels_last. For mean >> spread it is as exact as nn.BatchNorm2d, because the rounding
+        # of the mean itself dominates.
         return F.batch_norm(x, mean, var.to(dtype), weight, bias, training=False, eps=eps)
 
     @staticmethod
@@ -104,8 +107,8 @@ class _Normalise(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         """dx = weight * invstd * (dy - sum(dy)/N - (x - mean) * invstd^2 * sum(dy*(x - mean))/N).
 
-        The sums are over the group. The gradients of weight and bias remain local sums, like those
-        of any other parameter; DistributedDataParallel averages them later.
+        The sums run over the whole group, and N is its count. The gradients of weight and bias stay
+        local sums, like those of any other parameter: DistributedDataParallel reduces them later.
         """
         x, weight, mean, invstd, count = ctx.saved_tensors
         dy = grad_outputs[0].to(mean.dtype)
@@ -118,7 +121,7 @@ class _Normalise(torch.autograd.Function):
             sum_over_ranks(sums, ctx.group)
             mean_dy, mean_dy_centred = (sums / count).chunk(2)
             scale = invstd if weight is None else invstd * weight
-            # In place, because this buffer is the layer's largest temporary.
+            # Computed in place, because this buffer is the layer's largest temporary.
             centred.mul_(_per_channel(-invstd.square() * mean_dy_centred))
             centred.add_(dy).sub_(_per_channel(mean_dy)).mul_(_per_channel(scale))
             grad_x = centred.to(x.dtype)
@@ -128,17 +131,17 @@ class _Normalise(torch.autograd.Function):
 
 
 class SyncBatchNorm2d(nn.BatchNorm2d):
-    """nn.BatchNorm2d whose training statistics are those of the process group's combined batch.
+    """nn.BatchNorm2d whose training statistics are those of the process group's joined batch.
 
-    Input and output [N, C, H, W]; N, H and W may differ between ranks. It has the parameters,
-    buffers and state_dict keys of nn.BatchNorm2d, and behaves like it in eval mode and without a
-    second rank. `process_group`: None means the whole world.
+    Input and output are [N, C, H, W]; N, H and W may differ between ranks. Parameters, buffers and
+    state_dict keys are those of nn.BatchNorm2d. With a single rank, and in eval mode, it behaves
+    like nn.BatchNorm2d. `process_group` None means the whole world.
     """
 
     process_group: dist.ProcessGroup | None = None
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalizes input [N, C, H, W]. The result has the same dtype and memory format."""
+        """Normalises input [N, C, H, W]; the result has the input's dtype and memory format."""
         if not (self.training and dist.is_available() and dist.is_initialized()):
             return super().forward(input)
         if dist.get_rank(self.process_group) < 0:
@@ -148,15 +151,16 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         return self.forward_joined(input)
 
     def forward_joined(self, input: Tensor) -> Tensor:
-        """Normalizes over the group, even if it has only one rank. A collective."""
+        """Normalises as in training with several ranks, even if there is only one. A collective."""
         self._check_input_dim(input)
         mean, var, count = _group_statistics(input, self.process_group)
         if self.running_mean is not None and self.running_var is not None:
             assert self.num_batches_tracked is not None
             self.num_batches_tracked.add_(1)
             factor = self.momentum
-            if factor is None:  # then nn.BatchNorm2d keeps the cumulative average over all batches
+            if factor is None:  # means the cumulative average over all batches so far
                 factor = 1 / float(self.num_batches_tracked)
+            # running = (1 - factor) * running + factor * new, with the unbiased variance.
             self.running_mean.lerp_(mean.to(self.running_mean.dtype), factor)
             unbiased = var * (count / (count - 1))
             self.running_var.lerp_(unbiased.to(self.running_var.dtype), factor)
@@ -167,16 +171,16 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
 def convert_sync_batchnorm(
     module: nn.Module, process_group: dist.ProcessGroup | None = None
 ) -> nn.Module:
-    """Makes every nn.BatchNorm2d in a module synchronize over process_group, in place.
+    """Makes every nn.BatchNorm2d in module (itself included) synchronise over process_group.
 
-    Returns the module. Subclasses of nn.BatchNorm2d have their own forward and are left alone.
-    Deep-copy or pickle a model before this, as a process group can be neither copied nor pickled
-    (None, the whole world, can).
+    Works in place and returns module. Subclasses of nn.BatchNorm2d have their own forward and are
+    left alone. Deep-copy or pickle a model before it gets a process group, because a group can be
+    neither copied nor pickled (None, the whole world, can).
     """
     for layer in module.modules():
         if type(layer) in (nn.BatchNorm2d, SyncBatchNorm2d):
-            # Changing the class keeps the object, with its parameters, buffers, hooks, training
-            # flag, and its use in several places of a network.
+            # Only the object's class changes. So parameters, buffers, hooks, the training flag and
+            # layers used in several places stay as they are, and none can be forgotten in a copy.
             layer.__class__ = SyncBatchNorm2d
             layer.process_group = process_group  # type: ignore[assignment]
     return module
@@ -186,13 +190,14 @@ def convert_sync_batchnorm(
 def average_running_stats(
     module: nn.Module, process_group: dist.ProcessGroup | None = None
 ) -> None:
-    """Replaces the running statistics of BatchNorm layers by their average over the ranks.
+    """Replaces the running statistics of the BatchNorm layers by their average over the ranks.
 
-    Layers whose statistics are equal already are left alone, as averaging would round them: those
-    synchronized over this same group, and frozen ones. Every rank calls this before an evaluation
-    or a save, so that all ranks and the checkpoint have the same statistics. Training does not use
-    running statistics, and both the average and the running update are linear. So when and how
-    often this is called changes the final average by no more than rounding.
+    Layers that are synchronised over this very group, and frozen ones, are left out: their
+    statistics are the same on all ranks already, and averaging would only round them. Every rank
+    calls this before an evaluation or a save, so that all ranks, and the saved state, have the same
+    statistics. Running statistics are not used by the forward pass in training, and both the
+    average and the running update are linear. So when and how often this is called changes the
+    final average only by rounding.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return

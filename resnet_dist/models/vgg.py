@@ -1,6 +1,7 @@
-"""VGG-19, the reference in He et al. 2015 (figure 3, left), with torchvision's parameter names.
+"""VGG-19, the reference of He et al. 2015 (figure 3, left), with torchvision's parameter names.
 
-Simonyan & Zisserman 2015, arXiv:1409.1556, configuration E. With BN it is torchvision's vgg19_bn.
+It is configuration E of Simonyan & Zisserman 2015, arXiv:1409.1556; with BN, torchvision's
+vgg19_bn.
 """
 
 from collections.abc import Iterator
@@ -14,13 +15,13 @@ from resnet_dist.models.dropout import KeyedDropout
 from resnet_dist.models.residual import initialize
 
 STAGE_CHANNELS = (64, 128, 256, 512, 512)
-MAP_PX = 7  # size of the last map at 224 pixels, and of the first fully connected layer's kernel
+MAP_PX = 7  # size of the last map for 224-pixel images; the first linear layer reads all of it
 
 
 class Vgg(nn.Module):
     """[B, 3, H, W] -> logits [B, num_classes]; H and W are 224 in training.
 
-    The dropout of 0.5 belongs to VGG; the residual nets have none.
+    The dropout of 0.5 is part of VGG; the residual nets have none.
     """
 
     def __init__(self, net: Net, num_classes: int, zero_init_last_gamma: bool = False):
@@ -39,24 +40,26 @@ class Vgg(nn.Module):
         initialize(self, zero_init_last_gamma)
         for layer in self.classifier:
             if isinstance(layer, nn.Linear):
-                nn.init.normal_(layer.weight, std=0.01)  # VGG, section 3.1
+                nn.init.normal_(layer.weight, std=0.01)  # as in VGG, section 3.1
                 nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.features(x)
-        # At 224 pixels the pooling has no effect, and its backward pass has no deterministic form.
+        # At 224 pixels the pooling would change nothing, so it is skipped: its backward pass has no
+        # deterministic form.
         if x.shape[2:] != (MAP_PX, MAP_PX):
             x = self.avgpool(x)
-        # flatten goes by NCHW order even in channels_last: the linear layer expects [512, 7, 7].
+        # Flattened in NCHW order: a row of the first linear layer's weight is [512, 7, 7].
         return self.classifier(torch.flatten(x, 1))
 
     def dense(self, x: Tensor) -> Tensor:
-        """The fully convolutional test (VGG, section 3.2): [B, 3, H, W] -> logits [B, num_classes].
+        """Fully convolutional test (VGG, section 3.2): the linear layers slide over the map as
+        convolutions, and the scores are averaged over it.
 
-        The linear layers slide over the map as convolutions, and the logits are averaged. H and W
-        are at least 224.
+        [B, 3, H, W], with H and W at least 224 -> logits [B, num_classes].
         """
         linear = [layer for layer in self.classifier if isinstance(layer, nn.Linear)]
+        # The first linear layer becomes a 7x7 convolution, the others 1x1 convolutions.
         x, kernel_px = self.features(x), MAP_PX
         for layer in linear[:-1]:
             kernel = layer.weight.view(layer.out_features, -1, kernel_px, kernel_px)

@@ -1,8 +1,4 @@
-"""The requests of a rank, in order: which images it takes, and through which windows it sees them.
-
-train_requests is where it all comes together. For each step: the global batch (order.py), this
-rank's slice of it (Plan.positions), and a window for each image (augment.py).
-"""
+"""A rank's requests, in order: which samples, seen through which windows."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -21,7 +17,11 @@ from resnet_dist.plan import Plan
 def train_requests(
     config: Config, plan: Plan, index: Index, rank: int, first_step: int
 ) -> Iterator[Request]:
-    """Yields `plan.accumulation` requests per step, from `first_step` to the end of the run."""
+    """Yields this rank's requests from `first_step` to the end, `plan.accumulation` per step.
+
+    Every rank computes the same global batch, and takes the slice of it that `plan.positions`
+    assigns to the rank and the pass.
+    """
     in_blocks = index.shards is not None
     for step in range(first_step, plan.total_steps):
         epoch, batch = step_samples(
@@ -35,7 +35,7 @@ def train_requests(
 
 
 def train_request(config: Config, index: Index, epoch: int, samples: np.ndarray) -> Request:
-    """Returns a request for training images, as they are seen in `epoch`. samples: int64 [B]."""
+    """Returns a request for training images as they are seen in `epoch`. samples: int64 [B]."""
     windows = train_windows(config.data, config.seed, epoch, samples, index.sizes[samples])
     return Request(samples, windows, partial(_stand_in, config, index, epoch))
 
@@ -43,12 +43,12 @@ def train_request(config: Config, index: Index, epoch: int, samples: np.ndarray)
 def _stand_in(
     config: Config, index: Index, epoch: int, sample: int, attempt: int
 ) -> tuple[int, Windows]:
-    """Returns the training image that replaces an unreadable one, with its own window.
+    """Returns the training image to show instead of the unreadable `sample`, and its window.
 
-    A function of (seed, epoch, sample, attempt), so that neither the number of ranks nor restarts
-    change what is shown.
+    The window is the one that this image has in `epoch` anyway. The choice is a function of (seed,
+    epoch, sample, attempt), so neither the number of ranks nor a restart changes what is shown.
     """
-    key = np.array([len(index) * (1 + attempt) + sample])  # distinct from all sample numbers
+    key = np.array([len(index) * (1 + attempt) + sample])  # a different key for every attempt
     other = (uniforms("stand-in", config.seed, epoch, key, draws=1)[0] * len(index)).astype(
         np.int64
     )
@@ -58,12 +58,13 @@ def _stand_in(
 def eval_requests(
     config: Config, index: Index, protocol: Protocol, rank: int, world_size: int
 ) -> Iterator[Request]:
-    """Yields this rank's share of all images. Over all ranks each image comes once; no padding.
+    """Yields this rank's share of all samples; together the ranks see each sample exactly once.
 
-    Each batch is requested once per view of the protocol, one request after the other. Ranks get
-    whole batches, so which images share a batch does not depend on the number of ranks, and neither
-    do the network's outputs. In return some ranks have one batch more than others: 25 batches of
-    256 images instead of an even 24.4 (ImageNet on 8 ranks), 4 instead of 3.1 (on 64 ranks).
+    Each batch is requested once per window of the protocol, in consecutive requests. Rank r takes
+    the whole batches r, r + world_size, r + 2 * world_size and so on: which images form a batch
+    does not depend on the number of ranks, so neither do the network's outputs. Nothing is padded,
+    so some ranks have one batch more than others: 25 batches of 256 images where an even share is
+    24.4 (ImageNet on 8 ranks), or 4 where it is 3.1 (on 64 ranks).
     """
     for samples in protocol.batches(config, index.sizes)[rank::world_size]:
         for windows in protocol.windows(config.data, index.sizes[samples]):
