@@ -91,7 +91,7 @@ def test_gradients_are_reduced_once_per_step(tiny_config: Callable[..., Config])
 
 
 def test_resume_equals_no_stop(tiny_config: Callable[..., Config]) -> None:
-    """Stopped by a signal to one of two ranks; the same command goes on, to the last bit."""
+    """Stopped by a signal to one of two ranks; the same command resumes, to the last bit."""
     whole = tiny_config("name=whole", "train.epochs=4")
     run_on(2, whole)
     parts = replace(whole, name="parts")

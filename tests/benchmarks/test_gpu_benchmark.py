@@ -1,4 +1,4 @@
-"""The GPU benchmark goes on whatever becomes of a stage, and writes what it knows."""
+"""The GPU benchmark continues whatever becomes of a stage, and writes what it knows."""
 
 import importlib
 import json

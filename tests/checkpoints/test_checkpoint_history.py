@@ -118,7 +118,7 @@ def test_what_was_just_written_stays(config: Config) -> None:
     assert names_in(path.parent) == ["latest", "step-00000005", "step-00000009"]
 
 
-def test_a_run_that_was_copied_with_links_followed_goes_on(config: Config) -> None:
+def test_a_run_that_was_copied_with_links_followed_resumes(config: Config) -> None:
     """cp -rL: `latest` and `best` are folders then."""
     train(config, "test", Interrupt())
     folder = config.run_dir / "checkpoints"
@@ -159,7 +159,7 @@ def test_a_copy_in_the_place_of_a_link_does_not_stop_a_save(config: Config) -> N
 
 @pytest.mark.parametrize("names", [["latest"], ["latest", "best"]])
 def test_copies_of_links_alone_are_checkpoints(config: Config, names: list[str]) -> None:
-    """All that somebody copied: the run goes on from there."""
+    """All that somebody copied: the run resumes from there."""
     save(config, 1, best=1)
     path = save(config, 2, best=1)
     for name in names:

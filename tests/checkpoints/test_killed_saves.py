@@ -135,7 +135,7 @@ def save_until(run_dir: Path, config: Config, step: int, survives: int | None) -
 
 
 def assert_whole_and_alive(run_dir: Path, config: Config, steps: tuple[int, ...]) -> int | None:
-    """What a killed save leaves. Returns the step that is gone on from, one of `steps`."""
+    """What a killed save leaves. Returns the step to resume from, one of `steps`."""
     folder = run_dir / "checkpoints"
     links = {link for link in ("latest", "best") if os.path.lexists(folder / link)}
     assert links == {"latest", "best"} or steps[0] == 0  # a run's first save
@@ -267,7 +267,7 @@ def train_until(config: Config, survives: int) -> None:
     train(config, "test", Interrupt())
 
 
-def test_a_run_that_is_killed_while_it_saves_goes_on(
+def test_a_run_that_is_killed_while_it_saves_resumes(
     tiny_config: Callable[..., Config], record_difference: Callable[[str, float], None]
 ) -> None:
     """In the first save, the second, and its removal of the first: the same end, to the bit."""
@@ -285,4 +285,4 @@ def test_a_run_that_is_killed_while_it_saves_goes_on(
         assert ours.step == theirs.step == 3
         assert all(torch.equal(ours.model[key], theirs.model[key]) for key in ours.model)
         assert sorted(p.name for p in (config.run_dir / "checkpoints").iterdir()) == names
-    record_difference("weights, killed while saving and gone on, to whole", 0.0)
+    record_difference("weights, killed while saving and resumed, to whole", 0.0)

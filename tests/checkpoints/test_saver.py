@@ -88,7 +88,7 @@ def test_training_goes_on_while_the_writer_is_held_up(
     saver.finish()
     saved = Checkpoint.load(saver.run_dir)
     assert torch.equal(flat(saved), before)
-    record_difference("a save while training goes on, to the state then", 0.0)
+    record_difference("a save while training continues, to the state then", 0.0)
     assert (saved.step, saved.lr_memory.correct_per_step) == (1, (1, 2))
 
 
@@ -149,7 +149,7 @@ def test_a_full_disk_loses_nothing(tiny_config: Callable[..., Config], disk: Pat
         ballast = disk / f"ballast-{room}"
         ballast.write_bytes(bytes(max(0, free - room)))
         state.step = 2
-        saver.save(content_of(state, tiny_config()))  # training goes on
+        saver.save(content_of(state, tiny_config()))  # training continues
         saver.wait()
         assert "checkpoint of step 2: not written: " in said[-1]
         assert "No space left on device" in said[-1]
@@ -222,14 +222,14 @@ def train_on(rank: int, world_size: int, config: Config) -> str:
 def test_a_failure_of_the_last_save_is_told_on_all_ranks(
     tiny_config: Callable[..., Config], world_size: int
 ) -> None:
-    """A file stands where the checkpoints should be: training goes on, and its end is an error."""
+    """A file stands where the checkpoints should be: training continues, and its end is an error."""
     config = tiny_config("train.epochs=1", "train.save_every_iterations=1")
     said = run_ranks(train_on, world_size, config, init_process_group=False)
     assert len(set(said)) == 1
     assert said[0].startswith("checkpoint of step 3: not written: ")
     assert "checkpoints: cannot be listed: Not a directory" in said[0]
     assert (config.run_dir / "checkpoints").read_text() == "mine"
-    assert '"step": 3' in (config.run_dir / "journal.jsonl").read_text()  # it went on to the end
+    assert '"step": 3' in (config.run_dir / "journal.jsonl").read_text()  # it continued to the end
 
 
 class CtrlCTwice(Interrupt):

@@ -84,7 +84,7 @@ def test_imagenet_weights_learn_the_photos(
     right = sum(f"/{row['class']}/" in row["path"] for row in rows)
     assert len(rows) == 20
     assert right >= 17
-    # The same command goes on with what the run itself has learnt: the file may be gone.
+    # The same command resumes with what the run itself has learnt: the file may be gone.
     file.unlink()
     cli.main(command)
     said = capsys.readouterr().out

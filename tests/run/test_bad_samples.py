@@ -1,4 +1,4 @@
-"""A run over data with bad files: it goes on, the same on any world and after any stop."""
+"""A run over data with bad files: it trains, the same on any world and after any stop."""
 
 import json
 import shutil

@@ -62,7 +62,7 @@ def start() -> Iterator[Start]:
 
 @pytest.fixture
 def running(start: Start, tiny_yaml: Path, run_dir: Path) -> Running:
-    """A direct start that has done a step and goes on."""
+    """A direct start that has done a step and continues."""
     process = start(*TRAIN, tiny_yaml, ENDLESS)
     wait_for_a_step(run_dir)
     return process
@@ -156,7 +156,7 @@ def test_a_run_whose_other_rank_has_died_failed(
     assert status(run_dir) == 1
 
 
-def test_a_killed_run_is_told_from_one_that_goes_on(
+def test_a_killed_run_is_told_from_one_that_runs(
     running: Running, run_dir: Path, capsys: Captured
 ) -> None:
     running.kill()

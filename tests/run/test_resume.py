@@ -1,4 +1,4 @@
-"""A run that was stopped and goes on is the run that nobody touched, to the last bit.
+"""A run that was stopped and resumed is the run that nobody touched, to the last bit.
 
 All of it in deterministic mode; one rank on a GPU too (several ranks stay on the CPU: what they add
 is proved with gloo). train() takes its own way to stop.

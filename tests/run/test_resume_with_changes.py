@@ -1,4 +1,4 @@
-"""What may not have changed when a run goes on, and what --resume-anyway makes of it."""
+"""What may not have changed when a run resumes, and what --resume-anyway makes of it."""
 
 import hashlib
 import re
@@ -187,7 +187,7 @@ def test_resume_anyway_takes_the_new_settings_and_keeps_the_state(
         "model.sync_batchnorm=none",
     ],
 )
-def test_resume_anyway_goes_on_with_any_setting(
+def test_resume_anyway_resumes_with_any_setting(
     trained: Callable[..., Config], capsys: pytest.CaptureFixture[str], change: str
 ) -> None:
     now = trained(change, "train.epochs=2")
@@ -199,7 +199,7 @@ def test_resume_anyway_goes_on_with_any_setting(
     assert f"{key} " in said[said.index("warning: from here on this is a different run") :]
     assert ("momentum starts from zero" in said) == (key == "optim.lr_scales")
     assert Checkpoint.load(newest(now)).step > 3
-    # And back: what was made with it goes on without it.
+    # And back: what was made with it resumes without it.
     train(trained("train.epochs=3"), "test", Interrupt(), resume_anyway=True)
 
 

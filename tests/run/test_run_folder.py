@@ -94,7 +94,7 @@ def test_what_changes_no_result_may_change(
 
 
 @needs("mlflow")
-def test_resume_anyway_goes_on_and_keeps_a_record(
+def test_resume_anyway_resumes_and_keeps_a_record(
     tiny_yaml: Path,
     other_data: Path,
     capsys: pytest.CaptureFixture[str],
@@ -224,7 +224,7 @@ def test_a_run_folder_that_cannot_be_made_is_one_line(
     assert path.read_text() == "mine"
 
 
-def test_a_copied_run_goes_on_under_another_name(
+def test_a_copied_run_resumes_under_another_name(
     trained: Callable[..., Config], tmp_path: Path
 ) -> None:
     shutil.copytree(trained().run_dir, tmp_path / "runs/copy", symlinks=True)
@@ -332,7 +332,7 @@ def refusal_of_training(rank: int, world_size: int, config: Config) -> str:
     return "not refused"
 
 
-def test_without_a_lock_a_run_goes_on(tiny_config: Callable[..., Config]) -> None:
+def test_without_a_lock_a_run_trains(tiny_config: Callable[..., Config]) -> None:
     config = tiny_config(*ONE_EPOCH)
     config.run_dir.parent.mkdir()
     (config.run_dir.parent / ".locks").write_text("in the way")

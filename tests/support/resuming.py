@@ -1,4 +1,4 @@
-"""Runs of three steps that go on, or are refused."""
+"""Runs of three steps that resume, or are refused."""
 
 import shutil
 from pathlib import Path

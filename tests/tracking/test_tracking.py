@@ -90,7 +90,7 @@ def test_a_run_in_mlflow(tiny_config: Callable[..., Config], tmp_path: Path) -> 
     assert {a.path for a in client.list_artifacts(record.run_id)} == {"best", "config.yaml"}
     assert (tmp_path / "runs" / "mlartifacts" / record.run_id).is_dir()
 
-    # The same command again: the same run goes on, and no step stands twice.
+    # The same command again: the same run resumes, and no step is logged twice.
     again = start(config, warnings)
     again.log(20, {"train/loss": 9.0, "val/acc1": 9.0})
     again.log(30, {"train/loss": 0.04})
@@ -283,7 +283,7 @@ def test_a_copied_run_folder_is_another_run_in_mlflow(
         history = client.get_metric_history(run.run_id, "train/loss")
         assert [point.step for point in history] == steps
     assert client.get_run(second.run_id).info.run_name == "copy"
-    # The original goes on with its own; as does one whose record is of an older version.
+    # The original resumes with its own; as does one whose record is of an older version.
     replace(first, name="").write(config.run_dir)
     again = start(config).close("FINISHED", {})
     assert again is not None
@@ -369,7 +369,7 @@ def test_a_dead_server_costs_a_warning_and_no_record(
     assert client.get_metric_history(record.run_id, "train/loss")[0].value == 1.0
 
 
-def test_without_mlflow_training_goes_on(
+def test_without_mlflow_training_continues(
     tiny_config: Callable[..., Config],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -178,7 +178,7 @@ def test_what_is_taken_for_a_list(root: Path) -> None:
 
 
 def test_a_path_means_the_same_however_it_is_written(root: Path) -> None:
-    """So that a run goes on where the data have moved."""
+    """So that a run resumes where the data have moved."""
     fingerprints = set()
     for path in ("a/1.jpg", "./a/1.jpg", f"{root}/a/1.jpg", "a//1.jpg"):
         (root / "train.csv").write_text(f"{path},x\n")

@@ -417,7 +417,7 @@ def test_streams_are_independent(folder: Index, kind: str) -> None:
     abandoned = same.batches(forth)
     kept = [next(abandoned), next(abandoned)]
     check(same.batches(forth[::-1]), expected[::-1])
-    check(abandoned, expected[2:])  # and a stream taken up again goes on where it was
+    check(abandoned, expected[2:])  # and a stream taken up again continues where it was
     check(iter(kept), expected[:2])  # batches outlive their stream
 
 
