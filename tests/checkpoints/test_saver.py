@@ -222,7 +222,7 @@ def train_on(rank: int, world_size: int, config: Config) -> str:
 def test_a_failure_of_the_last_save_is_told_on_all_ranks(
     tiny_config: Callable[..., Config], world_size: int
 ) -> None:
-    """A file stands where the checkpoints should be: training continues, and its end is an error."""
+    """A file stands where checkpoints should be: training continues, and its end is an error."""
     config = tiny_config("train.epochs=1", "train.save_every_iterations=1")
     said = run_ranks(train_on, world_size, config, init_process_group=False)
     assert len(set(said)) == 1
