@@ -7,10 +7,10 @@ RANKS := 2
 # torchrun's default is one thread per rank; on more cores than ranks that wastes them.
 CORES := $(shell getconf _NPROCESSORS_ONLN)
 export OMP_NUM_THREADS ?= $(shell expr \( $(CORES) + $(RANKS) - 1 \) / $(RANKS))
-# Tests wait for processes and disks half of their time, so two at a time per core; each worker takes
-# up to 3 GB of memory. A file's tests share fixtures, so they stay in one worker.
+# Tests spend half of their time waiting for processes and disks, so there are two workers per core, of
+# up to 3 GB each. A worker takes tests in order, whose files share fixtures; idle workers take some over.
 WORKERS ?= $(shell expr 2 \* $(CORES) \| 2)
-PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/pytest -q --numprocesses $(WORKERS) --maxprocesses 8 --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/pytest -q --numprocesses $(WORKERS) --maxprocesses 8 --dist worksteal
 
 .PHONY: install quickstart test test-all lint format clean
 
