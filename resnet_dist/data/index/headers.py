@@ -57,7 +57,7 @@ def why_undecodable(data: bytes) -> str:
     return "not a readable image (a kind that DALI does not decode)"
 
 
-def screen(data: bytes, size: tuple[int, int]) -> bool:
+def is_trusted(data: bytes, size: tuple[int, int]) -> bool:
     """Whether an encoded image can safely be decoded together with others.
 
     size: height and width in the index.

@@ -52,8 +52,8 @@ def agreed_index(data_format: str, root: Path, split: str, cache_dir: Path, worl
             raise UserError(f"{os.uname().nodename}: {error}") from None
         other = None if mine.fingerprint == fingerprint else "its index has a different fingerprint"
         if other is None and world.local_rank == 0 and not world.is_main:
-            other = _other_outline(known, root, split, outline)
-            other = other or _why_other_bytes(mine, shard_bytes)
+            other = _why_outline_differs(known, root, split, outline)
+            other = other or _why_bytes_differ(mine, shard_bytes)
         if other is not None:
             raise UserError(
                 f"{os.uname().nodename}: data.root={root}: not the same {split} data as on rank 0: "
@@ -78,7 +78,7 @@ def _of_this_node(known: Format, root: Path, split: str) -> Index:
     return known.index(root, split, None) if own is None else load_index_file(own, root)
 
 
-def _other_outline(
+def _why_outline_differs(
     known: Format, root: Path, split: str, expected: Mapping[str, str]
 ) -> str | None:
     """Returns what differs in this node's outline from rank 0's; None if nothing does."""
@@ -92,7 +92,7 @@ def _other_outline(
     return f"{len(differing)} {known.outline_noun}, such as {min(differing)}" if differing else None
 
 
-def _why_other_bytes(index: Index, shard_bytes: Sequence[int]) -> str | None:
+def _why_bytes_differ(index: Index, shard_bytes: Sequence[int]) -> str | None:
     """Returns which of this node's files differs in size from rank 0's; None if none does.
 
     Compares the sizes of all shards, or of up to 10,000 evenly spaced files. CIFAR has no files to

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from PIL import Image as Pillow
 
-from resnet_dist.data.index.headers import UnreadableImage, screen
+from resnet_dist.data.index.headers import UnreadableImage, is_trusted
 from resnet_dist.data.index.index import Index
 from resnet_dist.data.load.cache import BLANK_GREY, BLANK_PX, EncodedCache, Image, Result
 from resnet_dist.data.view.order import BLOCK_IMAGES
@@ -60,7 +60,7 @@ class Reader:
             return Image(cached, trusted=True)
         data = self._read_patiently(sample)
         height, width = self._index.sizes[sample].tolist()
-        image = Image(np.frombuffer(data, np.uint8), screen(data, (height, width)))
+        image = Image(np.frombuffer(data, np.uint8), is_trusted(data, (height, width)))
         if self._cache is not None and image.trusted:
             self._cache.put(sample, image.data)
         return image

@@ -19,7 +19,7 @@ from PIL import Image
 
 from resnet_dist import distributed
 from resnet_dist.config import Config, DataConfig
-from resnet_dist.data.index.headers import UnreadableImage, screen
+from resnet_dist.data.index.headers import UnreadableImage, is_trusted
 from resnet_dist.data.index.index import Index, Shards
 from resnet_dist.data.load import build
 from resnet_dist.data.load.batch import Batch
@@ -232,10 +232,10 @@ def test_formats_whose_damage_crashes_dali_go_alone(tmp_path: Path) -> None:
     assert list(mended.bad) == [0]
     size, bmp = (40, 50), io.BytesIO()
     Image.fromarray(pixels).save(bmp, "BMP")
-    assert screen(whole, size)
-    assert not screen(whole[:606], size)
-    assert not screen(whole[:300] + b"\x00" + whole[301:], size)  # the checksum tells
-    assert not screen(bmp.getvalue(), size)
+    assert is_trusted(whole, size)
+    assert not is_trusted(whole[:606], size)
+    assert not is_trusted(whole[:300] + b"\x00" + whole[301:], size)  # the checksum tells
+    assert not is_trusted(bmp.getvalue(), size)
 
 
 def test_a_decoder_that_fails_is_not_a_bad_image(
@@ -534,23 +534,23 @@ def test_the_encoded_cache(index: Index) -> None:
 
 def test_what_the_walk_through_a_header_trusts(index: Index) -> None:
     size = (HEIGHT, WIDTH)
-    assert screen(jpeg(0), size)
-    assert screen(jpeg(0, progressive=True), size)
-    assert screen(jpeg(0, exif=Image.Exif()), size[::-1])  # turned by EXIF: the index knows
+    assert is_trusted(jpeg(0), size)
+    assert is_trusted(jpeg(0, progressive=True), size)
+    assert is_trusted(jpeg(0, exif=Image.Exif()), size[::-1])  # turned by EXIF: the index knows
     png = io.BytesIO()
     Image.fromarray(np.zeros((HEIGHT, WIDTH), np.uint8)).save(png, "PNG")
-    assert screen(png.getvalue(), size)
-    assert not screen(jpeg(0)[:20] + b"\xff" * 3 + jpeg(0)[20:], size)  # legal, and odd
+    assert is_trusted(png.getvalue(), size)
+    assert not is_trusted(jpeg(0)[:20] + b"\xff" * 3 + jpeg(0)[20:], size)  # legal, and odd
     for data, why in ((b"", "empty"), (b"<html>", "cannot identify"), (png.getvalue()[:30], "not")):
         with pytest.raises(UnreadableImage, match=why):
-            screen(data, size)
+            is_trusted(data, size)
     with pytest.raises(UnreadableImage, match="is 90 x 60 pixels, but 91 x 60 in the index"):
-        screen(jpeg(0), (60, 91))
+        is_trusted(jpeg(0), (60, 91))
     huge = jpeg(0)
     frame = huge.index(b"\xff\xc0") + 5
     huge = huge[:frame] + b"\xff\xff" * 2 + huge[frame + 4 :]  # 65,535 x 65,535
     with pytest.raises(UnreadableImage, match="exceeds limit"):
-        screen(huge, (65535, 65535))
+        is_trusted(huge, (65535, 65535))
 
 
 def test_the_cores_of_a_node_are_shared_out_over_its_ranks(
