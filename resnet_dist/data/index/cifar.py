@@ -99,5 +99,7 @@ def _class_names(data_format: str, folder: Path, form: CifarForm) -> tuple[str, 
         key = "label_names" if data_format == "cifar10" else "fine_label_names"
         found = [str(name) for name in read_pickle(file).get(key, ())]
     if len(set(found)) != len(expected):
-        raise UserError(f"{file}: {len(found)} names instead of {len(expected)}; copy it again")
+        raise UserError(
+            f"{file}: {len(set(found))} different names instead of {len(expected)}; copy it again"
+        )
     return tuple(found)

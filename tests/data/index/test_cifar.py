@@ -65,7 +65,7 @@ def test_class_names_are_those_that_come_with_the_data(tmp_path: Path) -> None:
         (root / file).write_bytes(as_text if file.endswith(".txt") else as_pickle)
         assert build_index(data_format, root, "train", None).classes == tuple(names)
         (root / file).write_bytes(pickle.dumps({key: names[:7]}, 2))
-        with pytest.raises(UserError, match=r" names instead of 10"):
+        with pytest.raises(UserError, match=r" different names instead of 10"):
             build_index(data_format, root, "train", None)
 
 
