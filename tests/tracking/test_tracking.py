@@ -356,7 +356,7 @@ def test_a_dead_server_costs_a_warning_and_no_record(
     tracker = start(config, warnings)
     began = time.monotonic()
     tracker.log(1, {"train/loss": 1.0})
-    assert time.monotonic() - began < 0.5  # logging does not wait for the server
+    assert time.monotonic() - began < 2  # logging does not wait: MLflow's import alone takes longer
     assert tracker.close("FINISHED", {}) is None
     assert any("training continues" in line for line in warnings)
     assert "train/loss" in (config.run_dir / "journal.jsonl").read_text()
