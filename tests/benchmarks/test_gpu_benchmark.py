@@ -110,11 +110,11 @@ def test_a_crash_a_failure_and_a_hang_cost_one_stage_each(
 
 def test_stages_for_which_no_time_is_left_do_not_start(path: Path, tmp_path: Path) -> None:
     path.parent.mkdir()
-    late = Runner(path, tmp_path, 4, {})
+    late = Runner(path, tmp_path, 8, {})
     assert late.run(stage("long", "raise SystemExit(1)"), REPO).outcome == "not started"
-    short = late.run(stage("short", "import time; time.sleep(60)", limit_seconds=30), REPO)
+    short = late.run(stage("short", "import time; time.sleep(60)", limit_seconds=15), REPO)
     assert short.outcome == "over its limit"
-    assert short.seconds < 30  # the limit of all stages came first
+    assert short.seconds < 15  # the limit of all stages came first
     assert [one["outcome"] for one in written(path)] == ["not started", "over its limit"]
 
 
