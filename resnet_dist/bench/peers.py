@@ -24,8 +24,8 @@ from torch import Tensor
 from resnet_dist.config import Config, DataConfig, TrackingConfig, TrainConfig
 from resnet_dist.data.formats import build_index
 from resnet_dist.data.index.index import Index
+from resnet_dist.data.load.boxes import boxes_of
 from resnet_dist.data.load.build import make_loader
-from resnet_dist.data.load.dali import box_to_decode
 from resnet_dist.data.view.augment import Request
 from resnet_dist.data.view.requests import train_requests
 from resnet_dist.distributed import World
@@ -183,8 +183,7 @@ def bare_libjpeg(work: Work) -> Stream:
 
     def decode_batch(request: Request) -> Tensor:
         samples, windows = request.samples, request.windows
-        start, end = box_to_decode(windows.roi, index.sizes[samples], windows.size_px)
-        boxes = np.hstack([start, end])
+        boxes = boxes_of(windows, index.sizes[samples])
         buffer = buffers.pop()
         for sample, box in zip(samples, boxes, strict=True):
             data = encoded[sample % len(encoded)]

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import PIL
 import torch
 
 from resnet_dist.checkpoints import folders
@@ -120,6 +121,7 @@ def made_with(world: World) -> dict[str, str]:
     facts = {
         "torch": str(torch.__version__),  # a subclass of str, which checkpoints do not take
         "dali": DALI_VERSION,
+        "pillow": PIL.__version__,  # decodes what DALI does not, see data/index/plain.py
         "world_size": str(world.size),
     }
     if world.device.type == "cuda":

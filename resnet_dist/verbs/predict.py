@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from resnet_dist import distributed
-from resnet_dist.data.index.headers import UnreadableImage, displayed_size
 from resnet_dist.data.index.index import HEADER_THREADS, Index
 from resnet_dist.data.index.listing import IMAGE_SUFFIXES, images_below
+from resnet_dist.data.index.pillow import UnreadableImage, displayed_size
 from resnet_dist.data.load.build import make_loader
 from resnet_dist.data.view.augment import Request, eval_windows
 from resnet_dist.distributed import World

@@ -19,7 +19,6 @@ from resnet_dist.data.formats import FORMATS, build_index, recognized
 from resnet_dist.data.index.image_facts import ends_early, particulars
 from resnet_dist.data.index.index import Index, name_of
 from resnet_dist.data.index.quarantine import QUARANTINE, escape, read_quarantine, write_quarantine
-from resnet_dist.data.load.cache import Image
 from resnet_dist.data.load.dali import Loader
 from resnet_dist.data.load.reader import Reader
 from resnet_dist.data.view.augment import Request, unchanged
@@ -30,7 +29,7 @@ BATCH_PER_THREAD = 8
 SEEN_PX = 8  # whole images are resized to this; only decoding matters
 SYNSET = re.compile(r"(?:^|_)(n[0-9]{8})(?=_|$)")  # n01440764_10026, ..._n01440764
 BAD = {"train": "replaced by a stand-in", "val": "counts as wrong"}
-CANNOT_TRAIN = ("empty", "truncated", "corrupt", "unsupported", "unreadable", "class in one split")
+CANNOT_TRAIN = ("empty", "truncated", "corrupt", "unreadable", "class in one split")
 
 
 @dataclass(frozen=True)
@@ -115,15 +114,13 @@ class _InspectingReader(Reader):
         self.particulars: dict[int, dict[str, str]] = {}
         self.end_early: set[int] = set()
 
-    def read(self, sample: int) -> Image:
-        image = super().read(sample)
-        data = image.data.tobytes()
+    def is_plain(self, sample: int, data: bytes) -> bool:
         self._split.digests[sample] = sha256(data).digest()
         if found := particulars(data, self._split.index.paths[sample]):
             self.particulars[sample] = found
         if ends_early(data):
             self.end_early.add(sample)
-        return image
+        return super().is_plain(sample, data)
 
 
 def _check_images(split: Split, threads: int, progress: "_Progress") -> Iterator[Finding]:
@@ -170,7 +167,7 @@ def _trouble(split: Split, sample: int, why: str, end_early: bool) -> tuple[str,
         return "empty", "an empty file"
     if end_early or "truncated" in why.lower():
         return "truncated", why if "truncated" in why.lower() else "its end is missing"
-    return ("unsupported" if "DALI does not decode" in why else "corrupt"), why
+    return "corrupt", why
 
 
 def _other_synset(name: str, trained_as: str) -> str | None:

@@ -1,5 +1,6 @@
 """A run over data with bad files: it trains, the same on any world and after any stop."""
 
+import io
 import json
 import shutil
 from collections.abc import Callable
@@ -41,11 +42,14 @@ def spoiled_folder(tiny_folder: Path, tmp_path: Path) -> Path:
     (train / "class0/2.jpg").write_bytes(good[:60])
     (train / "class1/3.jpg").write_bytes(good[: scan + 30])
     (train / "class1/4.jpg").write_bytes(good.replace(b"\xff\xdb", b"\xff\xef"))
-    Image.new("RGB", (9, 9)).save(train / "class2/5.jpg", "GIF")
+    png = io.BytesIO()
+    Image.new("RGB", (9, 9)).save(png, "PNG")
+    (train / "class2/5.jpg").write_bytes(png.getvalue().replace(b"IDAT", b"IDAT\0", 1))
     (root / "val/class0/0.jpg").write_bytes(good[: scan + 30])
     # And what only looks odd.
     Image.new("CMYK", (50, 40), (10, 80, 20, 0)).save(train / "class0/5.jpg")
     Image.new("L", (50, 40), 90).save(train / "class0/6.jpg")
+    Image.new("P", (50, 40), 90).save(train / "class1/6.jpg", "GIF")
     Image.new("RGB", (50, 40), (9, 8, 7)).save(train / "class0/7.jpg", "PNG")
     Image.new("RGB", (50, 40), (200, 8, 7)).save(train / "class0/8.jpg", progressive=True)
     return root

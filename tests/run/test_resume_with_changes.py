@@ -252,7 +252,7 @@ def test_made_with_is_plain_and_compared_by_name(tmp_path: Path) -> None:
     now = made_with(distributed.start())
     torch.save(now, tmp_path / "now.pt")
     assert torch.load(tmp_path / "now.pt", weights_only=True) == now
-    assert set(now) == {"torch", "dali", "device", "world_size", "threads"}
+    assert set(now) == {"torch", "dali", "pillow", "device", "world_size", "threads"}
     assert environment_warning(now, now) == []
     assert environment_warning({}, now) == []
     before = now | {"threads": "64", "device": "NVIDIA H100"}

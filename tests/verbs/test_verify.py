@@ -74,8 +74,8 @@ TRAIN_AS: dict[str, tuple[bytes, set[str]]] = {
     "plain.jpg": (JPEG, set()),
     "flat.png": (PNG, set()),
     "trailing.jpg": (JPEG + bytes(100), set()),
-    "cmyk.jpg": (CMYK, {"CMYK"}),
-    "ycck.jpg": (ycck(CMYK), {"YCCK"}),
+    "cmyk.jpg": (CMYK, {"CMYK", "by Pillow"}),
+    "ycck.jpg": (ycck(CMYK), {"YCCK", "by Pillow"}),
     "gray.jpg": (encoded(picture(5).convert("L")), {"grayscale"}),
     "gray_alpha.png": (encoded(picture(6).convert("LA"), "PNG"), {"grayscale", "transparent"}),
     "rgba.png": (encoded(picture(7).convert("RGBA"), "PNG"), {"transparent"}),
@@ -92,7 +92,8 @@ TRAIN_AS: dict[str, tuple[bytes, set[str]]] = {
     ),
     "progressive.jpg": (PROGRESSIVE, {"progressive"}),
     "png.JPEG": (encoded(picture(11), "PNG"), {"other format"}),
-    "bmp.jpg": (encoded(picture(12), "BMP"), {"other format"}),
+    "bmp.jpg": (encoded(picture(12), "BMP"), {"other format", "by Pillow"}),
+    "gif.jpg": (encoded(picture(13), "GIF"), {"other format", "palette", "by Pillow"}),
     **{
         f"turned{n}.jpg": (encoded(picture(20 + n), orientation=n), {"EXIF"} if n > 1 else set())
         for n in range(1, 9)
@@ -112,7 +113,6 @@ CANNOT_TRAIN = {
     "huge.jpg": (of_size(JPEG, 65500, 65500), {"corrupt"}),
     "zero.jpg": (of_size(JPEG, 0, WIDTH), {"corrupt"}),
     "damaged.png": (PNG[:5000] + bytes(50) + PNG[5050:], {"corrupt"}),
-    "animation.jpg": (encoded(picture(13), "GIF"), {"unsupported"}),
 }
 
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from resnet_dist.data.index.headers import UnreadableImage, displayed_size
 from resnet_dist.data.index.index import HEADER_THREADS, Index, fingerprint_of
 from resnet_dist.data.index.index_file import load_index_file, read_extra, save_index
 from resnet_dist.data.index.listing import Listing
+from resnet_dist.data.index.pillow import UnreadableImage, displayed_size
 from resnet_dist.errors import UserError
 
 CHECKED_FILES = 10_000

@@ -2,20 +2,31 @@
 
 import io
 import os
-import warnings
 
-from PIL import Image
+from PIL import ImageFile
 
-from resnet_dist.data.index.headers import JPEG_SIGNATURE, PNG_SIGNATURE, exif_orientation
+from resnet_dist.data.index.pillow import (
+    PNG_SIGNATURE,
+    TURNED,
+    UPRIGHT,
+    UnreadableImage,
+    opened,
+    orientation_of,
+)
+from resnet_dist.data.index.plain import JPEG_SIGNATURE, why_not_plain
 
 FORMATS = {
     ".jpg": "JPEG",
     ".jpeg": "JPEG",
+    ".jpe": "JPEG",
+    ".jfif": "JPEG",
     ".png": "PNG",
     ".bmp": "BMP",
+    ".gif": "GIF",
     ".tif": "TIFF",
     ".tiff": "TIFF",
     ".webp": "WEBP",
+    ".avif": "AVIF",
     ".ppm": "PPM",
     ".pgm": "PPM",
 }
@@ -31,20 +42,24 @@ def particulars(data: bytes, name: str) -> dict[str, str]:
     data: a whole encoded image. name: its file name, whose suffix says which format to expect.
     """
     try:
-        with warnings.catch_warnings(), Image.open(io.BytesIO(data)) as image:
-            warnings.simplefilter("ignore")
+        with opened(io.BytesIO(data)) as image:
             return _particulars(image, data, os.path.splitext(name)[1].lower())
-    except Exception:  # Pillow's plugins raise whatever they meet
+    except UnreadableImage:
         return {}  # whether it is readable is for the decoder to say
 
 
-def _particulars(image: Image.Image, data: bytes, suffix: str) -> dict[str, str]:
+def _particulars(image: ImageFile.ImageFile, data: bytes, suffix: str) -> dict[str, str]:
     mode, info = image.mode, image.info
     found = {}
     named, form = FORMATS.get(suffix), image.format or ""
     form = "JPEG" if form == "MPO" else form  # a JPEG followed by more pictures
     if named is not None and form != named:
         found["other format"] = f"is a {form} with the suffix of a {named}; decoded as {form}"
+    orientation = orientation_of(image)
+    height, width = image.height, image.width
+    why = why_not_plain(data, (width, height) if orientation in TURNED else (height, width))
+    if why is not None:
+        found["by Pillow"] = f"decoded by Pillow instead of DALI: {form} ({why})"
     if mode == "CMYK":
         kind = "YCCK" if info.get("adobe_transform") == ADOBE_YCCK else "CMYK"
         found[kind] = "converted to RGB"
@@ -56,10 +71,11 @@ def _particulars(image: Image.Image, data: bytes, suffix: str) -> dict[str, str]
         found["transparent"] = "its transparency is dropped"
     if mode.startswith("I") or (form == "PNG" and data[PNG_BIT_DEPTH_AT] == 16):
         found["16-bit"] = "scaled to 8 bits"
+    if getattr(image, "is_animated", False):
+        found["several pictures"] = "its first picture is used"
     if info.get("progressive"):
         found["progressive"] = "decoded like any JPEG, but more slowly"
-    orientation = exif_orientation(info.get("exif", b""))
-    if isinstance(orientation, int) and 2 <= orientation <= 8:
+    if orientation in UPRIGHT:
         found["EXIF"] = f"rotated by its EXIF orientation {orientation}"
     return found
 

@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 
 from resnet_dist.data.index.class_list import class_list
-from resnet_dist.data.index.headers import UnreadableImage, displayed_size
 from resnet_dist.data.index.index import Index, Shards, fingerprint_of, name_of
 from resnet_dist.data.index.index_file import check_shards, load_index_file, read_extra, save_index
 from resnet_dist.data.index.listing import IMAGE_SUFFIXES
+from resnet_dist.data.index.pillow import UnreadableImage, displayed_size
 from resnet_dist.data.index.shard_files import own_index_file, shard_files
 from resnet_dist.data.index.tar_members import RefusedTar, TarHeaders, plain_files
 from resnet_dist.data.index.worker_pool import worker_pool

@@ -7,28 +7,30 @@ the last of them ends, in whatever way.
 import mmap
 import os
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from resnet_dist.data.index.headers import UnreadableImage
 from resnet_dist.data.index.index import Index
+from resnet_dist.data.index.pillow import UnreadableImage
 from resnet_dist.distributed import World
 from resnet_dist.errors import UserError
 
 SHARED_MEMORY = Path("/dev/shm")
 BLANK_PX, BLANK_GREY = 8, 128  # the image that replaces an unreadable one in an evaluation
+PLAIN, NOT_PLAIN = 1, 2  # marks of images in the cache of encoded images
 SPARE_BYTES = 2**30  # left free in /dev/shm for NCCL and others
 
 
 @dataclass(frozen=True)
 class Image:
-    """An image, encoded as on the disk or decoded."""
+    """An image on its way to the decoder, or the box of it that a window needs."""
 
-    data: np.ndarray  # encoded: uint8 [bytes]; decoded: uint8 [H, W, 3]
-    trusted: bool  # whether it may be decoded together with others, see headers.py
+    data: np.ndarray  # encoded: uint8 [bytes]; decoded: uint8 [h, w, 3]
+    size: tuple[int, int]  # height and width of what is in `data`
+    corner: tuple[int, int] = (0, 0)  # the row and column of the whole image at which it begins
 
 
 Result = Image | UnreadableImage
@@ -89,14 +91,15 @@ class EncodedCache:
         memory = shared_bytes(world, total + len(nbytes), "data.cache=encoded")
         self._bytes, self._filled = memory[:total], memory[total:]
 
-    def get(self, sample: int) -> np.ndarray | None:
-        """Returns an image, uint8 [bytes], or None if it has not been read yet."""
+    def get(self, sample: int) -> tuple[np.ndarray, bool] | None:
+        """Returns an image, uint8 [bytes], and whether it is plain (see index/plain.py), or None if
+        it has not been read yet."""
         if not self._filled[sample]:
             return None
         end = self._ends[sample]
-        return self._bytes[end - self._nbytes[sample] : end]
+        return self._bytes[end - self._nbytes[sample] : end], self._filled[sample] == PLAIN
 
-    def put(self, sample: int, data: np.ndarray) -> None:
+    def put(self, sample: int, data: np.ndarray, is_plain: bool) -> None:
         """Stores an image, unless its file has changed its size since it was indexed.
 
         Ranks that store the same image at the same time write the same bytes.
@@ -104,13 +107,13 @@ class EncodedCache:
         if len(data) == self._nbytes[sample]:
             end = self._ends[sample]
             self._bytes[end - len(data) : end] = data
-            self._filled[sample] = 1
+            self._filled[sample] = PLAIN if is_plain else NOT_PLAIN
 
 
 class DecodedCache:
     """The pixels of all images that can be decoded."""
 
-    blank = np.full((BLANK_PX, BLANK_PX, 3), BLANK_GREY, np.uint8)
+    blank = Image(np.full((BLANK_PX, BLANK_PX, 3), BLANK_GREY, np.uint8), (BLANK_PX, BLANK_PX))
 
     def __init__(self, index: Index, world: World) -> None:
         """Allocates the memory; the images are added with `put`. A collective."""
@@ -127,8 +130,8 @@ class DecodedCache:
         self._pixels[end - self._nbytes[sample] : end] = pixels.reshape(-1)
         self._filled[sample] = 1
 
-    def read(self, sample: int) -> Image:
-        """Returns an image.
+    def read(self, sample: int, box: Sequence[int] = (), decoded: bool = True) -> Image:
+        """Returns a whole image. The parameters are those of Reader.read.
 
         Raises:
             UnreadableImage: it could not be decoded.
@@ -138,9 +141,9 @@ class DecodedCache:
         height, width = self._index.sizes[sample].tolist()
         end = self._ends[sample]
         pixels = self._pixels[end - self._nbytes[sample] : end]
-        return Image(pixels.reshape(height, width, 3), trusted=True)
+        return Image(pixels.reshape(height, width, 3), (height, width))
 
-    def read_ahead(self, samples: np.ndarray) -> Callable[[], list[Result]]:
+    def read_ahead(self, samples: np.ndarray, boxes: np.ndarray) -> Callable[[], list[Result]]:
         """Like Reader.read_ahead, but there is nothing to wait for."""
         return lambda: [self._result(sample) for sample in samples.tolist()]
 

@@ -18,14 +18,13 @@ import torch
 from nvidia.dali import Pipeline, __version__, backend, types
 
 from resnet_dist.config import DataConfig
-from resnet_dist.data.index.headers import why_undecodable
 from resnet_dist.data.index.index import Index
 from resnet_dist.data.load.batch import BLANK_LABEL, Batch
+from resnet_dist.data.load.boxes import boxes_of
 from resnet_dist.data.load.cache import DecodedCache
 from resnet_dist.data.load.dali_graphs import decode_graph, image_graph, raw_graph
 from resnet_dist.data.load.decoding import Decoding
 from resnet_dist.data.load.feed import BLANK_PX, Feed, Work
-from resnet_dist.data.load.image_check import ImageCheck
 from resnet_dist.data.load.reader import Reader
 from resnet_dist.data.load.resample import Resampler
 from resnet_dist.data.view.augment import Request, Windows, whole_images
@@ -46,8 +45,9 @@ class _Graph:
 class Loader:
     """Turns requests into batches, reading and decoding ahead of the consumer.
 
-    A bad image makes a DALI pipeline fail. Then the images of its batch are decoded one by one, bad
-    ones are replaced (see feed.py), and a new pipeline continues with that batch.
+    A bad image makes a DALI pipeline fail. Then the images of its batch are decoded one by one,
+    those that fail are left to Pillow or replaced (see feed.py), and a new pipeline continues with
+    that batch.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class Loader:
         self._feed: Feed | None = None
         if index.pixels is None:
             reader = reader or Reader(index, data.read_threads)
-            self._feed = Feed(index, reader, data.max_bad_samples, ImageCheck())
+            self._feed = Feed(index, reader, data.max_bad_samples)
 
     @cached_property
     def _resampler(self) -> Resampler:
@@ -99,6 +99,11 @@ class Loader:
     def bad(self) -> dict[int, str]:
         """Unreadable samples so far, and why."""
         return {} if self._feed is None else self._feed.bad
+
+    @property
+    def refused(self) -> dict[int, str]:
+        """Samples that DALI refused so far, though Pillow can decode them, and DALI's reason."""
+        return {} if self._feed is None else self._feed.refused
 
     def batches(self, requests: Iterable[Request]) -> Generator[Batch]:
         """Yields one Batch per request, in order.
@@ -120,7 +125,7 @@ class Loader:
             raise ValueError(f"the mean image is {self._mean.shape[:2]}, the windows {seen_px}")
         work: Iterator[Work]
         if self._feed is None:
-            work = (Work(request, request.samples, request.windows, []) for request in requests)
+            work = (Work(one, one.samples, one.windows, np.empty(0), []) for one in requests)
         else:
             work = self._feed.work(requests, ahead=self._data.prefetch_batches)
         if not self._resizes_here(first.windows):
@@ -247,7 +252,7 @@ class Loader:
             polled.clear()
 
     def _mend_first_bad(self, polled: Iterable[Work], error: RuntimeError) -> None:
-        """Finds the first Work with bad images, by decoding one by one, and replaces them.
+        """Finds the first Work with images that DALI cannot decode, one by one, and mends them.
 
         Raises `error` if there are none, or if not even a good image can be decoded.
         """
@@ -255,11 +260,11 @@ class Loader:
             if self._feed is None:
                 break
             is_bad = False
-            for row, why in self._failures([work.at(row) for row in range(len(work.shown))]):
+            for row, said in self._failures([work.at(row) for row in range(len(work.shown))]):
                 if not is_bad and not self._decodes_at_all(work):
                     raise error
                 is_bad = True
-                self._feed.mend(work, row, why)
+                self._feed.mend(work, row, said)
             if is_bad:
                 return
         raise error
@@ -272,7 +277,7 @@ class Loader:
         return not any(self._failures([good]))
 
     def _failures(self, singles: list[Work]) -> Iterator[tuple[int, str]]:
-        """Yields which of these, with one image each, cannot be decoded, and why."""
+        """Yields which of these, with one image each, cannot be decoded, and DALI's reason."""
         graph = self._graph_for(singles[0].windows)
         executor = self._executor | {"batch_size": 1, "num_threads": 1, "prefetch_queue_depth": 1}
         done = 0
@@ -292,9 +297,10 @@ class Loader:
                     done += 1
             except StopIteration:
                 return
-            except RuntimeError:
+            except RuntimeError as error:
+                said = str(error)
                 del pipe
-            yield done, why_undecodable(singles[done].images[0].tobytes())
+            yield done, said
             done += 1
 
     def _image_inputs(self, work: Work) -> tuple[Any, ...]:
@@ -311,12 +317,8 @@ class Loader:
 
         int32 [B, 2] each.
         """
-        windows = work.windows
-        if windows.cut_first:
-            roi = windows.roi.astype(np.int32)
-            return np.ascontiguousarray(roi[:, :2]), np.ascontiguousarray(roi[:, 2:])
-        sizes = np.where(work.shown[:, None] < 0, BLANK_PX, self._index.sizes[work.shown])
-        return box_to_decode(windows.roi, sizes, windows.size_px)
+        boxes = boxes_of(work.windows, work.sizes)
+        return np.ascontiguousarray(boxes[:, :2]), np.ascontiguousarray(boxes[:, 2:])
 
     def _window_inputs(self, work: Work) -> tuple[Any, ...]:
         """Image inputs, and for each window: its place in the decoded box, its size after resizing,
@@ -364,22 +366,6 @@ def _cut_boxes(images: Sequence[Any], start: np.ndarray, end: np.ndarray) -> lis
     """Cuts a box out of each image. images: [h, w, 3] each; start, end: int32 [B, 2], y first."""
     corners = zip(images, start.tolist(), end.tolist(), strict=True)
     return [image[top:bottom, left:right] for image, (top, left), (bottom, right) in corners]
-
-
-def box_to_decode(
-    roi: np.ndarray, sizes: np.ndarray, size_px: tuple[int, int]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the pixels that resampling `roi` to `size_px` reads, as start and end corners.
-
-    roi: float64 [B, 4] in pixels; sizes: [B, 2]. Returns int32 [B, 2] each; y comes first.
-    """
-    # The triangle filter has a half-width of one output pixel, which is `scale` input pixels when
-    # shrinking, and one input pixel when enlarging. One more is for rounding.
-    scale = (roi[:, 2:] - roi[:, :2]) / np.array(size_px)
-    reach = np.ceil(np.maximum(scale, 1)) + 1
-    start = np.maximum(np.floor(roi[:, :2] - reach), 0)
-    end = np.minimum(np.ceil(roi[:, 2:] + reach), sizes)
-    return start.astype(np.int32), end.astype(np.int32)
 
 
 def _device_id(device: torch.device) -> int | None:

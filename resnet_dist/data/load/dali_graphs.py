@@ -14,13 +14,6 @@ from resnet_dist.data.load.decoding import Decoding
 
 
 @pipeline_def
-def check_graph() -> Any:
-    """Decodes one whole image on the CPU, which is fed by name."""
-    encoded = fn.external_source(name="image", dtype=types.UINT8, ndim=1)
-    return fn.decoders.image(encoded, device="cpu")
-
-
-@pipeline_def
 def decode_graph(poll: Callable[[], Any], input_kind: str, cut: bool, decoding: Decoding) -> Any:
     """Decodes windows or whole images, and does nothing else."""
     dtypes, ndim = _image_types(input_kind, cut)

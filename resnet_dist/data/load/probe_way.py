@@ -67,11 +67,10 @@ class KnownJpegs:
             fingerprint="known",
         )
 
-    def read(self, sample: int) -> Image:
-        return Image(self._images[sample], trusted=True)
-
-    def read_ahead(self, samples: np.ndarray) -> Callable[[], list[Image]]:
-        return lambda: [self.read(sample) for sample in samples.tolist()]
+    def read_ahead(self, samples: np.ndarray, boxes: np.ndarray) -> Callable[[], list[Image]]:
+        sizes = self.index.sizes[samples].tolist()
+        whole = zip(samples.tolist(), sizes, strict=True)
+        return lambda: [Image(self._images[i], (height, width)) for i, (height, width) in whole]
 
 
 def _jpeg(number: int) -> np.ndarray:
@@ -133,7 +132,10 @@ def try_way(
             reader=known,  # type: ignore[arg-type]
             decoding=how,
         )
-        return loader.batches(requests)
+        for batch in loader.batches(requests):
+            if loader.refused:  # otherwise Pillow decodes in place of the way
+                raise RuntimeError(next(iter(loader.refused.values())))
+            yield batch
 
     cpu = [batch.images for batch in decoded(torch.device("cpu"), Decoding(), requests)]
     lag = Lag(device) if device.type == "cuda" else None

@@ -12,8 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from PIL import Image as Pillow
 
-from resnet_dist.data.index.headers import UnreadableImage, is_trusted
 from resnet_dist.data.index.index import Index
+from resnet_dist.data.index.pillow import UnreadableImage
+from resnet_dist.data.index.plain import why_not_plain
+from resnet_dist.data.load.boxes import decoded_box
 from resnet_dist.data.load.cache import BLANK_GREY, BLANK_PX, EncodedCache, Image, Result
 from resnet_dist.data.view.order import BLOCK_IMAGES
 from resnet_dist.errors import UserError
@@ -26,14 +28,17 @@ OURS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 BLOCKS_REMEMBERED = 4096  # blocks of shards that the kernel has been asked to read ahead
 
 
-def _blank_png() -> np.ndarray:
+def _blank_png() -> Image:
     file = io.BytesIO()
     Pillow.new("RGB", (BLANK_PX, BLANK_PX), (BLANK_GREY,) * 3).save(file, "PNG")
-    return np.frombuffer(file.getvalue(), np.uint8)
+    return Image(np.frombuffer(file.getvalue(), np.uint8), (BLANK_PX, BLANK_PX))
 
 
 class Reader:
-    """Reads the images of an index, as they are encoded."""
+    """Reads the images of an index: plain ones (see index/plain.py) as they are encoded.
+
+    Of the others it returns the pixels that are needed, which Pillow decodes in the same threads.
+    """
 
     blank = _blank_png()
 
@@ -46,39 +51,54 @@ class Reader:
         self._asked_for: set[int] = set()  # blocks whose read-ahead was requested
         weakref.finalize(self, _close_all, self._shard_files)
 
-    def read(self, sample: int) -> Image:
+    def read(self, sample: int, box: Sequence[int], decoded: bool = False) -> Image:
         """Reads one image.
 
+        box: top, left, bottom and right of the pixels that are needed. decoded: Pillow decodes it
+        even if it is plain.
+
         Raises:
-            UnreadableImage: it is known to be bad, missing, or not an image of the indexed size.
+            UnreadableImage: it is known to be bad, missing, not an image of the indexed size, or
+                cannot be decoded by Pillow.
         """
         why = self._index.bad.get(sample)
         if why is not None:
             raise UnreadableImage(why)
+        height, width = self._index.sizes[sample].tolist()
         cached = None if self._cache is None else self._cache.get(sample)
         if cached is not None:
-            return Image(cached, trusted=True)
-        data = self._read_patiently(sample)
-        height, width = self._index.sizes[sample].tolist()
-        image = Image(np.frombuffer(data, np.uint8), is_trusted(data, (height, width)))
-        if self._cache is not None and image.trusted:
-            self._cache.put(sample, image.data)
-        return image
+            data, is_plain = cached
+        else:
+            read = self._read_patiently(sample)
+            data, is_plain = np.frombuffer(read, np.uint8), self.is_plain(sample, read)
+            if self._cache is not None:
+                self._cache.put(sample, data, is_plain)
+        if is_plain and not decoded:
+            return Image(data, (height, width))
+        return decoded_box(data.tobytes(), (height, width), box)
 
-    def read_ahead(self, samples: np.ndarray) -> Callable[[], list[Result]]:
-        """Starts reading. Returns a function that waits for the images, in order."""
-        numbers = samples.tolist()
+    def is_plain(self, sample: int, data: bytes) -> bool:
+        """Whether DALI decodes an image that was just read, in its encoded form `data`."""
+        height, width = self._index.sizes[sample].tolist()
+        return why_not_plain(data, (height, width)) is None
+
+    def read_ahead(self, samples: np.ndarray, boxes: np.ndarray) -> Callable[[], list[Result]]:
+        """Starts reading. Returns a function that waits for the images, in order.
+
+        samples: int64 [B]. boxes: of each, as in `read`, int32 [B, 4].
+        """
+        wanted = list(zip(samples.tolist(), boxes.tolist(), strict=True))
         tasks = [
-            self._threads.submit(self._read_some, numbers[start : start + IMAGES_PER_TASK])
-            for start in range(0, len(numbers), IMAGES_PER_TASK)
+            self._threads.submit(self._read_some, wanted[start : start + IMAGES_PER_TASK])
+            for start in range(0, len(wanted), IMAGES_PER_TASK)
         ]
         return lambda: [result for task in tasks for result in task.result()]
 
-    def _read_some(self, samples: Sequence[int]) -> list[Result]:
+    def _read_some(self, wanted: Sequence[tuple[int, Sequence[int]]]) -> list[Result]:
         results: list[Result] = []
-        for sample in samples:
+        for sample, box in wanted:
             try:
-                results.append(self.read(sample))
+                results.append(self.read(sample, box))
             except UnreadableImage as error:
                 results.append(error)
         return results
@@ -101,7 +121,9 @@ class Reader:
         raise UnreadableImage(f"cannot be read ({failure.strerror})")
 
     def _read_file(self, sample: int) -> bytes:
-        with open(self._index.paths[sample], "rb", buffering=0) as file:
+        # Without O_NONBLOCK, opening a pipe would wait for a writer.
+        opened = os.open(self._index.paths[sample], os.O_RDONLY | os.O_NONBLOCK)
+        with open(opened, "rb", buffering=0) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise UnreadableImage("not a regular file")
             return file.read()

@@ -7,7 +7,6 @@ machine or the time, so the same samples give the same bytes.
 import io
 import json
 import tarfile
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import IO
 
 import numpy as np
 
-from resnet_dist.data.index.headers import UnreadableImage, displayed_size
+from resnet_dist.data.index.pillow import UnreadableImage, displayed_size
 from resnet_dist.data.prepare.images import Images
 from resnet_dist.data.prepare.reencode import Limit, reencode
 from resnet_dist.errors import UserError
@@ -112,10 +111,9 @@ def _checked(
     try:
         if known or not data:
             raise UnreadableImage(known or "an empty file")
-        with warnings.catch_warnings(action="ignore"):  # Pillow's warnings are not errors
-            if limit is not None:
-                data = reencode(data, limit)
-            return data, displayed_size(io.BytesIO(data)), None
+        if limit is not None:
+            data = reencode(data, limit)
+        return data, displayed_size(io.BytesIO(data)), None
     except UnreadableImage as error:
         return data, (0, 0), str(error)
 

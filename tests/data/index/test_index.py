@@ -13,9 +13,9 @@ from PIL import Image
 
 from resnet_dist.data.formats import build_index, count_images
 from resnet_dist.data.index import files
-from resnet_dist.data.index.headers import displayed_size
 from resnet_dist.data.index.index import Index, set_aside, without
 from resnet_dist.data.index.index_file import load_index_file, read_extra, save_index
+from resnet_dist.data.index.pillow import displayed_size
 from resnet_dist.data.index.quarantine import read_quarantine, write_quarantine
 from resnet_dist.errors import UserError
 

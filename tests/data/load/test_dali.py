@@ -26,6 +26,7 @@ from resnet_dist.config import DataConfig
 from resnet_dist.data.index.index import Index
 from resnet_dist.data.load import dali
 from resnet_dist.data.load.batch import Batch
+from resnet_dist.data.load.boxes import boxes_of
 from resnet_dist.data.load.dali import Loader
 from resnet_dist.data.load.decoding import HOST, Decoding
 from resnet_dist.data.view.augment import Request, Windows, unchanged
@@ -302,12 +303,12 @@ def test_decoding_only_the_window_changes_nothing(
     path = save(tmp_path / "a.jpg", picture(300, 400, noise=40), subsampling="4:2:0")
     index, seen = index_of([path]), windows(INNER_WINDOWS + BORDER_WINDOWS)
     samples = [0] * len(seen.roi)
-    start, end = dali.box_to_decode(seen.roi, index.sizes[samples], px)
-    assert (end - start).prod(axis=1).mean() < 0.5 * 300 * 400  # it does save decoding
+    boxes = boxes_of(replace(seen, size_px=(px, px)), index.sizes[samples])
+    assert (boxes[:, 2:] - boxes[:, :2]).prod(axis=1).mean() < 0.5 * 300 * 400  # it saves decoding
 
     part = grey_levels(one_batch(index, samples, seen, px=px))
     monkeypatch.setattr(
-        dali, "box_to_decode", lambda roi, sizes, px: (np.zeros_like(sizes), sizes.astype(np.int32))
+        dali, "boxes_of", lambda _, sizes: np.hstack([np.zeros_like(sizes), sizes]).astype(np.int32)
     )
     whole = grey_levels(one_batch(index, samples, seen, px=px))
     # Measured: 0.0015. The windows' float32 coordinates are relative to different corners.

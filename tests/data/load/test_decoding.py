@@ -248,14 +248,18 @@ def test_a_way_gets_all_of_its_time_or_is_not_tried(monkeypatch: pytest.MonkeyPa
 
 def test_an_image_that_a_way_refuses_is_told_with_the_decoders_reason() -> None:
     program = (
-        "import sys, numpy as np, resnet_dist.data.load.probe_way as w\n"
+        "import io, sys, numpy as np, resnet_dist.data.load.probe_way as w\n"
         "from resnet_dist.data.load.cache import Image\n"
         "class Damaged(w.KnownJpegs):\n"
-        "    def read(self, sample):\n"
-        "        reads.append(sample)\n"
-        "        is_bad = sample == 3 and len(reads) > 8 * w.BATCHES\n"  # not yet for the CPU
-        "        return Image(np.zeros(9, np.uint8), True) if is_bad else super().read(sample)\n"
-        "reads = []\n"
+        "    def read_ahead(self, samples, boxes):\n"
+        "        asked.append(samples)\n"
+        "        images = super().read_ahead(samples, boxes)()\n"
+        "        if len(asked) > w.BATCHES:\n"  # not yet for the CPU
+        "            images[3] = Image(gif, images[3].size)\n"  # only Pillow reads it
+        "        return lambda: images\n"
+        "asked, file = [], io.BytesIO()\n"
+        "w.Pillow.new('RGB', (w.WIDTH_PX, w.HEIGHT_PX)).save(file, 'GIF')\n"
+        "gif = np.frombuffer(file.getvalue(), np.uint8)\n"
         "w.KnownJpegs = Damaged\n"
         "sys.argv = ['', '0', '--device', 'cpu', '--images', '8']; w.main()"
     )
@@ -334,10 +338,10 @@ def test_pixels_that_are_not_the_cpus() -> None:
 
 
 def test_the_known_images_are_of_every_kind() -> None:
-    known = KnownJpegs(16)
+    images = KnownJpegs(16).read_ahead(np.arange(16), np.zeros((16, 4), np.int32))()
     seen = set()
     for number in range(16):
-        with Image.open(io.BytesIO(known.read(number).data.tobytes())) as image:
+        with Image.open(io.BytesIO(images[number].data.tobytes())) as image:
             seen |= {("exif", image.getexif()[0x0112]), ("mode", image.mode)}
             seen |= {("progressive", bool(image.info.get("progressive")))}
     assert {("exif", orientation) for orientation in range(1, 9)} <= seen
