@@ -120,9 +120,9 @@ def _png_size(data: bytes) -> tuple[int, int]:
 def _webp_size(data: bytes) -> tuple[int, int]:
     """Reads the size in the first chunk (RFC 9649, section 2)."""
     if b"EXIF" in data:  # nvImageCodec 0.9 forgets that a chunk of odd length is padded
-        raise _NotPlain("WebP with EXIF")
+        raise _NotPlain("with EXIF")
     if b"ANIM" in data:
-        raise _NotPlain("animated WebP")
+        raise _NotPlain("animated")
     kind = data[8:16]
     if kind == b"WEBPVP8X":
         width, height = (int.from_bytes(data[at : at + 3], "little") + 1 for at in (24, 27))
