@@ -16,7 +16,7 @@ from pathlib import Path
 
 from resnet_dist import __version__
 from resnet_dist.config_file import load_config, recipe_name
-from resnet_dist.data.formats import FORMATS
+from resnet_dist.data.formats import FORMATS, SOURCES
 from resnet_dist.errors import UserError, not_installed
 from resnet_dist.process import set_up_process
 from resnet_dist.run.interrupt import Interrupt
@@ -128,7 +128,8 @@ def _verify(arguments: argparse.Namespace) -> None:
 
     sys.stdout.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]  # any file name
     threads = arguments.threads or len(os.sched_getaffinity(0))
-    if not verify(arguments.data, arguments.format, threads, arguments.dry_run):
+    given = arguments.data, arguments.format, threads, arguments.dry_run
+    if not verify(*given, arguments.list):
         sys.exit(1)
 
 
@@ -189,7 +190,8 @@ def _prepare_shards(arguments: argparse.Namespace) -> None:
         raise UserError("command line: --quality goes with --longest-px or --shortest-px")
     settings = Settings(arguments.images_per_shard, limit)
     workers = arguments.workers or len(os.sched_getaffinity(0))
-    print(prepare_shards(arguments.source, arguments.dest, settings, workers))
+    given = arguments.source, arguments.dest, settings, workers, arguments.format
+    print(prepare_shards(*given))
 
 
 def _bench_loader(arguments: argparse.Namespace) -> None:
@@ -357,6 +359,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     verify.add_argument("--threads", type=_positive, metavar="N", help="default: one per core")
     verify.add_argument("--dry-run", action="store_true", help="do not write bad_samples.tsv")
+    verify.add_argument(
+        "--list", type=Path, metavar="FILE.tsv", help="write name, kind and reason of each finding"
+    )
 
     compare = verbs.add_parser("compare", help="compare runs: differing settings, and scores")
     compare.set_defaults(verb=_compare)
@@ -412,6 +417,11 @@ def _parser() -> argparse.ArgumentParser:
     shards.set_defaults(verb=_prepare_shards)
     shards.add_argument("source", type=Path, metavar="SOURCE")
     shards.add_argument("dest", type=Path, metavar="DEST")
+    shards.add_argument(
+        "--format",
+        choices=(*FORMATS, *SOURCES),
+        help="what SOURCE is; default: recognized by the files",
+    )
     shards.add_argument(
         "--images-per-shard", type=_positive, default=1000, metavar="N", help="default: 1000"
     )

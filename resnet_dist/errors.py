@@ -1,6 +1,9 @@
 """Errors for the user: one line instead of a traceback, and an exit code."""
 
+from collections.abc import Sequence
 from typing import Any
+
+NAMED = 5  # how many of many things a message names
 
 
 class UserError(Exception):
@@ -59,3 +62,9 @@ def as_yaml(value: Any) -> str:
     if value is None:
         return "null"
     return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def some_of(names: Sequence[str]) -> str:
+    """Joins names for a message; of many, the first few and how many more there are."""
+    more = f" and {len(names) - NAMED:,} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more

@@ -18,7 +18,8 @@ from resnet_dist.checkpoints.content import Facts
 from resnet_dist.checkpoints.folders import Retention
 from resnet_dist.checkpoints.writer import Saver
 from resnet_dist.config import Config
-from resnet_dist.data.index.index import Index
+from resnet_dist.data.index.index import Index, notes_of
+from resnet_dist.data.index.survey import describe_classes
 from resnet_dist.data.load.batch import Batch
 from resnet_dist.data.load.build import agreed_decoding, load_index, make_loader
 from resnet_dist.data.load.dali import Loader
@@ -76,6 +77,7 @@ class Job:
     dropouts: tuple[KeyedDropout, ...] = ()  # in state.model
     initialized: str | None = None  # a line about model.init_from, to print
     decoding: str = ""  # how images are decoded, and the reason
+    classes: str = ""  # how many there are, and the names of some
 
 
 def build(
@@ -88,7 +90,7 @@ def build(
     """Builds everything that a run needs, up to but not including its checkpoint's state.
 
     Every rank calls it. resume_anyway: accept a run folder that was made with other settings or
-    other data. say: prints what the checkpoint writer reports. startup: measures where the time
+    other data. say: prints a line, on rank 0. startup: measures where the time
     goes.
 
     Raises:
@@ -104,6 +106,8 @@ def build(
             f"as {min(differing)}; they must have the same classes (shards that other tools wrote "
             "may need a classes.txt with one class name per line)"
         )
+    for note in (*notes_of(train_index, "train"), *val_index.notes):
+        say(f"note: {note}")
     startup.mark("data index")
     previous = find_previous(config, world)
     saved = previous.checkpoint
@@ -157,6 +161,7 @@ def build(
         dropouts=tuple(m for m in network.modules() if isinstance(m, KeyedDropout)),
         initialized=initialized,
         decoding=f"{decoding} ({reason})",
+        classes=describe_classes(train_index.classes),
     )
     startup.mark("loaders")
     return job

@@ -86,7 +86,7 @@ def train(
         world.on_main(lambda: open_run_folder(config, job.state.step, job.previous.changes))
         ending.resumes_from(job.state.step)
         console.say(f"{config.name}: {config.model.name} on {world.size} x {world.device.type}\n")
-        console.say(describe_plan(job.plan, job.decoding) + "\n")
+        console.say(describe_plan(job.plan, job.decoding, job.classes) + "\n")
         if resumed:
             console.say(resumed + "\n")
 

@@ -24,7 +24,7 @@ ARROWS = {
     "ema": "",
     # What a run is
     "data.index": "errors files process",
-    "data.formats": "data.index",
+    "data.formats": "data.index errors",
     "distributed": "determinism errors",
     "models": "distributed draws",
     "config": "data.formats errors models",

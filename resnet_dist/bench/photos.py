@@ -55,5 +55,7 @@ def as_shards(folder: Path) -> Path:
     """Writes the photos of `folder` as shards to the folder `folder`-shards, and returns its
     path."""
     dest = Path(f"{folder}-shards")
-    prepare_shards(folder, dest, Settings(IMAGES_PER_SHARD, limit=None), cores())
+    prepare_shards(
+        folder, dest, Settings(IMAGES_PER_SHARD, limit=None), cores(), "folder", lambda _: None
+    )
     return dest

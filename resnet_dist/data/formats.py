@@ -5,6 +5,8 @@ Imports only the standard library, so that a login node can make a plan.
 
 import hashlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +14,10 @@ from resnet_dist.data.index.cifar_format import Cifar
 from resnet_dist.data.index.folder import Folder
 from resnet_dist.data.index.format import Format
 from resnet_dist.data.index.list_file import ListFile
+from resnet_dist.data.index.raw_source import why_raw
 from resnet_dist.data.index.shard_format import ShardFiles
+from resnet_dist.data.index.survey import Survey
+from resnet_dist.errors import UserError
 
 if TYPE_CHECKING:
     from resnet_dist.data.index.index import Index
@@ -22,6 +27,7 @@ FORMATS: dict[str, Format] = {
     known.name: known
     for known in (ShardFiles(), Cifar("cifar10"), Cifar("cifar100"), ListFile(), Folder())
 }
+SOURCES = ("ilsvrc", "parquet", "kaggle")  # what only `prepare` reads
 
 
 def recognized(root: Path) -> str:
@@ -29,9 +35,13 @@ def recognized(root: Path) -> str:
     return next(name for name, known in FORMATS.items() if known.is_in(root))
 
 
-def count_images(data_format: str, root: Path, split: str) -> int:
-    """Returns the number of images in a split, without opening any. Raises like Format.count."""
-    return FORMATS[data_format].count(root, split)
+def survey(data_format: str, root: Path, split: str) -> Survey:
+    """Counts the images and classes of a split, without opening images.
+
+    Raises like Format.survey.
+    """
+    with _leading_out(root):
+        return FORMATS[data_format].survey(root, split)
 
 
 def build_index(data_format: str, root: Path, split: str, cache_dir: Path | None) -> "Index":
@@ -44,7 +54,18 @@ def build_index(data_format: str, root: Path, split: str, cache_dir: Path | None
         UserError: folders, shards or files are missing or damaged.
     """
     kept = index_file(data_format, root, split, cache_dir)
-    return FORMATS[data_format].index(root, split, kept)
+    with _leading_out(root):
+        return FORMATS[data_format].index(root, split, kept)
+
+
+@contextmanager
+def _leading_out(root: Path) -> Iterator[None]:
+    """If the data cannot be used because they are something else, raises an error that says so."""
+    try:
+        yield
+    except UserError as error:
+        why = why_raw(root)
+        raise error if why is None else UserError(why) from None
 
 
 def index_file(data_format: str, root: Path, split: str, cache_dir: Path | None) -> Path | None:

@@ -2,11 +2,15 @@
 
 from resnet_dist.plan import TRAIN_ERROR_WARMUP_FACTOR, TRAIN_ERROR_WINDOW_STEPS, Plan
 
+NO_DATA = "unknown (planned without the data)"
 
-def describe_plan(plan: Plan, decoding: str = "chosen when training starts") -> str:
+
+def describe_plan(
+    plan: Plan, decoding: str = "chosen when training starts", classes: str = NO_DATA
+) -> str:
     """Returns the plan as a table with the arithmetic behind each number.
 
-    decoding: how images are decoded, and the reason.
+    decoding: how images are decoded, and the reason. classes: how many, and some names.
     """
     optim, batch = plan.optim, plan.global_batch_size
     per_rank = f"{batch // plan.world_size}" + (
@@ -14,12 +18,11 @@ def describe_plan(plan: Plan, decoding: str = "chosen when training starts") -> 
     )
     passes = plan.world_size * plan.accumulation
     per_pass = f"{batch // passes}" + (f" or {batch // passes + 1}" if batch % passes else "")
-    val = (
-        "unknown (planned without the data)" if plan.val_images is None else f"{plan.val_images:,}"
-    )
+    val = NO_DATA if plan.val_images is None else f"{plan.val_images:,}"
     rows = [
         ("ranks", f"{plan.world_size}"),
         ("images", f"{plan.train_images:,} train, {val} val"),
+        ("classes", classes),
         ("decoding", decoding),
         ("global batch", f"{batch} = {per_rank} on each of {plan.world_size} ranks"),
         ("per-rank batch", f"{per_pass} images per pass"),

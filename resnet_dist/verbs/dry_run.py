@@ -6,7 +6,7 @@ This module must not import torch, because it also runs on login nodes.
 from pathlib import Path
 
 from resnet_dist.config import Config, to_yaml
-from resnet_dist.data.formats import count_images
+from resnet_dist.data.formats import survey
 from resnet_dist.errors import UserError
 from resnet_dist.plan import Plan
 from resnet_dist.run.folder import check_run_folder
@@ -26,15 +26,21 @@ def dry_run(
     """
     data = config.data
     val_images = data.holdout_images or None
+    found = []
     if train_images is None:
         try:
-            train_images = count_images(data.format, Path(data.root), "train")
-            val_images = val_images or count_images(data.format, Path(data.root), "val")
+            found = [
+                survey(data.format, Path(data.root), split)
+                for split in (("train",) if data.holdout_images else ("train", "val"))
+            ]
         except UserError as error:
             raise UserError(f"{error} (or plan without the data: --train-images N)") from None
+        train_images, val_images = found[0].images, val_images or found[-1].images
     train_images -= config.holdout_images_of(train_images)
     plan = Plan.of(config, world_size, train_images, val_images, local_world_size)
-    text = to_yaml(config) + "\n" + describe_plan(plan)
+    classes = {"classes": found[0].classes} if found else {}
+    text = to_yaml(config) + "\n" + describe_plan(plan, **classes)
+    text += "".join(f"\nnote: {note}" for split in found for note in split.notes)
     differing = check_run_folder(config, anyway=True)  # the plan is useful even if it is refused
     if differing:
         text += f"\n\nsettings differ from {config.run_dir}: {'; '.join(differing)}; "

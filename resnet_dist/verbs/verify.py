@@ -6,10 +6,12 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -17,11 +19,13 @@ import torch
 from resnet_dist.config import DataConfig
 from resnet_dist.data.formats import FORMATS, build_index, recognized
 from resnet_dist.data.index.image_facts import ends_early, particulars
-from resnet_dist.data.index.index import Index, name_of
+from resnet_dist.data.index.index import Index, name_of, notes_of
 from resnet_dist.data.index.quarantine import QUARANTINE, escape, read_quarantine, write_quarantine
+from resnet_dist.data.index.survey import describe_classes
 from resnet_dist.data.load.dali import Loader
 from resnet_dist.data.load.reader import Reader
 from resnet_dist.data.view.augment import Request, unchanged
+from resnet_dist.errors import UserError
 from resnet_dist.run.progress import REFRESH_SECONDS, duration
 
 SPLITS = ("train", "val")
@@ -30,6 +34,9 @@ SEEN_PX = 8  # whole images are resized to this; only decoding matters
 SYNSET = re.compile(r"(?:^|_)(n[0-9]{8})(?=_|$)")  # n01440764_10026, ..._n01440764
 BAD = {"train": "replaced by a stand-in", "val": "counts as wrong"}
 CANNOT_TRAIN = ("empty", "truncated", "corrupt", "unreadable", "class in one split")
+
+MATTERS = (*CANNOT_TRAIN, "other class", "two classes", "in both splits")
+NAMED = 10  # findings of a kind that matters, one by one
 
 
 @dataclass(frozen=True)
@@ -62,22 +69,58 @@ class Split:
         return self.index.classes[self.index.labels[sample]]
 
 
-def verify(root: Path, data_format: str | None, threads: int, dry_run: bool) -> bool:
-    """Prints a line for each finding, then the number of findings of each kind.
+class _Findings:
+    """Prints findings: those that matter one by one, the others as one line for each kind."""
+
+    def __init__(self, say: Callable[[str], None], file: IO[str] | None) -> None:
+        """file: gets a line for each finding."""
+        self.counts: Counter[tuple[str, str]] = Counter()  # by kind and split
+        self._first: dict[tuple[str, str], Finding] = {}
+        self._say = say
+        self._file = file
+
+    def add(self, one: Finding) -> None:
+        key = one.kind, one.split
+        self.counts[key] += 1
+        self._first.setdefault(key, one)
+        if self._file is not None:
+            print(escape(one.name), one.kind, escape(one.what), sep="\t", file=self._file)
+        if one.kind in MATTERS and self.counts[key] <= NAMED:
+            self._say(str(one))
+
+    def finish(self) -> None:
+        """Prints what has not been printed yet."""
+        for (kind, split), count in self.counts.items():
+            if kind not in MATTERS:
+                self._say(f"{split}: {count:,} {kind}, such as {self._first[kind, split]}")
+            elif count > NAMED:
+                self._say(f"{split}: {kind}: and {count - NAMED:,} more; --list FILE names them")
+
+
+def verify(
+    root: Path, data_format: str | None, threads: int, dry_run: bool, list_to: Path | None = None
+) -> bool:
+    """Prints what is special about the images, and the number of findings of each kind.
 
     data_format: as in DataConfig; None: recognized by the files in `root`. Unless dry_run,
-    unreadable images are written to root/bad_samples.tsv, replacing its content.
+    unreadable images are written to root/bad_samples.tsv, replacing its content. list_to: a file
+    that gets a line for each finding.
 
     Returns whether all images can be trained on.
 
     Raises:
-        UserError: there are no data, or a shard or CIFAR file is damaged.
+        UserError: there are no data, a shard or CIFAR file is damaged, or list_to cannot be
+            written.
     """
     data_format = data_format or recognized(root)
     there = [name for name in SPLITS if FORMATS[data_format].has_split(root, name)]
     names = there if "train" in there else SPLITS
     indexes = {name: build_index(data_format, root, name, None) for name in names}
     count = sum(map(len, indexes.values()))
+    print(f"{root}: {data_format}, classes: {describe_classes(indexes['train'].classes)}")
+    for name, index in indexes.items():
+        for note in notes_of(index, name):
+            print(f"note: {note}")
     if indexes["train"].pixels is not None:
         print(
             f"all {count:,} images of {data_format} can be trained on: records and labels are valid"
@@ -85,17 +128,19 @@ def verify(root: Path, data_format: str | None, threads: int, dry_run: bool) -> 
         return True
     quarantined = read_quarantine(root)
     progress = _Progress(count)
-    splits, counts = [], Counter[tuple[str, str]]()
-    for name, index in indexes.items():
-        splits.append(Split(name, index, root, np.zeros(len(index), "S32")))
-        for finding in _check_images(splits[-1], threads, progress):
-            progress.say(str(finding))
-            counts[finding.kind, finding.split] += 1
-    across = list(_differing_classes(*splits)) if len(splits) == len(SPLITS) else []
-    for finding in (*sorted(_duplicates(splits), key=lambda one: one.name), *across):
-        progress.say(str(finding))
-        counts[finding.kind, finding.split] += 1
+    splits = []
+    with _opened(list_to) as file:
+        findings = _Findings(progress.say, file)
+        for name, index in indexes.items():
+            splits.append(Split(name, index, root, np.zeros(len(index), "S32")))
+            for finding in _check_images(splits[-1], threads, progress):
+                findings.add(finding)
+        across = list(_differing_classes(*splits)) if len(splits) == len(SPLITS) else []
+        for finding in (*sorted(_duplicates(splits), key=lambda one: one.name), *across):
+            findings.add(finding)
+    findings.finish()
     progress.finish()
+    counts = findings.counts
     if counts:
         print(f"\n{_table(counts)}")
     bad = {one.name_of(sample): why for one in splits for sample, why in one.bad.items()}
@@ -103,6 +148,15 @@ def verify(root: Path, data_format: str | None, threads: int, dry_run: bool) -> 
         print(f"\n{said}")
     print(_verdict(count, len(bad), any(kind == CANNOT_TRAIN[-1] for kind, _ in counts)))
     return not any(kind in CANNOT_TRAIN for kind, _ in counts)
+
+
+@contextmanager
+def _opened(path: Path | None) -> Iterator[IO[str] | None]:
+    try:
+        with nullcontext() if path is None else open(path, "w", errors="surrogateescape") as file:
+            yield file
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from None
 
 
 class _InspectingReader(Reader):

@@ -11,6 +11,7 @@ from resnet_dist.data.index.cifar_files import (
 )
 from resnet_dist.data.index.cifar_pickle import read_pickle
 from resnet_dist.data.index.format import Format
+from resnet_dist.data.index.survey import Survey
 
 if TYPE_CHECKING:
     from resnet_dist.data.index.index import Index
@@ -29,14 +30,22 @@ class Cifar(Format):
             for form in CIFAR_FORMS[self.name]
         )
 
-    def count(self, root: Path, split: str) -> int:
+    def has_split(self, root: Path, split: str) -> bool:
+        return any(
+            (folder / getattr(form, split)[0]).is_file()
+            for form in CIFAR_FORMS[self.name]
+            for folder in (root / form.folder, root)
+        )
+
+    def survey(self, root: Path, split: str) -> Survey:
         names = CIFAR_LABELS[self.name]
-        return sum(
+        images = sum(
             file.stat().st_size // (len(names) + CIFAR_PIXEL_BYTES)
             if file.suffix == ".bin"
             else len(read_pickle(file).get(names[-1], ()))
             for file in cifar_files(self.name, root, split)[0]
         )
+        return Survey(images, self.name.removeprefix("cifar"))
 
     def index(self, root: Path, split: str, kept: Path | None) -> "Index":
         from resnet_dist.data.index.cifar import cifar_index

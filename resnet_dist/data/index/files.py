@@ -5,6 +5,7 @@ import stat
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,7 @@ def index_of_files(
         fingerprint=fingerprint_of(listing.classes, listing.paths, labels, sizes),
         nbytes=np.array([header[2] for header in headers], np.int64),
         bad=bad,
+        notes=listing.notes,
     )
     if kept is None:
         return index
@@ -113,7 +115,7 @@ def _keep(index: Index, kept: Path, root: Path, extra: Any) -> Index:
         save_index(index, kept, root, extra)
     except OSError:
         return index
-    return load_index_file(kept, root)
+    return replace(load_index_file(kept, root), notes=index.notes)
 
 
 def facts_of(paths: Sequence[str]) -> list[list[int] | None]:

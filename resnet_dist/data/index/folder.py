@@ -4,8 +4,14 @@ import os
 from pathlib import Path
 
 from resnet_dist.data.index.format import ImageFiles
-from resnet_dist.data.index.listing import IMAGE_SUFFIXES, Listing, images_below
-from resnet_dist.errors import UserError
+from resnet_dist.data.index.listing import (
+    IMAGE_SUFFIXES,
+    LeftOut,
+    Listing,
+    images_below,
+    is_ignored,
+)
+from resnet_dist.errors import UserError, some_of
 
 
 class Folder(ImageFiles):
@@ -44,23 +50,46 @@ def list_folder(root: Path, split: str) -> Listing:
     try:
         folders: dict[str, int | None] = {"": os.stat(top).st_mtime_ns}
         classes = class_folders(top)
+        lost = [e.name for e in os.scandir(top) if e.is_symlink() and not os.path.exists(e.path)]
     except OSError as error:
         raise UserError(f"{top}: {error.strerror}; make the folder readable") from None
     if not classes:
         raise UserError(f"data.root={root}: {split}/ has no class folders; expected one per class")
     paths: list[str] = []
     labels: list[int] = []
+    left_out, nested = LeftOut(), []
     for label, name in enumerate(classes):
-        found = sorted(images_below(top / name, name, folders))
+        found = sorted(images_below(top / name, name, folders, left_out))
         if not found:
             raise UserError(
                 f"{top / name}: a class without images ({', '.join(IMAGE_SUFFIXES)}); "
                 "add some or remove the folder"
             )
+        if all(path.count("/") > 1 for path in found):
+            inner = sorted({path.split("/")[1] for path in found})
+            nested += [f"{name} ({some_of(inner)})"] if len(inner) > 1 else []
         paths.extend(found)
         labels.extend([label] * len(found))
-    return Listing(classes, tuple(paths), tuple(labels), folders)
+    notes = left_out.notes(top)
+    if lost:
+        notes += [f"{top}: links that lead nowhere are no classes: {some_of(sorted(lost))}"]
+    if nested:
+        notes += [f"{top}: folders of folders are one class each: {some_of(nested)}"]
+    return Listing(classes, tuple(paths), tuple(labels), folders, tuple(notes))
 
 
 def class_folders(top: Path) -> tuple[str, ...]:
-    return tuple(sorted(e.name for e in os.scandir(top) if e.is_dir() and e.name[0] != "."))
+    """Returns the names of the class folders in `top`, sorted."""
+    return tuple(sorted(e.name for e in os.scandir(top) if e.is_dir() and not is_ignored(e.name)))
+
+
+def has_class_images(top: Path) -> bool:
+    """Whether `top` has a folder with an image file directly in it. False if it does not exist."""
+    try:
+        return any(
+            entry.name.lower().endswith(IMAGE_SUFFIXES) and not is_ignored(entry.name)
+            for name in class_folders(top)
+            for entry in os.scandir(top / name)
+        )
+    except OSError:
+        return False

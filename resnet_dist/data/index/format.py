@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from resnet_dist.data.index.listing import Listing
+from resnet_dist.data.index.survey import Survey, describe_classes, empty_classes
 
 if TYPE_CHECKING:
     from resnet_dist.data.index.index import Index
@@ -26,8 +27,8 @@ class Format(ABC):
         """Whether the data in `root` look like this."""
 
     @abstractmethod
-    def count(self, root: Path, split: str) -> int:
-        """Returns the number of images in a split, without opening any.
+    def survey(self, root: Path, split: str) -> Survey:
+        """Counts the images and classes of a split, without opening images.
 
         Raises:
             UserError: they are missing, or cannot be counted quickly.
@@ -81,8 +82,13 @@ class ImageFiles(Format):
         """Returns the folder to which paths in the listing are relative."""
         return root
 
-    def count(self, root: Path, split: str) -> int:
-        return len(self.listing(root, split).paths)
+    def survey(self, root: Path, split: str) -> Survey:
+        found = self.listing(root, split)
+        has_images = [False] * len(found.classes)
+        for label in found.labels:
+            has_images[label] = True
+        notes = (*found.notes, *empty_classes(found.classes, has_images, root / split))
+        return Survey(len(found.paths), describe_classes(found.classes), notes)
 
     def index(self, root: Path, split: str, kept: Path | None) -> "Index":
         from resnet_dist.data.index.files import index_of_files

@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from resnet_dist.data.index.survey import empty_classes
+
 HEADER_THREADS = 16  # reading headers is mostly waiting
 IN_BYTES = " in bytes"  # suffix in Index.fingerprints, for the sizes of encoded images
 
@@ -41,6 +43,8 @@ class Index:
     shards: Shards | None = None  # None: each image is a file
     # Samples that are known to be unreadable -> reason. They keep their number and are replaced.
     bad: Mapping[int, str] = field(default_factory=dict)
+    # What a user should know about the data, a line each. Not kept in index files.
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -75,6 +79,12 @@ class Index:
             shards=shards,
             bad={number[old]: why for old, why in self.bad.items() if old in number},
         )
+
+
+def notes_of(index: Index, where: object) -> list[str]:
+    """Returns what a user should know about a split, a line each. where: the split, for them."""
+    counts = np.bincount(index.labels, minlength=len(index.classes))
+    return [*index.notes, *empty_classes(index.classes, (counts > 0).tolist(), where)]
 
 
 class _Selection(Sequence[str]):

@@ -1,15 +1,38 @@
-"""Lists the image files of a split by name, without opening them.
+"""Lists the image files of a split by name; only files without a suffix are opened.
 
 Imports only the standard library, so that a login node can make a plan.
 """
 
 import os
+import re
+import stat
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from resnet_dist.errors import UserError
+from resnet_dist.errors import UserError, some_of
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
+IMAGE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"),
+    *(".ppm", ".pgm"),
+)
+# The first bytes of a file -> the suffix of its format.
+SIGNATURES = (
+    (re.compile(rb"\xff\xd8\xff"), ".jpg"),
+    (re.compile(rb"\x89PNG\r\n\x1a\n"), ".png"),
+    (re.compile(rb"RIFF....WEBP", re.DOTALL), ".webp"),
+    (re.compile(rb"GIF8[79]a"), ".gif"),
+    (re.compile(rb"BM....\0\0\0\0", re.DOTALL), ".bmp"),
+    (re.compile(rb"II\*\0|MM\0\*"), ".tif"),
+    (re.compile(rb"....ftypavi[fs]", re.DOTALL), ".avif"),
+    (re.compile(rb"P[36]\s"), ".ppm"),
+    (re.compile(rb"P[1245]\s"), ".pgm"),
+)
+SIGNATURE_BYTES = 16
+# What Synology, QNAP, Windows, macOS, ext4 and unzip put next to the pictures, in lower case. Most
+# programs use a leading dot.
+TOOL_FILES = ("@eadir", "@recycle", "#recycle", "$recycle.bin", "system volume information",
+              "lost+found", "__macosx", "thumbs.db", "desktop.ini")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -22,15 +45,66 @@ class Listing:
     # The folders and lists that were read for this: path relative to top -> st_mtime_ns before
     # reading, None if it did not exist. While these stay the same, so does the listing.
     read: dict[str, int | None]
+    notes: tuple[str, ...] = ()  # what a user should know about these data, a line each
+
+
+class LeftOut:
+    """Counts the files of a split that are left out, since their names do not look like images."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter()
+        self._example = ""
+
+    def add(self, path: str) -> None:
+        self._counts[os.path.splitext(path)[1] or "no suffix"] += 1
+        self._example = min(self._example or path, path)
+
+    def notes(self, top: str | Path) -> list[str]:
+        """Returns a line that says how many there are, or none. top: paths are relative to it."""
+        if not self._counts:
+            return []
+        kinds = [f"{kind} ({count:,})" for kind, count in self._counts.most_common()]
+        return [
+            f"{top}: {self._counts.total():,} files are left out, as they are not images by their "
+            f"name: {some_of(kinds)}, such as {self._example}"
+        ]
+
+
+def is_ignored(name: str) -> bool:
+    """Whether a file or folder is hidden, or made by a system or program for its own use."""
+    return name[0] == "." or name.lower() in TOOL_FILES
+
+
+def image_suffix(start: bytes) -> str | None:
+    """Returns the usual suffix of an image file that begins with these bytes; None if it is none.
+
+    start: SIGNATURE_BYTES, or fewer if the file is shorter.
+    """
+    return next((suffix for known, suffix in SIGNATURES if known.match(start)), None)
+
+
+def is_image(path: str) -> bool:
+    """Whether a regular file begins like an image. False if it cannot be read."""
+    try:
+        opened = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would block
+    except OSError:
+        return False
+    with open(opened, "rb", buffering=0) as file:
+        if not stat.S_ISREG(os.fstat(opened).st_mode):
+            return False
+        return image_suffix(file.read(SIGNATURE_BYTES)) is not None
 
 
 def images_below(
-    folder: str | Path, name: str, folders: dict[str, int | None] | None = None
+    folder: str | Path,
+    name: str,
+    folders: dict[str, int | None] | None = None,
+    left_out: LeftOut | None = None,
 ) -> list[str]:
     """Returns the paths of image files in `folder` and its sub-folders, which start with `name`.
 
     If links lead to a folder twice, its files count once, under the path that sorts first. folders:
-    is filled with path -> st_mtime_ns of every folder that was read.
+    is filled with path -> st_mtime_ns of every folder that was read. left_out: counts other files.
 
     Raises:
         UserError: a folder cannot be read.
@@ -50,10 +124,16 @@ def images_below(
                 folders[prefix] = facts.st_mtime_ns
             below = []
             for entry in os.scandir(os.path.join(folder, inner)):
+                if is_ignored(entry.name):
+                    continue
                 if entry.is_dir():
                     below.append(os.path.join(inner, entry.name))
-                elif entry.name.lower().endswith(IMAGE_SUFFIXES) and entry.name[0] != ".":
+                elif entry.name.lower().endswith(IMAGE_SUFFIXES) or (
+                    "." not in entry.name and is_image(entry.path)
+                ):
                     found.append(os.path.join(prefix, entry.name))
+                elif left_out is not None:
+                    left_out.add(os.path.join(prefix, entry.name))
             todo += sorted(below, reverse=True)
     except OSError as error:
         raise UserError(

@@ -3,7 +3,6 @@
 import errno
 import io
 import os
-import stat
 import time
 import weakref
 from collections.abc import Callable, Sequence
@@ -12,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from PIL import Image as Pillow
 
+from resnet_dist.data.index.image_file import GONE, read_image_file
 from resnet_dist.data.index.index import Index
 from resnet_dist.data.index.pillow import UnreadableImage
 from resnet_dist.data.index.plain import why_not_plain
@@ -22,8 +22,7 @@ from resnet_dist.errors import UserError
 
 IMAGES_PER_TASK = 16  # enough to amortize the cost of submitting a task to a thread
 RETRY_AFTER_SECONDS = (0.1, 1.0)  # errors of a network file system may be temporary
-# Errors that no retry can cure, and errors that are not the image's fault but the process's.
-GONE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP)
+# Errors that are not the image's fault but the process's.
 OURS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 BLOCKS_REMEMBERED = 4096  # blocks of shards that the kernel has been asked to read ahead
 
@@ -121,12 +120,7 @@ class Reader:
         raise UnreadableImage(f"cannot be read ({failure.strerror})")
 
     def _read_file(self, sample: int) -> bytes:
-        # Without O_NONBLOCK, opening a pipe would wait for a writer.
-        opened = os.open(self._index.paths[sample], os.O_RDONLY | os.O_NONBLOCK)
-        with open(opened, "rb", buffering=0) as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise UnreadableImage("not a regular file")
-            return file.read()
+        return read_image_file(self._index.paths[sample])
 
     def _read_from_shard(self, sample: int) -> bytes:
         shards, nbytes = self._index.shards, self._index.nbytes

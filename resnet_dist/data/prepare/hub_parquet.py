@@ -8,14 +8,14 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
+from resnet_dist.data.index.raw_source import HUB_FILE
 from resnet_dist.data.prepare.images import ParquetRows, unreadable
 from resnet_dist.errors import UserError
 
-FILE = re.compile(r"(?P<split>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.parquet")
 HUB_SPLITS = {"train": "train", "val": "validation"}
 # In n01440764_10026_n01440764.JPEG and ILSVRC2012_val_00000001_n01751748.JPEG the class comes last.
 SYNSET = re.compile(r"_(n\d{8})\.\w+$")
@@ -25,18 +25,18 @@ SYNSET = re.compile(r"_(n\d{8})\.\w+$")
 class HubSplit:
     """A split, as the hub has it."""
 
-    labels: np.ndarray  # int64 [N], as numbered by the hub
+    labels: Sequence[int | str]  # [N], as numbered by the hub, or names
     names: Sequence[str]  # names of the original files
     images: ParquetRows
-    class_names: Sequence[str]  # by label; empty if the files do not have them
+    class_names: Sequence[str]  # by number; empty if the files do not have them
 
 
-def parquet_folder(root: Path) -> Path | None:
-    """Returns the folder with the hub's files, `root` or `root`/data; None if there are none."""
-    for folder in (root, root / "data"):
-        if any(FILE.fullmatch(path.name) for path in folder.glob("*.parquet")):
-            return folder
-    return None
+def splits_in(folder: Path) -> set[str]:
+    """Returns the splits ("train", "val") of which the folder has files; always "train"."""
+    names = [
+        match["split"] for path in folder.iterdir() if (match := HUB_FILE.fullmatch(path.name))
+    ]
+    return {"train"} | {split for split, name in HUB_SPLITS.items() if name in names}
 
 
 def list_parquet(folder: Path, split: str) -> HubSplit:
@@ -48,7 +48,8 @@ def list_parquet(folder: Path, split: str) -> HubSplit:
     import pyarrow.parquet as pq  # only this source needs it
 
     files = _files(folder, HUB_SPLITS[split])
-    labels: list[np.ndarray] = []
+    labels: list[int | str] = []
+    rows: list[int] = []
     names: list[str] = []
     class_names: Sequence[str] = ()
     for path in files:
@@ -56,7 +57,9 @@ def list_parquet(folder: Path, split: str) -> HubSplit:
             with pq.ParquetFile(path) as file:
                 table = file.read(["label", "image.path"])
                 class_names = _class_names(file.schema_arrow)
-            label = table["label"].to_numpy()
+                if _has_no_bytes(file.metadata):
+                    raise UserError(f"{path}: has paths only, no image bytes; copy it from the hub")
+            of_file = _labels(table["label"].combine_chunks(), path)
             found = table["image"].combine_chunks().field("path").to_pylist()
         except OSError as error:
             raise unreadable(path, error) from None
@@ -65,40 +68,67 @@ def list_parquet(folder: Path, split: str) -> HubSplit:
             raise UserError(
                 f"{path}: not a file with image and label ({reason}); copy it again"
             ) from None
-        if label.dtype != np.int64 or (label < 0).any():
-            row = int((label < 0).argmax()) if label.dtype == np.int64 else 0
-            raise UserError(f"{path}: row {row} has no label; expected {path.name} from the hub")
-        labels.append(label)
+        labels += of_file
+        rows.append(len(of_file))
         names += [name or f"{path.stem}/{row}" for row, name in enumerate(found)]
-    rows = tuple(len(of_file) for of_file in labels)
-    images = ParquetRows(tuple(map(str, files)), rows, 0, sum(rows))
-    return HubSplit(np.concatenate(labels), names, images, class_names)
+    images = ParquetRows(tuple(map(str, files)), tuple(rows), 0, sum(rows))
+    return HubSplit(labels, names, images, class_names)
 
 
-def class_of_labels(splits: Sequence[HubSplit]) -> dict[int, str]:
-    """Returns the class name of each label: its synset, if the file names have it.
+def _has_no_bytes(metadata: Any) -> bool:
+    """Whether image.bytes is null in all rows, as far as the file's statistics say."""
+    nulls = 0
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        for column in map(group.column, range(group.num_columns)):
+            if column.path_in_schema == "image.bytes" and column.statistics is not None:
+                nulls += column.statistics.null_count or 0
+    return 0 < metadata.num_rows == nulls
+
+
+def _labels(column: pa.Array, path: Path) -> list[int | str]:
+    """Returns labels of any type of integer or string.
+
+    Raises:
+        UserError: a row has no label, or the labels are of another type.
+    """
+    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    if not (is_text or pa.types.is_integer(kind) or pa.types.is_boolean(kind)):
+        raise UserError(f"{path}: labels are of type {kind}; expected integers or strings")
+    labels: list[Any] = column.to_pylist()
+    for row, label in enumerate(labels):
+        if label is None or (not is_text and label < 0):
+            what = "no label" if label is None else f"label {label}"
+            raise UserError(f"{path}: row {row} has {what}; expected {path.name} from the hub")
+    return labels if is_text else [int(label) for label in labels]
+
+
+def class_of_labels(splits: Sequence[HubSplit]) -> dict[int | str, str]:
+    """Returns the class name of each label: its synset, if the file names have it, or itself.
 
     Raises:
         UserError: there are no class names, or contradictory ones.
     """
-    synset_of: dict[int, str] = {}
+    synset_of: dict[int | str, str] = {}
+    if any(isinstance(label, str) for split in splits for label in split.labels):
+        return {label: str(label) for split in splits for label in split.labels}
     for split in splits:
-        for label, name in zip(split.labels.tolist(), split.names, strict=True):
+        for label, name in zip(split.labels, split.names, strict=True):
             found = SYNSET.search(name)
             if found is None:
                 return _named(splits)
             if synset_of.setdefault(label, found[1]) != found[1]:
                 raise UserError(
-                    f"{name}: label {label} is {synset_of[label]} in other files; copy them again"
+                    f"{name}: label {label} is {synset_of[label]} elsewhere; copy the files again"
                 )
     if len(set(synset_of.values())) < len(synset_of):
         raise UserError(f"{name}: two labels for one synset; copy the files again")
     return synset_of
 
 
-def _named(splits: Sequence[HubSplit]) -> dict[int, str]:
+def _named(splits: Sequence[HubSplit]) -> dict[int | str, str]:
     names = splits[0].class_names
-    highest = max(int(split.labels.max()) for split in splits)
+    highest = max(int(label) for split in splits for label in split.labels)
     if highest >= len(names) or any(split.class_names != names for split in splits):
         raise UserError(
             f"{splits[0].images.files[0]}: label {highest}, but {len(names)} class names in the "
@@ -110,7 +140,7 @@ def _named(splits: Sequence[HubSplit]) -> dict[int, str]:
 def _files(folder: Path, hub_split: str) -> list[Path]:
     found = {}
     for path in folder.glob("*.parquet"):
-        match = FILE.fullmatch(path.name)
+        match = HUB_FILE.fullmatch(path.name)
         if match and match["split"] == hub_split:
             found[int(match["number"])] = (path, int(match["count"]))
     counts = {count for _, count in found.values()}

@@ -14,6 +14,8 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
+from resnet_dist.data.index.image_file import GONE, read_image_file
+from resnet_dist.data.index.pillow import UnreadableImage
 from resnet_dist.errors import UserError
 
 PARQUET_BATCH_ROWS = 16
@@ -29,8 +31,11 @@ class Images(Protocol):
     def identity(self) -> bytes:
         """Returns what identifies the images, as far as is known without reading them."""
 
-    def __iter__(self) -> Iterator[bytes]:
-        """Yields each image. Raises UserError if a file cannot be read or has become shorter."""
+    def __iter__(self) -> Iterator[bytes | UnreadableImage]:
+        """Yields each image, or why it is not there.
+
+        Raises UserError if a file cannot be read now, or has become shorter.
+        """
 
 
 @dataclass(frozen=True)
@@ -46,13 +51,17 @@ class Files:
     def identity(self) -> bytes:
         return self.nbytes.astype(np.int64).tobytes()
 
-    def __iter__(self) -> Iterator[bytes]:
+    def __iter__(self) -> Iterator[bytes | UnreadableImage]:
         for path in self.paths:
             try:
-                with open(path, "rb") as file:
-                    yield file.read()
+                yield read_image_file(path)
+            except UnreadableImage as why:
+                yield why
             except OSError as error:
-                raise unreadable(path, error) from None
+                if error.errno in GONE:
+                    yield UnreadableImage(error.strerror)
+                else:
+                    raise unreadable(path, error) from None
 
 
 @dataclass(frozen=True)

@@ -14,22 +14,12 @@ from typing import IO
 
 import numpy as np
 
+from resnet_dist.data.index.listing import SIGNATURE_BYTES, image_suffix
 from resnet_dist.data.index.pillow import UnreadableImage, displayed_size
 from resnet_dist.data.prepare.images import Images
 from resnet_dist.data.prepare.reencode import Limit, reencode
 from resnet_dist.errors import UserError
 from resnet_dist.files import replacing
-
-SIGNATURES = {
-    b"\xff\xd8\xff": ".jpg",
-    b"\x89PNG\r\n\x1a\n": ".png",
-    b"BM": ".bmp",
-    b"II*\0": ".tif",
-    b"MM\0*": ".tif",
-    b"RIFF": ".webp",
-    b"P6": ".ppm",
-    b"P5": ".pgm",
-}
 
 
 @dataclass(frozen=True)
@@ -105,9 +95,11 @@ def _write(task: ShardTask, file: IO[bytes]) -> None:
 
 
 def _checked(
-    data: bytes, limit: Limit | None, known: str | None
+    data: bytes | UnreadableImage, limit: Limit | None, known: str | None
 ) -> tuple[bytes, tuple[int, int], str | None]:
     """Returns the bytes to write, the size (0, 0 if bad), and why the image is bad or None."""
+    if isinstance(data, UnreadableImage):
+        return b"", (0, 0), str(data)
     try:
         if known or not data:
             raise UnreadableImage(known or "an empty file")
@@ -120,7 +112,7 @@ def _checked(
 
 def _suffix(data: bytes) -> str:
     """Returns the suffix for the actual format, whatever the file was called; .jpg if unknown."""
-    return next((suffix for start, suffix in SIGNATURES.items() if data.startswith(start)), ".jpg")
+    return image_suffix(data[:SIGNATURE_BYTES]) or ".jpg"
 
 
 def _read_facts(path: Path, samples: int) -> ShardFacts:

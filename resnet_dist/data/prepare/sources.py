@@ -3,10 +3,10 @@
 Which one a folder is, is recognized by its files.
 """
 
+import csv
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,28 @@ from typing import Any
 import numpy as np
 
 from resnet_dist.data.formats import FORMATS, build_index, recognized
+from resnet_dist.data.index import raw_source
+from resnet_dist.data.index.files import facts_of
 from resnet_dist.data.index.format import Format, ImageFiles
 from resnet_dist.data.index.index import Index, name_of, set_aside
+from resnet_dist.data.index.listing import Listing
 from resnet_dist.data.index.quarantine import read_quarantine
 from resnet_dist.data.prepare import hub_parquet, ilsvrc
-from resnet_dist.data.prepare.images import Files, Images, Pixels, TarMembers, unreadable
+from resnet_dist.data.prepare.images import Files, Images, Pixels, TarMembers
 from resnet_dist.errors import UserError
 
 SPLITS = ("train", "val")
-STAT_THREADS = 16
+# Kinds of sources -> what they are called. Most can also be trained on as they are.
+KINDS = {
+    "folder": "an image folder",
+    "list": "a list of images",
+    "shards": "shards",
+    "cifar10": "CIFAR-10",
+    "cifar100": "CIFAR-100",
+    "ilsvrc": "ILSVRC2012's tars",
+    "parquet": "parquet files from the hub",
+    "kaggle": "ImageNet as on Kaggle",
+}
 MAX_IMAGE_BYTES = 1 << 30  # ImageNet's largest file has 15 MB
 
 
@@ -54,36 +67,64 @@ class Source:
         return digest.hexdigest()
 
 
-def open_source(root: Path, map_: Callable[..., Iterable[Any]]) -> Source:
-    """Opens the source in `root`. map_: like the built-in `map`; may run in processes.
+def open_source(
+    root: Path, map_: Callable[..., Iterable[Any]], kind: str | None = None
+) -> tuple[str, Source]:
+    """Opens the source in `root`. Returns what kind it is, and the source.
+
+    map_: like the built-in `map`; may run in processes. kind: one of KINDS; None: recognized by the
+    files in `root`.
 
     Raises:
         UserError: there is no known source, or it is incomplete or damaged.
     """
-    parquet = hub_parquet.parquet_folder(root)
     if not root.is_dir():
         raise UserError(f"{root}: no such folder")
-    known = FORMATS[recognized(root)]
-    if (root / ilsvrc.TRAIN_TAR).exists():
+    kind = kind or _recognized(root)
+    if kind == "ilsvrc":
         source = _ilsvrc(root, map_)
-    elif parquet is not None:
-        source = _parquet(parquet)
-    elif not isinstance(known, ImageFiles):
-        source = _indexed(known, root)
-    elif known.has_split(root, "train"):
-        source = _listed(known, root)
+    elif kind == "parquet":
+        source = _parquet(raw_source.hub_folder(root) or root)
+    elif kind == "kaggle":
+        source = _kaggle(root)
+    elif isinstance(known := FORMATS[kind], ImageFiles):
+        listings = {split: known.listing(root, split) for split in _splits(known, root)}
+        source = _listed(root, listings, {name: known.top(root, name) for name in listings})
     else:
-        raise UserError(
-            f"{root}: nothing to prepare; expected train/CLASS/IMAGES and val/, train.csv "
-            f"and val.csv, shards, {ilsvrc.TRAIN_TAR}, train-00000-of-NNNNN.parquet, or CIFAR's "
-            "batches"
-        )
+        source = _indexed(known, root)
     odd = [name for name in source.classes if "\n" in name or "\r" in name]
     if odd:
         raise UserError(f"{root}: class {odd[0]!r}: has a line end in its name; rename it")
     for split in source.splits.values():
         _check_sizes(root, split)
-    return source
+    return KINDS[kind], source
+
+
+def _recognized(root: Path) -> str:
+    """Returns the kind of the source in `root`.
+
+    Raises:
+        UserError: it is of no known kind.
+    """
+    if (root / ilsvrc.TRAIN_TAR).exists():
+        return "ilsvrc"
+    if raw_source.hub_folder(root) is not None:
+        return "parquet"
+    if raw_source.kaggle_folder(root) is not None:
+        return "kaggle"
+    kind = recognized(root)
+    if FORMATS[kind].has_split(root, "train"):
+        return kind
+    raise UserError(
+        raw_source.why_raw(root)
+        or f"{root}: nothing to prepare; expected train/CLASS/IMAGES and val/, train.csv and "
+        f"val.csv, shards, {ilsvrc.TRAIN_TAR}, train-00000-of-NNNNN.parquet, or CIFAR's batches"
+    )
+
+
+def _splits(known: Format, root: Path) -> list[str]:
+    """Returns the splits that exist. Without val/, training needs data.holdout_images."""
+    return [split for split in SPLITS if split == "train" or known.has_split(root, split)]
 
 
 def _check_sizes(root: Path, split: Split) -> None:
@@ -97,17 +138,18 @@ def _check_sizes(root: Path, split: Split) -> None:
         )
 
 
-def _listed(known: ImageFiles, root: Path) -> Source:
-    """Returns a source of image files; their headers are read later, when shards are written."""
-    listings = {split: known.listing(root, split) for split in SPLITS}
+def _listed(root: Path, listings: Mapping[str, Listing], tops: Mapping[str, Path]) -> Source:
+    """Returns a source of image files; their headers are read later, when shards are written.
+
+    tops: of each split, the folder to which paths in its listing are relative.
+    """
     classes = _same_classes(root, {name: one.classes for name, one in listings.items()})
     quarantined = read_quarantine(root)
     splits = {}
     for name, listing in listings.items():
-        top = known.top(root, name).absolute()
+        top = tops[name].absolute()
         paths = [os.path.join(top, path) for path in listing.paths]
-        with ThreadPoolExecutor(STAT_THREADS) as pool:
-            nbytes = np.fromiter(pool.map(_file_bytes, paths), np.int64, len(paths))
+        nbytes = np.array([facts[0] if facts else 0 for facts in facts_of(paths)], np.int64)
         labels = np.array(listing.labels, np.int64)
         bad = _known_bad(quarantined, (name_of(path, root) for path in paths))
         names = [
@@ -118,15 +160,40 @@ def _listed(known: ImageFiles, root: Path) -> Source:
     return _in_sorted_classes(classes, splits)
 
 
+def _kaggle(root: Path) -> Source:
+    """Returns ImageNet as on Kaggle: train/CLASS/ and a flat val/, whose labels are in a CSV file.
+
+    https://www.kaggle.com/c/imagenet-object-localization-challenge/data
+    """
+    folder = raw_source.kaggle_folder(root)
+    if folder is None:
+        raise UserError(f"{root}: expected train/CLASS/IMAGES and val/IMAGES")
+    places = (folder, *list(folder.absolute().parents)[:3])
+    file = next((f for up in places if (f := up / raw_source.KAGGLE_LABELS).is_file()), None)
+    if file is None:
+        raise UserError(
+            f"{folder / 'val'}: no labels; put Kaggle's {raw_source.KAGGLE_LABELS} into {folder}"
+        )
+    train = FORMATS["folder"].listing(folder, "train")  # type: ignore[attr-defined]
+    number = {name: label for label, name in enumerate(train.classes)}
+    found: list[tuple[int, str]] = []
+    with file.open(newline="") as text:
+        for line, cells in enumerate(csv.reader(text), start=1):
+            synset = cells[1].split()[:1] if len(cells) > 1 else []
+            if line == 1:
+                continue
+            if not synset or synset[0] not in number:
+                raise UserError(f"{file}:{line}: no class of train/; copy it again")
+            found.append((number[synset[0]], f"{cells[0]}.JPEG"))
+    found.sort()
+    labels, paths = zip(*found, strict=True) if found else ((), ())
+    val = Listing(train.classes, paths, labels, {})
+    tops = {name: folder / name for name in SPLITS}
+    return _listed(root, {"train": train, "val": val}, tops)
+
+
 def _in_class(path: str, name: str) -> str:
     return path if path.startswith(f"{name}/") else f"{name}/{os.path.basename(path)}"
-
-
-def _file_bytes(path: str) -> int:
-    try:
-        return os.stat(path).st_size
-    except OSError as error:
-        raise unreadable(path, error) from None
 
 
 def _ilsvrc(root: Path, map_: Callable[..., Iterable[Any]]) -> Source:
@@ -155,23 +222,23 @@ def _ilsvrc(root: Path, map_: Callable[..., Iterable[Any]]) -> Source:
 
 
 def _parquet(folder: Path) -> Source:
-    hub = {name: hub_parquet.list_parquet(folder, name) for name in SPLITS}
+    found = hub_parquet.splits_in(folder)
+    hub = {name: hub_parquet.list_parquet(folder, name) for name in SPLITS if name in found}
     class_of = hub_parquet.class_of_labels(list(hub.values()))
     hub_labels = sorted(class_of, key=lambda label: (class_of[label], label))
-    number = np.full(max(hub_labels) + 1, -1, np.int64)
-    number[hub_labels] = np.arange(len(hub_labels))
+    number = {label: new for new, label in enumerate(hub_labels)}
     splits = {}
     for name, one in hub.items():
         names = [
-            f"{class_of[label]}/{file}"
-            for label, file in zip(one.labels.tolist(), one.names, strict=True)
+            f"{class_of[label]}/{file}" for label, file in zip(one.labels, one.names, strict=True)
         ]
-        splits[name] = Split(number[one.labels], names, one.images)
+        labels = np.array([number[label] for label in one.labels], np.int64)
+        splits[name] = Split(labels, names, one.images)
     return Source(tuple(class_of[label] for label in hub_labels), splits)
 
 
 def _indexed(known: Format, root: Path) -> Source:
-    indexes = {name: build_index(known.name, root, name, None) for name in SPLITS}
+    indexes = {name: build_index(known.name, root, name, None) for name in _splits(known, root)}
     given = _same_classes(root, {name: index.classes for name, index in indexes.items()})
     quarantined = read_quarantine(root)
     splits = {}
@@ -210,7 +277,8 @@ def _known_bad(known: Mapping[str, str], names: Iterable[str]) -> dict[int, str]
 
 
 def _same_classes(root: Path, found: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
-    train, val = (set(found[split]) for split in SPLITS)
+    train = set(found["train"])
+    val = set(found.get("val", train))
     if train != val or len(found["train"]) != len(train):
         odd = sorted(train ^ val) or sorted(found["train"])
         where = "train" if odd[0] in train else "val"

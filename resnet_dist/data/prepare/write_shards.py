@@ -13,7 +13,7 @@ The bytes are the same for any number of workers, and after any number of kills.
 import fcntl
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
@@ -52,8 +52,17 @@ class Settings:
     limit: Limit | None  # None: images are not re-encoded
 
 
-def prepare_shards(source_root: Path, dest: Path, settings: Settings, workers: int) -> str:
+def prepare_shards(
+    source_root: Path,
+    dest: Path,
+    settings: Settings,
+    workers: int,
+    kind: str | None = None,
+    say: Callable[[str], None] = print,
+) -> str:
     """Writes what is missing in `dest`. Returns a summary in words.
+
+    kind: of the source, see sources.py; None: recognized by its files. say: prints a line.
 
     Raises:
         UserError: the source cannot be used, `dest` cannot be written or contains other data, or
@@ -63,7 +72,8 @@ def prepare_shards(source_root: Path, dest: Path, settings: Settings, workers: i
         raise UserError(f"{dest}: is inside the source; give a folder outside")
     try:
         with worker_pool(workers) as pool:
-            source = open_source(source_root, pool.map)
+            name, source = open_source(source_root, pool.map, kind)
+        say(f"{source_root}: {name}")
         with _writing(dest), worker_pool(workers) as pool:  # locked until the last worker is done
             _claim(dest, source, settings)
             progress = ShardProgress(sum(len(s.labels) for s in source.splits.values()))
@@ -182,6 +192,9 @@ def _finish(dest: Path, source: Source, facts: Mapping[Path, ShardFacts]) -> str
         for index in indexes.values()
         for sample, why in index.bad.items()
     }
+    if len(bad) == sum(map(len, indexes.values())):
+        name, why = next(iter(bad.items()))
+        raise UserError(f"{dest}: none of {len(bad):,} images can be read, such as {name} ({why})")
     # `verify` may have added images in the meantime.
     write_quarantine(dest, {**read_quarantine(dest), **bad})
     for name, index in indexes.items():
@@ -192,6 +205,8 @@ def _finish(dest: Path, source: Source, facts: Mapping[Path, ShardFacts]) -> str
         f"{dest}: {counts} images of {len(source.classes):,} classes in {len(facts):,} shards, "
         f"{nbytes / 1e9:.2f} GB"
     )
+    if "val" not in indexes:
+        text += "; without val images: train with data.holdout_images"
     return text + (f"; {len(bad):,} cannot be read: {dest / QUARANTINE}" if bad else "")
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from resnet_dist.data.formats import build_index, count_images
+from resnet_dist.data.formats import build_index, survey
 from resnet_dist.data.index.cifar import CLASSES
 from resnet_dist.errors import UserError
 from tests.support.cifar import TRAIN_IMAGES, VAL_IMAGES, some_pixels, write_binary, write_python
@@ -43,9 +43,9 @@ def test_every_form_holds_the_same(
         records = b"".join(bytes([*first, label]) + row.tobytes() for first, label, row in rows)
         assert index.fingerprint == hashlib.sha256(records).hexdigest()
         assert index.classes == tuple(CLASSES[data_format].split())
-        assert count_images(data_format, root, "train") == len(index) == TRAIN_IMAGES
+        assert survey(data_format, root, "train").images == len(index) == TRAIN_IMAGES
         val = build_index(data_format, root, "val", None)
-        assert count_images(data_format, root, "val") == len(val) == VAL_IMAGES
+        assert survey(data_format, root, "val").images == len(val) == VAL_IMAGES
 
 
 def test_class_names_are_those_that_come_with_the_data(tmp_path: Path) -> None:
@@ -84,7 +84,7 @@ def test_a_pickle_runs_nothing(tmp_path: Path) -> None:
     canary = tmp_path / "canary"
     (tmp_path / "cifar-100-python" / "train").write_bytes(pickle.dumps({"data": Canary(canary)}))
     for read in (lambda: build_index("cifar100", tmp_path, "train", None),
-                 lambda: count_images("cifar100", tmp_path, "train")):  # fmt: skip
+                 lambda: survey("cifar100", tmp_path, "train")):  # fmt: skip
         with pytest.raises(UserError, match=r"train: not a CIFAR batch \(it refers to posix\.mk"):
             read()
     assert not canary.exists()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from resnet_dist.data.formats import build_index, count_images
+from resnet_dist.data.formats import build_index, survey
 from resnet_dist.data.index import files
 from resnet_dist.data.index.index import Index, set_aside, without
 from resnet_dist.data.index.index_file import load_index_file, read_extra, save_index
@@ -47,7 +47,7 @@ def test_a_folder_in_canonical_order(tmp_path: Path) -> None:
     assert index.labels.tolist() == [0, 1, 1]
     assert index.sizes.tolist() == [[64, 48], [40, 30], [10, 20]]  # 3.jpg is turned by EXIF
     assert all(os.path.isabs(path) for path in index.paths)
-    assert count_images("folder", tmp_path, "train") == len(index) == 3
+    assert survey("folder", tmp_path, "train").images == len(index) == 3
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

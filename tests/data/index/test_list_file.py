@@ -13,7 +13,7 @@ import torch
 from resnet_dist import cli
 from resnet_dist.checkpoints.content import Checkpoint
 from resnet_dist.config import Config
-from resnet_dist.data.formats import build_index, count_images, recognized
+from resnet_dist.data.formats import build_index, recognized, survey
 from resnet_dist.data.index.index_file import load_index_file, save_index
 from resnet_dist.data.index.quarantine import read_quarantine
 from resnet_dist.errors import UserError
@@ -63,7 +63,7 @@ def test_rows_in_their_order(root: Path) -> None:
     train = build_index("list", root, "train", None)
     assert train.classes == build_index("list", root, "val", None).classes == ("cat", "dog")
     assert train.sizes.tolist() == [[20, 10], [20, 11], [20, 9]]
-    assert count_images("list", root, "train") == 3
+    assert survey("list", root, "train").images == 3
     assert recognized(root) == "list"
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from resnet_dist.data.formats import build_index, count_images
+from resnet_dist.data.formats import build_index, survey
 from resnet_dist.data.index import shard_files, shards
 from resnet_dist.data.index.index import Index
 from resnet_dist.data.index.index_file import load_index_file, save_index
@@ -58,7 +58,7 @@ def test_the_hubs_shards_are_read_in_place(tmp_path: Path) -> None:
         assert (val.classes, len(val)) == (index.classes, 2)
     assert sorted(root.iterdir()) == before
     with pytest.raises(UserError, match=r"train/index\.json: no such file"):
-        count_images("shards", root, "train")
+        survey("shards", root, "train")
 
 
 def blank(shard: Path) -> None:
@@ -97,7 +97,7 @@ def test_our_shards_have_their_index_beside_them(tmp_path: Path) -> None:
         "train/000001.tar/n02_7.jpg",
     ]
     assert encoded(index, 1) == jpeg(20, 10)
-    assert count_images("shards", root, "val") == len(index) == 2
+    assert survey("shards", root, "val").images == len(index) == 2
     shard = root / "train" / "000001.tar"
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-1])

@@ -543,7 +543,7 @@ def test_hub_files_without_synsets_are_sorted_by_class_name(photos: Photos, tmp_
         pq.write_table(table, tmp_path / f"{hub}-00000-of-00001.parquet")
     from resnet_dist.data.prepare.sources import open_source
 
-    source = open_source(tmp_path, map)
+    _, source = open_source(tmp_path, map)
     assert source.classes == ("ant", "moth", "zebra")
     assert source.splits["train"].labels.tolist() == [2, 0, 1, 2]
     # Parts that end inside a group of rows.

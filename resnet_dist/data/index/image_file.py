@@ -1,0 +1,26 @@
+"""Reads the file of an image, which may turn out to be a pipe, a device, or a link to nowhere."""
+
+import errno
+import os
+import stat
+
+from resnet_dist.data.index.pillow import UnreadableImage
+
+# Errors that no retry can cure.
+GONE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP,
+        errno.ENXIO)  # fmt: skip
+
+
+def read_image_file(path: str) -> bytes:
+    """Returns the content of a regular file.
+
+    Raises:
+        UnreadableImage: it is no regular file.
+        OSError: it cannot be read.
+    """
+    # Without O_NONBLOCK, opening a pipe would wait for a writer.
+    opened = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    with open(opened, "rb", buffering=0) as file:
+        if not stat.S_ISREG(os.fstat(opened).st_mode):
+            raise UnreadableImage("not a regular file")
+        return file.read()
