@@ -92,7 +92,8 @@ class _Findings:
         """Prints what has not been printed yet."""
         for (kind, split), count in self.counts.items():
             if kind not in MATTERS:
-                self._say(f"{split}: {count:,} {kind}, such as {self._first[kind, split]}")
+                one = self._first[kind, split]
+                self._say(f"{split}: {count:,} {kind}, such as {escape(one.name)}: {one.what}")
             elif count > NAMED:
                 self._say(f"{split}: {kind}: and {count - NAMED:,} more; --list FILE names them")
 

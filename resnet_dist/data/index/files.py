@@ -19,6 +19,7 @@ from resnet_dist.data.index.pillow import UnreadableImage, displayed_size
 from resnet_dist.errors import UserError
 
 CHECKED_FILES = 10_000
+RULES = 2  # of what is listed, and of how sizes are read; an index made by others is made again
 CHUNK = 256  # files per task of a thread
 # A folder that changed less than this before it was read may have changed again afterwards, within
 # the same tick of the file system's clock, without a new modification time. The coarsest clock in
@@ -77,7 +78,7 @@ def _still_valid(
     kept: Path, list_files: Callable[[], Listing], top: Path, root: Path
 ) -> Index | None:
     extra, started = read_extra(kept), time.time_ns()
-    if extra is None:
+    if extra is None or extra.get("rules") != RULES:
         return None
     read = facts_of([os.path.join(top, name) for name in extra["folders"]])
     if [facts and facts[1] for facts in read] != list(extra["folders"].values()):
@@ -106,7 +107,7 @@ def _extra(listing: Listing, facts: dict[str, Any], started: int) -> dict[str, A
     latest = max((time_ns for time_ns in listing.read.values() if time_ns is not None), default=0)
     # The key "folders" is older than formats with lists; it keeps older index files valid.
     settled = latest < started - CLOCK_TICK_NS
-    return {"folders": listing.read, "files": facts, "settled": settled}
+    return {"rules": RULES, "folders": listing.read, "files": facts, "settled": settled}
 
 
 def _keep(index: Index, kept: Path, root: Path, extra: Any) -> Index:

@@ -24,7 +24,12 @@ from resnet_dist.data.index.class_list import class_list
 from resnet_dist.data.index.index import Index, Shards, fingerprint_of, name_of
 from resnet_dist.data.index.index_file import check_shards, load_index_file, read_extra, save_index
 from resnet_dist.data.index.listing import IMAGE_SUFFIXES
-from resnet_dist.data.index.pillow import UnreadableImage, displayed_size
+from resnet_dist.data.index.pillow import (
+    END_BYTES,
+    PNG_SIGNATURE,
+    UnreadableImage,
+    displayed_size,
+)
 from resnet_dist.data.index.shard_files import own_index_file, shard_files
 from resnet_dist.data.index.tar_members import RefusedTar, TarHeaders, plain_files
 from resnet_dist.data.index.worker_pool import worker_pool
@@ -35,6 +40,7 @@ LABEL_KEYS = ("label", "cls")  # keys of the label in a .json
 MAX_CLASSES = 1_000_000
 MAX_LABEL_BYTES = 1 << 20  # size of a .cls or .json
 PREFIX_BYTES = 1 << 14  # contains the header of nearly every JPEG and PNG
+RULES = 2  # of what is an image, and of how sizes are read; an index made by others is made again
 
 
 @dataclass
@@ -78,7 +84,7 @@ def shard_index(root: Path, split: str, kept: Path | None) -> Index:
         except OSError as error:
             raise UserError(f"{file}: {error.strerror}; copy this shard again") from None
         facts.append([os.path.relpath(file, root), found.st_size, found.st_mtime_ns])
-    extra = {"shards": facts, "classes": names}
+    extra = {"rules": RULES, "shards": facts, "classes": names}
     if kept is not None and read_extra(kept) == extra:
         try:
             return load_index_file(kept, root)
@@ -245,10 +251,11 @@ def _add(scan: _Scan, stream: TarHeaders, key: str, members: dict[str, tarfile.T
 def _size(stream: TarHeaders, image: tarfile.TarInfo) -> tuple[int, int]:
     """Returns height and width, reading no more of the image than necessary."""
     start = os.pread(stream.fileno(), min(image.size, PREFIX_BYTES), image.offset_data)
-    # Other formats may have their EXIF block at the end.
-    if image.size > len(start) and start.startswith((b"\xff\xd8", b"\x89PNG")):
+    # A PNG may have its EXIF block at the end, other formats anywhere.
+    if image.size > PREFIX_BYTES + END_BYTES and start.startswith((b"\xff\xd8", PNG_SIGNATURE)):
+        end = os.pread(stream.fileno(), END_BYTES, image.offset_data + image.size - END_BYTES)
         try:
-            return displayed_size(io.BytesIO(start))
+            return displayed_size(io.BytesIO(start + end))
         except UnreadableImage:
             pass
     whole = os.pread(stream.fileno(), image.size, image.offset_data)
