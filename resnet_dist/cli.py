@@ -17,9 +17,10 @@ from pathlib import Path
 from resnet_dist import __version__
 from resnet_dist.config_file import load_config, recipe_name
 from resnet_dist.data.formats import FORMATS, SOURCES
-from resnet_dist.errors import UserError, not_installed
+from resnet_dist.errors import UserError, not_installed, shortened
 from resnet_dist.process import set_up_process
 from resnet_dist.run.interrupt import Interrupt
+from resnet_dist.run.stderr_filter import filter_stderr
 
 OTHER_RANKS_LINGER_SECONDS = 5.0
 IMAGENET_IMAGES = 1_281_167
@@ -30,6 +31,8 @@ JPEG_QUALITY = 90
 
 def main(argv: list[str] | None = None) -> None:
     set_up_process()
+    if argv is None:
+        filter_stderr()
     parser = _parser()
     # argparse does not recognize overrides after an option (`train x.yaml --dry-run seed=1`).
     arguments, rest = parser.parse_known_args(argv)
@@ -54,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
 def _refuse(error: UserError, speaks: bool) -> None:
     # The other ranks exit later: torchrun kills all ranks when the first one exits.
     if speaks:
-        print(f"resnet-dist: {error}", file=sys.stderr, flush=True)
+        print(shortened(f"resnet-dist: {error}"), file=sys.stderr, flush=True)
     else:
         time.sleep(OTHER_RANKS_LINGER_SECONDS)
     sys.exit(error.exit_code)
@@ -118,7 +121,6 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 def _predict(arguments: argparse.Namespace) -> None:
     from resnet_dist.verbs.predict import predict
 
-    sys.stdout.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]  # any file name
     if not predict(arguments.checkpoint, arguments.paths, arguments.top, arguments.csv):
         sys.exit(1)
 
@@ -126,7 +128,6 @@ def _predict(arguments: argparse.Namespace) -> None:
 def _verify(arguments: argparse.Namespace) -> None:
     from resnet_dist.verbs.verify import verify
 
-    sys.stdout.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]  # any file name
     threads = arguments.threads or len(os.sched_getaffinity(0))
     given = arguments.data, arguments.format, threads, arguments.dry_run
     if not verify(*given, arguments.list):
@@ -294,7 +295,7 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument(
         "overrides", nargs="*", metavar="key.sub=value", help="settings that override CONFIG.yaml"
     )
-    status.add_argument("--run-root", type=Path, default=Path("runs"), metavar="DIR")
+    status.add_argument("--run-root", type=_path, default=Path("runs"), metavar="DIR")
     status.add_argument(
         "--exit-code",
         action="store_true",
@@ -309,7 +310,7 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = verbs.add_parser("evaluate", help="exact acc1, acc5 and loss of a checkpoint")
     evaluate.set_defaults(verb=_evaluate)
-    evaluate.add_argument("checkpoint", type=Path, help="RUN/checkpoints/best, or RUN")
+    evaluate.add_argument("checkpoint", type=_path, help="RUN/checkpoints/best, or RUN")
     evaluate.add_argument("overrides", nargs="*", metavar="key.sub=value")
     evaluate.add_argument(
         "--protocol", choices=("center-crop", "ten-crop", "multi-scale"), default="center-crop"
@@ -324,7 +325,7 @@ def _parser() -> argparse.ArgumentParser:
         help="first recompute the BN statistics over N training images",
     )
     evaluate.add_argument(
-        "--save-to", type=Path, metavar="FOLDER", help="write a checkpoint with these statistics"
+        "--save-to", type=_path, metavar="FOLDER", help="write a checkpoint with these statistics"
     )
 
     predict = verbs.add_parser(
@@ -333,7 +334,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Exit code 1: some images could not be read (one line each on stderr).",
     )
     predict.set_defaults(verb=_predict)
-    predict.add_argument("checkpoint", type=Path, help="RUN/checkpoints/best, or RUN")
+    predict.add_argument("checkpoint", type=_path, help="RUN/checkpoints/best, or RUN")
     predict.add_argument(
         "paths", nargs="+", metavar="PATH", help="image files, or folders to search for images"
     )
@@ -350,7 +351,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     verify.set_defaults(verb=_verify)
     verify.add_argument(
-        "data", type=Path, metavar="DATA", help="the folder that data.root is set to"
+        "data", type=_path, metavar="DATA", help="the folder that data.root is set to"
     )
     verify.add_argument(
         "--format",
@@ -360,7 +361,7 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--threads", type=_positive, metavar="N", help="default: one per core")
     verify.add_argument("--dry-run", action="store_true", help="do not write bad_samples.tsv")
     verify.add_argument(
-        "--list", type=Path, metavar="FILE.tsv", help="write name, kind and reason of each finding"
+        "--list", type=_path, metavar="FILE.tsv", help="write name, kind and reason of each finding"
     )
 
     compare = verbs.add_parser("compare", help="compare runs: differing settings, and scores")
@@ -368,9 +369,9 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument(
         "runs", nargs="+", metavar="RUN", help="a run folder, its name, or an MLflow run id"
     )
-    compare.add_argument("--run-root", type=Path, default=Path("runs"), metavar="DIR")
+    compare.add_argument("--run-root", type=_path, default=Path("runs"), metavar="DIR")
     compare.add_argument(
-        "--plot", type=Path, metavar="FIGURE.png", help="draw the training and validation error"
+        "--plot", type=_path, metavar="FIGURE.png", help="draw the training and validation error"
     )
 
     analyze = verbs.add_parser("analyze", help="analyze trained networks")
@@ -384,19 +385,19 @@ def _parser() -> argparse.ArgumentParser:
         metavar="CHECKPOINT",
         help="checkpoints, and key.sub=value settings for all of them",
     )
-    responses.add_argument("--output", type=Path, metavar="FIGURE.png", help="draw a figure")
+    responses.add_argument("--output", type=_path, metavar="FIGURE.png", help="draw a figure")
     responses.add_argument(
         "--images", type=_positive, metavar="N", help="use N validation images; default: all"
     )
 
     export = verbs.add_parser("export", help="convert a network for other programs")
     export.set_defaults(verb=_export)
-    export.add_argument("checkpoint", type=Path, help="RUN/checkpoints/best, or RUN")
+    export.add_argument("checkpoint", type=_path, help="RUN/checkpoints/best, or RUN")
     export.add_argument(
         "--to", required=True, choices=("torchvision", "safetensors", "onnx", "pt2")
     )
     export.add_argument(
-        "--output", type=Path, metavar="FILE", help="default: RUN/export/MODEL-stepN.EXT"
+        "--output", type=_path, metavar="FILE", help="default: RUN/export/MODEL-stepN.EXT"
     )
 
     _add_bench(verbs.add_parser("bench", help="measure this machine: loading, saving, determinism"))
@@ -408,15 +409,15 @@ def _parser() -> argparse.ArgumentParser:
     data_sets = prepare.add_subparsers(required=True, metavar="DATA_SET")
     digits = data_sets.add_parser("digits", help="scikit-learn's digits as an image folder")
     digits.set_defaults(verb=_prepare_digits)
-    digits.add_argument("root", type=Path)
+    digits.add_argument("root", type=_path)
     shards = data_sets.add_parser(
         "shards",
         help="convert ImageNet's tars or parquet, image folders, lists or other shards to shards",
         epilog="After a kill, the same command resumes and writes the same bytes.",
     )
     shards.set_defaults(verb=_prepare_shards)
-    shards.add_argument("source", type=Path, metavar="SOURCE")
-    shards.add_argument("dest", type=Path, metavar="DEST")
+    shards.add_argument("source", type=_path, metavar="SOURCE")
+    shards.add_argument("dest", type=_path, metavar="DEST")
     shards.add_argument(
         "--format",
         choices=(*FORMATS, *SOURCES),
@@ -447,7 +448,7 @@ def _add_bench(bench: argparse.ArgumentParser) -> None:
     benches = bench.add_subparsers(required=True, metavar="BENCH")
     loader = benches.add_parser("loader", help="compare our loader with torchvision's and DALI's")
     loader.set_defaults(verb=_bench_loader)
-    loader.add_argument("data", type=Path, metavar="DATA", help="a folder of photos, or data.root")
+    loader.add_argument("data", type=_path, metavar="DATA", help="a folder of photos, or data.root")
     loader.add_argument("--batch-size", type=_positive, default=64, metavar="N", help="default: 64")
     loader.add_argument("--threads", type=_positive, metavar="N", help="default: cores per GPU")
     loader.add_argument("--runs", type=_positive, default=7, metavar="N", help="default: 7")
@@ -456,7 +457,7 @@ def _add_bench(bench: argparse.ArgumentParser) -> None:
     )
     loader.add_argument(
         "--shards",
-        type=Path,
+        type=_path,
         metavar="DATA",
         help="the same photos as shards; default: made from DATA",
     )
@@ -465,6 +466,7 @@ def _add_bench(bench: argparse.ArgumentParser) -> None:
     )
     loader.add_argument(
         "--run-root",
+        type=os.path.expanduser,
         metavar="RUNS",
         help="where runs keep the report on this GPU's decoders; default: probe them now",
     )
@@ -507,13 +509,17 @@ def _add_bench(bench: argparse.ArgumentParser) -> None:
     saving = benches.add_parser("checkpoint", help="measure what saving checkpoints costs training")
     saving.set_defaults(verb=_bench_checkpoint)
     saving.add_argument(
-        "folder", type=Path, metavar="FOLDER", help="a folder on the disk for checkpoints"
+        "folder", type=_path, metavar="FOLDER", help="a folder on the disk for checkpoints"
     )
     saving.add_argument("--runs", type=_positive, default=40, metavar="N", help="default: 40")
     for one in (loader, memory, index, order, deterministic, saving):
         one.add_argument(
-            "--output", type=Path, metavar="FILE.json", help="write the figures to a file"
+            "--output", type=_path, metavar="FILE.json", help="write the figures to a file"
         )
+
+
+def _path(text: str) -> Path:
+    return Path(os.path.expanduser(text))  # the shell does not expand --option=~/x
 
 
 def _positive(text: str) -> int:

@@ -6,6 +6,7 @@ the value and the nearest valid one.
 
 import difflib
 import math
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
@@ -17,6 +18,8 @@ import yaml
 
 from resnet_dist.config import UNITS, Config, flat_settings, impossible
 from resnet_dist.errors import UserError, as_yaml, invalid_value
+
+PATHS = ("data.root", "tracking.run_root", "model.init_from")  # `~` in them is expanded
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -173,6 +176,8 @@ def _build(found: dict[str, tuple[Any, str]]) -> Config:
         if key not in _SCHEMA:
             raise _unknown(key, value, origin)
         section, _, name = key.rpartition(".")
+        if key in PATHS and isinstance(value, str):
+            value = os.path.expanduser(value)
         values.setdefault(section, {})[name] = _typed(value, _SCHEMA[key], key, origin)
     sections: dict[str, Any] = {
         name: kind(**values.pop(name, {})) for name, kind in _SECTIONS.items()

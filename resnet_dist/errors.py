@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+MAX_LINE = 300  # characters of a message
 NAMED = 5  # how many of many things a message names
 
 
@@ -68,3 +69,11 @@ def some_of(names: Sequence[str]) -> str:
     """Joins names for a message; of many, the first few and how many more there are."""
     more = f" and {len(names) - NAMED:,} more" if len(names) > NAMED else ""
     return ", ".join(names[:NAMED]) + more
+
+
+def shortened(line: str) -> str:
+    """Returns a line of at most MAX_LINE characters. Of a longer one, the middle is left out."""
+    if len(line) <= MAX_LINE:
+        return line
+    end = MAX_LINE // 3  # where a message says what to do
+    return f"{line[: MAX_LINE - end - 5]} ... {line[-end:]}"

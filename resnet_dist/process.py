@@ -1,10 +1,13 @@
-"""Process-wide settings: memory allocator, open files, warnings.
+"""Process-wide settings: memory allocator, open files, warnings, what the screen cannot show.
 
 A program sets them when it starts. Importing a module or creating an object never does.
 """
 
+import codecs
 import ctypes
+import io
 import resource
+import sys
 import warnings
 
 M_ARENA_MAX = -8  # malloc.h
@@ -19,6 +22,7 @@ def set_up_process() -> None:
     limit_arenas()
     allow_open_files()
     filter_warnings()
+    print_any_name()
 
 
 def limit_arenas() -> None:
@@ -51,6 +55,25 @@ def filter_warnings() -> None:
     )
     # Pillow warns about damaged metadata and large images, without naming the file.
     warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+def print_any_name() -> None:
+    """Lets names of files and classes be printed that the encoding of the screen lacks.
+
+    Names that are not in this encoding are printed as the bytes that they are, and characters that
+    it does not have as escapes.
+    """
+    codecs.register_error("any_name", _print_anyway)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="any_name")
+
+
+def _print_anyway(error: UnicodeError) -> tuple[str | bytes, int]:
+    try:
+        return codecs.lookup_error("surrogateescape")(error)
+    except UnicodeEncodeError:
+        return codecs.lookup_error("backslashreplace")(error)
 
 
 def give_back() -> None:

@@ -65,6 +65,8 @@ def _leading_out(root: Path) -> Iterator[None]:
         yield
     except UserError as error:
         why = why_raw(root)
+        if why is None and not root.is_absolute() and not root.exists():
+            why = f"{error} (looked for in {Path.cwd()}; an absolute path works from anywhere)"
         raise error if why is None else UserError(why) from None
 
 

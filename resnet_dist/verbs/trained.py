@@ -55,7 +55,8 @@ def load_trained(path: Path, overrides: list[str], world: World) -> Trained:
     saved = world.on_all(lambda: Checkpoint.load(path))
     config = config_from_dict(saved.config, str(path), overrides)
     # Filling a cache is not worth it for a few batches.
-    config = replace(config, data=replace(config.data, cache="none"))
+    root = _root_from(path, config)
+    config = replace(config, data=replace(config.data, root=root, cache="none"))
     name = saved.config["model"]["name"]
     if config.model.name != name:
         raise config.invalid("model.name", f"{path} is a {name}", name)
@@ -71,3 +72,18 @@ def load_trained(path: Path, overrides: list[str], world: World) -> Trained:
     network.load_state_dict(saved.weights)
     network.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return Trained(config, network.eval(), saved.classes, mean_image, saved)
+
+
+def _root_from(path: Path, config: Config) -> str:
+    """Returns data.root; if it is relative and not here, relative to where training was started.
+
+    That is the folder below which tracking.run_root is a part of the checkpoint's path.
+    """
+    root, run_root = Path(config.data.root), Path(config.tracking.run_root)
+    if root.is_absolute() or root.exists() or run_root.is_absolute():
+        return config.data.root
+    for folder in path.resolve().parents:
+        if folder.parts[-len(run_root.parts) :] == run_root.parts:
+            there = folder.parents[len(run_root.parts) - 1] / root
+            return str(there) if there.exists() else config.data.root
+    return config.data.root

@@ -1,5 +1,6 @@
 """Reads classes.txt: the names of the classes, one per line, in the order of their labels."""
 
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from pathlib import Path
 
 from resnet_dist.errors import UserError
@@ -13,8 +14,11 @@ def class_list(file: Path) -> list[str] | None:
     """
     if not file.is_file():
         return None
-    names = file.read_text(encoding="utf-8-sig", errors="surrogateescape").split("\n")
-    names = names[:-1] if names[-1] == "" else names
+    content = file.read_bytes()
+    # Windows writes a byte order mark, and ends lines with \r\n.
+    encoding = "utf-16" if content.startswith((BOM_UTF16_LE, BOM_UTF16_BE)) else "utf-8-sig"
+    lines = content.decode(encoding, "surrogateescape").split("\n")
+    names = [line.rstrip() for line in (lines[:-1] if lines[-1] == "" else lines)]
     if len(set(names)) != len(names) or not all(names):
         raise UserError(f"{file}: has an empty line or a duplicate; expected one class per line")
     return names

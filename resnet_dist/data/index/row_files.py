@@ -135,7 +135,7 @@ class RowFiles(ImageFiles):
 
 def _path(row: Row, root: Path) -> str:
     """Returns a normalized path, relative to root if it is below, so that data can be moved."""
-    path = row.path.strip()
+    path = os.path.expanduser(row.path.strip())
     if not path or not row.label.strip():
         raise UserError(f"{row.where}: no {'label' if path else 'path'}; {FIX}")
     try:

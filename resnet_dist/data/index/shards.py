@@ -221,9 +221,14 @@ def _add(scan: _Scan, stream: TarHeaders, key: str, members: dict[str, tarfile.T
     if len(images) > 1:
         raise RefusedTar(f"{key}: two images ({', '.join(images)}) with one key")
     if not images:
-        if any(kind == "cls" or kind.endswith(IMAGE_SUFFIXES) for kind in members):
-            kinds = ", ".join(f".{kind}" for kind in members)
-            raise RefusedTar(f"{key}: {kinds} without an image such as {key}.jpg")
+        dotted = next((kind for kind in members if kind.endswith(IMAGE_SUFFIXES)), None)
+        if dotted is not None:
+            raise RefusedTar(
+                f"{key}.{dotted}: only what comes before the first dot tells samples apart; rename "
+                f"the members, such as {key}-{dotted.replace('.', '-', dotted.count('.') - 1)}"
+            )
+        if "cls" in members:
+            raise RefusedTar(f"{key}.cls: a label without an image such as {key}.jpg")
         return
     image = members[images[0]]
     name = image.name.removeprefix("./")
