@@ -38,7 +38,8 @@ def filter_stderr() -> None:
     os.dup2(passing_on.stdin.fileno(), 2)
     passing_on.stdin.close()
     passing_on.returncode = 0  # it ends by itself; nobody waits for it
-    sys.stderr = open(screen, "w", buffering=1, encoding=sys.stderr.encoding, errors="any_name")
+    encoding = sys.stderr.encoding
+    sys.stderr = open(screen, "w", 1, encoding, "any_name")  # noqa: SIM115 (until the end)
 
 
 def main() -> None:

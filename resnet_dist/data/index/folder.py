@@ -8,7 +8,9 @@ from resnet_dist.data.index.listing import (
     IMAGE_SUFFIXES,
     LeftOut,
     Listing,
+    entries_of,
     images_below,
+    is_dir,
     is_ignored,
 )
 from resnet_dist.errors import UserError, some_of
@@ -50,7 +52,7 @@ def list_folder(root: Path, split: str) -> Listing:
     try:
         folders: dict[str, int | None] = {"": os.stat(top).st_mtime_ns}
         classes = class_folders(top)
-        lost = [e.name for e in os.scandir(top) if e.is_symlink() and not os.path.exists(e.path)]
+        lost = [e.name for e in entries_of(top) if e.is_symlink() and not os.path.exists(e.path)]
     except OSError as error:
         raise UserError(f"{top}: {error.strerror}; make the folder readable") from None
     if not classes:
@@ -80,16 +82,16 @@ def list_folder(root: Path, split: str) -> Listing:
 
 def class_folders(top: Path) -> tuple[str, ...]:
     """Returns the names of the class folders in `top`, sorted."""
-    return tuple(sorted(e.name for e in os.scandir(top) if e.is_dir() and not is_ignored(e.name)))
+    return tuple(sorted(entry.name for entry in entries_of(top) if is_dir(entry)))
 
 
 def has_class_images(top: Path) -> bool:
     """Whether `top` has a folder with an image file directly in it. False if it does not exist."""
     try:
         return any(
-            entry.name.lower().endswith(IMAGE_SUFFIXES) and not is_ignored(entry.name)
-            for name in class_folders(top)
-            for entry in os.scandir(top / name)
+            name.lower().endswith(IMAGE_SUFFIXES) and not is_ignored(name)
+            for folder in class_folders(top)
+            for name in os.listdir(top / folder)
         )
     except OSError:
         return False

@@ -75,6 +75,20 @@ def is_ignored(name: str) -> bool:
     return name[0] == "." or name.lower() in TOOL_FILES
 
 
+def entries_of(folder: str | Path) -> list[os.DirEntry[str]]:
+    """Returns what is in a folder, except what is ignored. Raises OSError if it cannot be read."""
+    with os.scandir(folder) as entries:
+        return [entry for entry in entries if not is_ignored(entry.name)]
+
+
+def is_dir(entry: os.DirEntry[str]) -> bool:
+    """Whether it is a folder or a link to one; False for a link that leads nowhere or to itself."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
 def image_suffix(start: bytes) -> str | None:
     """Returns the usual suffix of an image file that begins with these bytes; None if it is none.
 
@@ -123,10 +137,8 @@ def images_below(
             if folders is not None:
                 folders[prefix] = facts.st_mtime_ns
             below = []
-            for entry in os.scandir(os.path.join(folder, inner)):
-                if is_ignored(entry.name):
-                    continue
-                if entry.is_dir():
+            for entry in entries_of(os.path.join(folder, inner)):
+                if is_dir(entry):
                     below.append(os.path.join(inner, entry.name))
                 elif entry.name.lower().endswith(IMAGE_SUFFIXES) or (
                     "." not in entry.name and is_image(entry.path)

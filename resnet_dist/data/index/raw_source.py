@@ -58,8 +58,10 @@ def why_raw(root: Path) -> str | None:
         return f"{root}: these are parquet files from the hub: {PREPARE.format(root)}"
     if kaggle_folder(root) is not None:
         return f"{root}: this is ImageNet as on Kaggle, with a flat val/: {PREPARE.format(root)}"
+    has_other = (root / "train").is_dir() or any(root.glob("*.tar"))
     for path in _files(root):
-        if path.name.lower().endswith(ARCHIVES) or _start(path) in (GZIP, ZIP):
+        is_archive = path.name.lower().endswith(ARCHIVES) and not has_other
+        if is_archive or _start(path) in (GZIP, ZIP):
             return f"{path}: is compressed; unpack it, and give the folder"
         if re.fullmatch(r"n\d{8}\.tar", path.name):
             return f"{path}: is the tar of a class; unpack each of these to a folder of its name"

@@ -13,6 +13,9 @@ import numpy as np
 from resnet_dist.config import DataConfig
 from resnet_dist.draws import uniforms
 
+# Longer side to shorter side of a whole image. A strip of 1 x 60,000 pixels, whose shorter side is
+# resized to 640 as in multi-scale evaluation, would take more memory than there is.
+MAX_ASPECT = 16
 RANDOM_RESIZED_ATTEMPTS = 10  # Szegedy et al. 2015; ten, as in torchvision's RandomResizedCrop
 
 # Principal components of ImageNet's RGB values on the 0..1 scale, one per column, and the spread
@@ -122,14 +125,24 @@ def crop_windows(
 def whole_windows(sizes: np.ndarray, shorter_px: int) -> Windows:
     """Shows each whole image, with its shorter side resized to shorter_px. sizes: [B, 2].
 
+    Of an image that is longer than MAX_ASPECT, the central part is shown.
+
     Raises:
         ValueError: the resized images differ in size.
     """
-    resized = resized_sizes(sizes, np.full(len(sizes), shorter_px))
+    shown = whole_sizes(sizes)
+    resized = resized_sizes(shown, np.full(len(sizes), shorter_px))
     if (resized != resized[0]).any():
         raise ValueError(f"images of different shapes cannot form a batch: {sizes.tolist()}")
     height, width = resized[0].tolist()
-    return unchanged(np.hstack([np.zeros_like(sizes), sizes]).astype(float), (height, width))
+    corner = (np.maximum(sizes, 1) - shown) // 2
+    return unchanged(np.hstack([corner, corner + shown]).astype(float), (height, width))
+
+
+def whole_sizes(sizes: np.ndarray) -> np.ndarray:
+    """Returns the height and width that are shown of whole images: int64 [B, 2]. sizes: [B, 2]."""
+    sizes = np.maximum(sizes, 1).astype(np.int64)  # unreadable images have size 0
+    return np.minimum(sizes, MAX_ASPECT * sizes.min(axis=1, keepdims=True))
 
 
 def whole_images(sizes: np.ndarray) -> Windows:

@@ -12,7 +12,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from resnet_dist.config import Config, DataConfig
-from resnet_dist.data.view.augment import Windows, crop_windows, resized_sizes, whole_windows
+from resnet_dist.data.view.augment import (
+    Windows,
+    crop_windows,
+    resized_sizes,
+    whole_sizes,
+    whole_windows,
+)
 from resnet_dist.errors import UserError
 
 
@@ -47,7 +53,8 @@ class Protocol:
         most = config.train.max_local_batch_size
         if not self.scales_px:
             return _cut(np.arange(len(sizes)), most)
-        scales = [resized_sizes(sizes, np.full(len(sizes), px)) for px in self.scales_px]
+        shown = whole_sizes(sizes)
+        scales = [resized_sizes(shown, np.full(len(sizes), px)) for px in self.scales_px]
         # A row of `shapes`: height and width at each scale.
         shapes, shape_of = np.unique(np.hstack(scales), axis=0, return_inverse=True)
         batches = []

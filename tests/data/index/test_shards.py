@@ -253,8 +253,13 @@ HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
     "member twice": (of(("1.jpg", IMAGE), ("1.jpg", IMAGE)), "1.jpg: is there twice"),
     "two images": (of(("1.jpg", IMAGE), ("1.png", IMAGE)), r"1: two images \(jpg, png\)"),
     "no label": (of(("1.jpg", IMAGE), ("1.txt", b"0")), "1.jpg: an image without a label"),
-    "no image": (of(("1.cls", b"0")), "1: .cls without an image such as 1.jpg"),
-    "two dots": (of(("1.2.jpg", IMAGE), ("1.2.cls", b"0")), "1: .2.jpg, .2.cls without an image"),
+    "no image": (of(("1.cls", b"0")), "1.cls: a label without an image such as 1.jpg"),
+    "dots": (
+        of(("2023.01.7-a.jpg", jpeg(9, 9)), ("2023.01.7-a.cls", b"0")),
+        "2023.01.7-a.jpg: only what comes before the first dot tells samples apart; rename the "
+        "members, such as 2023-01-7-a.jpg",
+    ),
+    "two dots": (of(("1.2.jpg", IMAGE), ("1.2.cls", b"0")), "1.2.jpg: only what comes before"),
     "word as label": (of(("1.jpg", IMAGE), ("1.cls", b"cat")), "1.cls: 'cat' is not a label"),
     "negative label": (of(("1.jpg", IMAGE), ("1.cls", b"-1")), "1.cls: '-1' is not a label"),
     "huge label": (of(("1.jpg", IMAGE), ("1.cls", b"9" * 7)), "1.cls: '9999999' is not a label"),

@@ -5,7 +5,9 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
@@ -19,12 +21,15 @@ import pytest
 from PIL import Image
 
 from resnet_dist.cli import main
-from resnet_dist.data.formats import build_index
+from resnet_dist.data.formats import build_index, recognized
 from resnet_dist.data.index.pillow import UnreadableImage
 from resnet_dist.data.index.quarantine import read_quarantine, write_quarantine
 from resnet_dist.data.prepare.reencode import Limit, reencode
+from resnet_dist.data.prepare.sources import KINDS
 from resnet_dist.data.prepare.write_shards import Settings, prepare_shards
 from resnet_dist.errors import UserError
+from tests.support.cifar import write_binary
+from tests.support.images import all_kinds
 
 SYNSETS = ("n01440764", "n01443537", "n02123045")
 IDS = {1: "n02123045", 2: "n01440764", 3: "n01443537"}  # ILSVRC2012_ID: not in synset order
@@ -142,8 +147,21 @@ def make_hub_shards(root: Path, photos: Photos) -> None:
         (root / f"imagenet1k-{word}-0000.tar").write_bytes(make_tar(members))
 
 
+def make_kaggle(root: Path, photos: Photos) -> None:
+    """As Kaggle's archive unpacks: the labels of a flat val/ are three folders up."""
+    images = root / "ILSVRC/Data/CLS-LOC"
+    make_folder(images, {"train": photos["train"]})
+    lines = ["ImageId,PredictionString"]
+    (images / "val").mkdir()
+    for (synset, name), data in photos["val"].items():
+        (images / "val" / name).write_bytes(data)
+        lines.append(f"{name.removesuffix('.JPEG')},{synset} 1 2 30 40 {synset} 5 6 70 80")
+    (root / "LOC_val_solution.csv").write_text("\n".join(lines) + "\n")
+
+
 MAKERS: dict[str, Callable[[Path, Photos], None]] = {
     "folder": make_folder,
+    "kaggle": make_kaggle,
     "ilsvrc": make_ilsvrc,
     "parquet": make_parquet,
     "shards": make_hub_shards,
@@ -686,3 +704,129 @@ def test_quality_alone_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: 
         main(["prepare", "shards", str(tmp_path), str(tmp_path / "dest"), "--quality", "80"])
     assert left.value.code == 2
     assert "--quality goes with --longest-px or --shortest-px" in capsys.readouterr().err
+
+
+def test_what_is_no_file_is_a_bad_image(photos: Photos, tmp_path: Path) -> None:
+    """As in training. Opening a pipe would wait, and /dev/zero never ends."""
+    source = tmp_path / "source"
+    make_folder(source, photos)
+    top = source / "train" / SYNSETS[0]
+    os.mkfifo(top / "x0.jpg")
+    (top / "x1.jpg").symlink_to("/dev/zero")
+    (top / "x2.jpg").symlink_to("/nowhere")
+    (top / "x3.jpg").symlink_to("x3.jpg")
+    with socket.socket(socket.AF_UNIX) as made:
+        here = os.getcwd()
+        os.chdir(top)  # the path of a socket must be short
+        made.bind("x4.jpg")
+        os.chdir(here)
+    prepare_shards(source, tmp_path / "dest", Settings(100, None), 1)
+    index = build_index("shards", tmp_path / "dest", "train", None)
+    names = {about["filename"]: n for n, (_, _, _, about) in
+             enumerate(samples_in(tmp_path / "dest", "train"))}  # fmt: skip
+    found = {name[-6:]: index.bad[number] for name, number in names.items() if "/x" in name}
+    assert found == {
+        "x0.jpg": "not a regular file",
+        "x1.jpg": "not a regular file",
+        "x2.jpg": "No such file or directory",
+        "x3.jpg": "Too many levels of symbolic links",
+        "x4.jpg": found["x4.jpg"],  # a socket: what the system says
+    }
+    trained = build_index("folder", source, "train", None)
+    assert len(index) == len(trained)
+    assert len(index.bad) == len(trained.bad)
+
+
+@pytest.mark.parametrize("source", ["folder", "parquet", "shards", "list", "cifar10"])
+def test_without_val_there_is_only_train(source: str, photos: Photos, tmp_path: Path) -> None:
+    root = tmp_path / "source"
+    if source == "cifar10":
+        write_binary(root, source)
+        (root / "cifar-10-batches-bin/test_batch.bin").unlink()
+    elif source == "list":
+        make_folder(root, {"train": photos["train"]})
+        rows = [f"train/{synset}/{name},{synset}\n" for synset, name in photos["train"]]
+        (root / "train.csv").write_text("".join(rows))
+    else:
+        MAKERS[source](root, photos)
+        for path in (*root.glob("data/validation*"), *root.glob("*validation*.tar")):
+            path.unlink()
+        shutil.rmtree(root / "val", ignore_errors=True)
+    said: list[str] = []
+    given = tmp_path / "dest", Settings(100, None), 1, None
+    summary = prepare_shards(root, *given, said.append)
+    assert "without val images: train with data.holdout_images" in summary
+    assert said == [f"{root}: {KINDS[source]}"]
+    assert len(build_index("shards", tmp_path / "dest", "train", None)) > 0
+    assert recognized(tmp_path / "dest") == "shards"
+
+
+def test_what_a_source_is_can_be_said(photos: Photos, tmp_path: Path) -> None:
+    make_folder(tmp_path / "source", photos)
+    make_parquet(tmp_path / "source", photos)
+    given = Settings(100, None), 1
+    for kind in ("folder", "parquet"):
+        prepare_shards(tmp_path / "source", tmp_path / kind, *given, kind)
+    assert len(samples_in(tmp_path / "folder", "train")) == len(photos["train"])
+    with pytest.raises(UserError, match="ILSVRC2012_devkit_t12"):
+        prepare_shards(tmp_path / "source", tmp_path / "other", *given, "ilsvrc")
+
+
+def hub_files(root: Path, labels: pa.Array, data: bytes | None = b"") -> None:
+    pq = pytest.importorskip("pyarrow.parquet", exc_type=ImportError)
+    root.mkdir()
+    for split in ("train", "validation"):
+        images = [
+            {"bytes": None if data is None else photo(n), "path": f"{n}.jpg"}
+            for n in range(len(labels))
+        ]
+        kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+        features = {"label": {"names": ["b", "a"]}}
+        schema = {"huggingface": json.dumps({"info": {"features": features}})}
+        table = pa.table({"image": pa.array(images, kind), "label": labels})
+        table = table.replace_schema_metadata(schema)
+        pq.write_table(table, root / f"{split}-00000-of-00001.parquet")
+
+
+def test_labels_of_any_type(tmp_path: Path) -> None:
+    numbers = [0, 1, 1, 0]
+    types = (pa.int8(), pa.uint8(), pa.int32(), pa.uint64(), pa.bool_())
+    of = {str(kind): pa.array(numbers, pa.int64()).cast(kind) for kind in types}
+    text = pa.array(["b", "a", "a", "b"])
+    of |= {"text": text, "large": text.cast(pa.large_string()), "coded": text.dictionary_encode()}
+    for name, labels in of.items():
+        hub_files(tmp_path / name, labels)
+        prepare_shards(tmp_path / name, tmp_path / f"{name}-shards", Settings(100, None), 1)
+        index = build_index("shards", tmp_path / f"{name}-shards", "train", None)
+        assert (index.classes, index.labels.tolist()) == (("a", "b"), [1, 0, 0, 1]), name
+
+
+@pytest.mark.parametrize(
+    ("labels", "why"),
+    [
+        (pa.array([0, 1, 0, None]), "row 3 has no label"),
+        (pa.array([0, 1, -1, 0]), "row 2 has label -1"),
+        (pa.array([0.5, 1.0]), "labels are of type double"),
+        (pa.array([0, 1]), "has paths only, no image bytes"),
+    ],
+)
+def test_what_is_wrong_with_hub_files(labels: pa.Array, why: str, tmp_path: Path) -> None:
+    hub_files(tmp_path / "hub", labels, None if "paths" in why else b"")
+    with pytest.raises(UserError, match=why):
+        prepare_shards(tmp_path / "hub", tmp_path / "dest", Settings(100, None), 1)
+
+
+def test_a_source_without_a_readable_image_is_refused(tmp_path: Path) -> None:
+    make_folder(tmp_path / "source", {split: {("a", "0.jpg"): b"junk"} for split in SPLITS})
+    with pytest.raises(UserError, match=r"none of 2 images can be read, such as train/000000\.tar"):
+        prepare_shards(tmp_path / "source", tmp_path / "dest", Settings(100, None), 1)
+
+
+def test_what_is_shrunk_is_what_the_loader_sees() -> None:
+    """Gray values of more than 8 bits, CMYK without Adobe's mark, and transparency."""
+    for name, data, shown in all_kinds():
+        if name.startswith(("L12", "float", "LA", "RGBA", "CMYK", "cmyk", "1023", "exif", "late")):
+            small = decoded(reencode(data, Limit("shortest", 20, 95)))
+            size = small.shape[1], small.shape[0]
+            expected = np.asarray(Image.fromarray(shown).resize(size, Image.Resampling.LANCZOS))
+            assert np.abs(small.astype(int) - expected).mean() < 6, name
