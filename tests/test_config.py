@@ -202,3 +202,13 @@ def test_lr_scales_are_a_mapping(tmp_path: Path) -> None:
     assert config.optim.lr_scales == {"stem": 0.0, "fc": 10.0}
     assert config_from_dict(yaml.safe_load(to_yaml(config)), "again") == config
     assert load_config(path, ["optim.lr_scales={fc: 2}"]).optim.lr_scales == {"fc": 2.0}
+
+
+def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    file = tmp_path / "x.yaml"
+    file.write_text("data: {root: ~/photos}\n")
+    config = load_config(file, ["tracking.run_root=~/runs", "model.init_from=~/w"])
+    assert config.data.root == f"{tmp_path}/photos"
+    assert config.run_dir.parent == tmp_path / "runs"
+    assert config.model.init_from == f"{tmp_path}/w"

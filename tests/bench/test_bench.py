@@ -1,6 +1,7 @@
 """The benchmarks run, at toy size, and what they call the same is the same. No timing."""
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from resnet_dist.bench import peers
 from resnet_dist.bench.memory import growth_of
@@ -192,3 +194,18 @@ def test_block_shuffle_reads_blocks(order: Callable[..., np.ndarray], blocks: bo
     numbers = order(0, 0, images, batch) if blocks else order(0, 0, images)
     kb_per_seek = reads_of(numbers, batch, 1, blocks)["kb_per_seek"]
     assert kb_per_seek >= BLOCK_IMAGES * 110 if blocks else kb_per_seek < 120
+
+
+def test_photos_that_cannot_be_compared_are_left_out(tiny_folder: Path, tmp_path: Path) -> None:
+    """Truncated ones, a class of bad ones, and what DALI's own reader does not decode."""
+    root = tmp_path / "photos"
+    shutil.copytree(tiny_folder, root)
+    first = root / "train/class0/0.jpg"
+    first.write_bytes(first.read_bytes()[:-100])
+    Image.new("RGB", (50, 50)).save(root / "train/class0/1.gif")
+    for path in (root / "train/class2").iterdir():
+        path.write_bytes(b"junk")
+    with photo_folder(root, most=100) as folder:
+        links = [path.readlink() for path in (folder / "train").rglob("*.jpg")]
+    good = {path.absolute() for path in (root / "train").rglob("*.jpg")} - {first}
+    assert set(links) == {path for path in good if path.parent.name != "class2"}

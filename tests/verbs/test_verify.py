@@ -25,6 +25,7 @@ from resnet_dist.data.load.build import load_index
 from resnet_dist.data.load.dali import Loader
 from resnet_dist.data.load.decoding import Decoding
 from resnet_dist.data.view.augment import Request, eval_windows, train_windows
+from tests.support.shards import write_tar
 
 HEIGHT, WIDTH = 60, 80
 
@@ -393,3 +394,35 @@ def test_what_passes_decodes_in_training(
         failed |= loader.bad.keys()
     assert not failed & passed
     assert failed  # or this test shows nothing
+
+
+def test_kinds_are_grouped_and_what_matters_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gray = {f"train/a/gray{n}.jpg": encoded(picture(n).convert("L")) for n in range(30)}
+    cut = {f"train/b/cut{n:02}.jpg": unique(n)[:-60] for n in range(12)}
+    write(tmp_path, {**gray, **cut, "val/a/0.jpg": unique(90), "val/b/0.jpg": unique(91)})
+    with pytest.raises(SystemExit):
+        cli.main(["verify", str(tmp_path), "--dry-run", "--list", str(tmp_path / "list.tsv")])
+    out = capsys.readouterr().out.splitlines()
+    assert out[0] == f"{tmp_path}: folder, classes: 2 (a, b)"
+    (line,) = (line for line in out if "grayscale, such" in line)
+    assert line.startswith("train: 30 grayscale, such as train/a/gray0.jpg: its gray is used")
+    assert len([line for line in out if line.startswith("train/b/cut")]) == 10
+    assert "train: truncated: and 2 more; --list FILE names them" in out
+    listed = (tmp_path / "list.tsv").read_text().splitlines()
+    assert len(listed) == 42
+    assert listed[-1].split("\t")[:2] == ["train/b/cut11.jpg", "truncated"]
+
+
+def test_shards_without_val_are_verified_alone(tmp_path: Path, verify: Callable[..., Ran]) -> None:
+    members = [
+        (f"{n}.{kind}", data)
+        for n in range(4)
+        for kind, data in (("jpg", unique(n)), ("cls", b"%d" % (1 + n % 2)))
+    ]
+    write_tar(tmp_path / "data/train/0.tar", members)
+    _, out, code = verify(tmp_path / "data")
+    assert code == 0
+    assert "note: train: 1 of 3 classes have no image: 0000 (labels count from 0)" in out
+    assert "all 4 images can be trained on" in out

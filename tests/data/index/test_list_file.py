@@ -14,6 +14,7 @@ from resnet_dist import cli
 from resnet_dist.checkpoints.content import Checkpoint
 from resnet_dist.config import Config
 from resnet_dist.data.formats import build_index, recognized, survey
+from resnet_dist.data.index.class_list import class_list
 from resnet_dist.data.index.index_file import load_index_file, save_index
 from resnet_dist.data.index.quarantine import read_quarantine
 from resnet_dist.errors import UserError
@@ -300,3 +301,26 @@ def test_lists_become_shards(tiny_folder: Path, tmp_path: Path) -> None:
         assert ours.classes == theirs.classes
         for column in ("labels", "sizes", "nbytes"):
             assert np.array_equal(getattr(ours, column), getattr(theirs, column))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\xef\xbb\xbfcat\r\ndog\r\n",
+        "\ufeffcat\r\ndog\r\n".encode("utf-16-le"),
+        "\ufeffcat\ndog".encode("utf-16-be"),
+        b"cat \ndog\t\n",
+    ],
+)
+def test_class_lists_from_windows(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "classes.txt").write_bytes(content)
+    assert class_list(tmp_path / "classes.txt") == ["cat", "dog"]
+
+
+def test_a_tilde_in_a_list_is_the_home_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "train.csv").write_text("path,label\n~/a.jpg,cat\n")
+    index = build_index("list", tmp_path, "train", None)
+    assert list(index.paths) == [str(tmp_path / "home/a.jpg")]

@@ -11,6 +11,8 @@ from resnet_dist.data.view.augment import (
     PCA_SPREAD,
     eval_windows,
     train_windows,
+    whole_sizes,
+    whole_windows,
 )
 from resnet_dist.draws import uniforms
 
@@ -168,3 +170,12 @@ def test_pca_colour_by_hand() -> None:
     assert np.array_equal(plain.roi, train_windows(data, 0, 0, samples, sizes).roi)
     assert not plain.color_shift.any()
     assert not eval_windows(data, sizes).color_shift.any()
+
+
+def test_of_a_strip_the_central_part_is_a_whole_image() -> None:
+    sizes = np.array([[1, 60000], [60000, 1], [3, 48], [400, 500]])
+    assert whole_sizes(sizes).tolist() == [[1, 16], [16, 1], [3, 48], [400, 500]]
+    strip = whole_windows(sizes[:1], 640)
+    assert strip.size_px == (640, 10240)
+    assert strip.roi.tolist() == [[0, 29992, 1, 30008]]
+    assert whole_windows(sizes[3:], 640).roi.tolist() == [[0, 0, 400, 500]]
