@@ -8,6 +8,8 @@ from torch import nn
 from resnet_dist.config import OptimConfig
 from resnet_dist.models.parts import parts
 
+KERNELS = ("fused", "foreach", "capturable")  # settings of an optimizer that choose its kernels
+
 
 def build_optimizer(
     model: nn.Module, optim: OptimConfig, fused: bool | None = None
@@ -52,10 +54,11 @@ def build_optimizer(
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
     """Loads a saved state, except for the choice of kernels, which belongs to this machine."""
-    own = [(group["fused"], group["foreach"]) for group in optimizer.param_groups]
-    optimizer.load_state_dict(saved)
-    for group, (fused, foreach) in zip(optimizer.param_groups, own, strict=True):
-        group["fused"], group["foreach"] = fused, foreach
+    own = [{key: group[key] for key in KERNELS if key in group} for group in optimizer.param_groups]
+    # Before loading, as torch goes by them when it chooses the device of a state, such as AdamW's
+    # number of steps.
+    groups = [group | kept for group, kept in zip(saved["param_groups"], own, strict=True)]
+    optimizer.load_state_dict(saved | {"param_groups": groups})
     _start_momentum(optimizer)
 
 

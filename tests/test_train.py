@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -32,6 +33,7 @@ from resnet_dist.plan import Plan
 from resnet_dist.run.interrupt import Interrupt
 from resnet_dist.run.lookahead import take
 from resnet_dist.run.meter import Meter
+from resnet_dist.run.outcome import Outcome
 from resnet_dist.state import TrainState
 from resnet_dist.train import train, train_step
 from resnet_dist.verbs.evaluate import evaluate_checkpoint
@@ -369,3 +371,39 @@ def test_the_command_line_of_the_readme(
     with pytest.raises(SystemExit) as stopped:
         cli.main(["status", "wrong", "--run-root", str(tmp_path / "runs"), "--exit-code"])
     assert stopped.value.code == 2
+
+
+class AskedAt(Interrupt):
+    """Asks to stop at the given poll, counted from 0."""
+
+    def __init__(self, poll: int) -> None:
+        super().__init__()
+        self.left = poll
+
+    @property
+    def requested(self) -> bool:
+        self.left -= 1
+        return self.left < 0
+
+    @requested.setter
+    def requested(self, _: Any) -> None: ...
+
+
+def test_an_evaluation_that_was_made_up_for_is_kept(tiny_config: Callable[..., Config]) -> None:
+    """Stopped after the last step and before its evaluation. Later starts do not repeat it."""
+
+    def saved(config: Config) -> Checkpoint:
+        return Checkpoint.load(config.run_dir / "checkpoints/latest")
+
+    for poll in range(10):
+        config = tiny_config("train.epochs=1", f"name=poll{poll}")
+        stopped = train(config, "test", AskedAt(poll)) is Outcome.STOPPED
+        if stopped and saved(config).step == 3:
+            break
+    assert (saved(config).step, saved(config).evaluated_step) == (3, 0)
+    for start in range(2):
+        assert train(config, "test", Interrupt()) is Outcome.FINISHED
+        assert (saved(config).evaluated_step, saved(config).best_step) == (3, 3), start
+        assert (config.run_dir / "checkpoints/best").resolve().name == "step-00000003"
+    lines = map(json.loads, (config.run_dir / "journal.jsonl").read_text().splitlines())
+    assert sum("val/acc1" in line.get("metrics", {}) for line in lines) == 1

@@ -22,13 +22,14 @@ from pathlib import Path
 from typing import Any
 
 from resnet_dist.errors import UserError
-from resnet_dist.files import PARTIAL, replace_link, temporary_name
+from resnet_dist.files import PARTIAL, flush_folder, replace_link, temporary_name
 
 STEP_NAME = re.compile(r"step-[0-9]{8}")  # anything else in the folder is the user's
 PIECE_BYTES = 2**24  # large, because training waits for the GIL between two reads
 SUMS_FORM = re.compile(r"(?:[0-9a-f]{64}  \w[\w.-]*\n)+", re.ASCII)
 LINKS = ("latest", "best")
-LEFTOVERS = (PARTIAL, ".removed-")  # prefixes of what a killed writer leaves
+REPLACED = ".replaced-"
+LEFTOVERS = (PARTIAL, ".removed-", REPLACED)  # prefixes of what a killed writer leaves
 
 
 def name_of(step: int) -> str:
@@ -162,6 +163,7 @@ def prepare_to_resume(run_dir: Path) -> list[str]:
         UserError: there are checkpoints, but none that a run could resume from.
     """
     try:
+        _put_back(run_dir / "checkpoints")
         warnings = [line for name in LINKS for line in _make_way(run_dir / "checkpoints" / name)]
     except OSError as error:
         raise UserError(
@@ -170,6 +172,14 @@ def prepare_to_resume(run_dir: Path) -> list[str]:
     warnings += set_damaged_aside(run_dir) + warn_of_infinite(run_dir)
     newest = latest(run_dir)
     return warnings + ([] if newest is None else set_links(newest, best_step(newest)))
+
+
+def _put_back(folder: Path) -> None:
+    """Renames what `replace` was about to replace when its process was killed."""
+    for old in folder.glob(f"{REPLACED}*"):
+        name = old.with_name(old.name.removeprefix(REPLACED))
+        if not os.path.lexists(name):
+            os.rename(old, name)
 
 
 def set_damaged_aside(run_dir: Path) -> list[str]:
@@ -251,6 +261,17 @@ class Retention:
             *(step for step in steps if self.every_steps and step % self.every_steps == 0),
             *(step for step in steps if step == best),
         }
+
+
+def replace(final: Path, fresh: Path) -> None:
+    """Renames `fresh` to `final`, in whose place it is from then on.
+
+    A folder cannot be replaced in one go. If the process is killed in between, `prepare_to_resume`
+    puts the old one back.
+    """
+    os.rename(final, final.with_name(f"{REPLACED}{final.name}"))
+    os.rename(fresh, final)
+    flush_folder(final.parent)
 
 
 def set_links(newest: Path, best_at: int) -> list[str]:

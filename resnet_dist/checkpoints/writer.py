@@ -23,7 +23,7 @@ from resnet_dist.checkpoints import folders
 from resnet_dist.checkpoints.content import FORMAT, Checkpoint, leaf_values
 from resnet_dist.checkpoints.folders import Retention
 from resnet_dist.errors import UserError
-from resnet_dist.files import flush_file, new_folder
+from resnet_dist.files import flush_file, new_folder, temporary_name
 
 REPORT_EVERY_SECONDS = 60.0  # at most one "saved step 440" per minute, to keep the log readable
 
@@ -146,7 +146,8 @@ def save(
 ) -> Path:
     """Writes a checkpoint, updates the links `latest` and `best`, and removes old checkpoints.
 
-    If there is an intact checkpoint of the same step already, it is kept. For one process only.
+    If there is an intact checkpoint of the same step already, it is kept, unless the step has been
+    evaluated since. For one process only.
 
     warn: prints a line about what went wrong after the checkpoint was written.
 
@@ -158,6 +159,10 @@ def save(
     final = run_dir / "checkpoints" / folders.name_of(step)
     if folders.why_damaged(final) is not None or folders.read_meta(final).get("step") != step:
         write(final, checkpoint)
+    elif Checkpoint.load(final).evaluated_step != checkpoint.evaluated_step:
+        fresh = temporary_name(final)
+        write(fresh, checkpoint)
+        folders.replace(final, fresh)
     # The checkpoint is written. That the file system has no links, or that an old file cannot be
     # removed, is only worth a warning.
     for line in folders.set_links(final, best_step):
