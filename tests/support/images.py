@@ -118,6 +118,7 @@ def jpegs() -> Iterator[Case]:
     yield viewed("cmyk-without-adobe", cmyk[:adobe] + cmyk[adobe + 2 + length :])
     plain = encoded(RGB, "JPEG")
     yield viewed("rubbish", plain[:20] + b"\x00\x01\x02\x03" + plain[20:])
+    yield viewed("trailer", plain + bytes(5000) + b"video" * 1000)
     yield viewed("kept-rgb", encoded(RGB, "JPEG", keep_rgb=True))
     other = Image.fromarray(RGB[::-1])
     yield viewed("mpo", encoded(RGB, "MPO", save_all=True, append_images=[other]))

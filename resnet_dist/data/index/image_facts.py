@@ -13,7 +13,7 @@ from resnet_dist.data.index.pillow import (
     opened,
     orientation_of,
 )
-from resnet_dist.data.index.plain import END_BYTES, JPEG_END, JPEG_SIGNATURE, why_not_plain
+from resnet_dist.data.index.plain import JPEG_END, JPEG_SIGNATURE, why_not_plain
 
 FORMATS = {
     ".jpg": "JPEG",
@@ -32,6 +32,7 @@ FORMATS = {
 }
 PNG_BIT_DEPTH_AT = 24  # in the header chunk, the first one
 ADOBE_YCCK = 2  # "color transform" of Adobe's APP14 segment
+END_BYTES = 1024  # some programs write a few bytes after the end mark
 END_MARKS = {JPEG_SIGNATURE: JPEG_END, PNG_SIGNATURE: b"IEND"}
 
 

@@ -35,7 +35,7 @@ PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 # Where a PNG may have its EXIF block after the pixels, as written by ExifTool. Only so many bytes
 # at the end are searched, as walking over all chunks would take as long as reading the file.
-END_BYTES = 1 << 14
+END_BYTES = 1 << 16
 TIFF_BITS_PER_SAMPLE, TIFF_SAMPLE_FORMAT, TIFF_SIGNED = 258, 339, 2
 SNIFFED_BYTES = 64
 # What is often stored under the name of an image: its first bytes -> what it is.

@@ -21,7 +21,6 @@ from resnet_dist.data.index.pillow import (
 
 JPEG_SIGNATURE = b"\xff\xd8"
 JPEG_END = b"\xff\xd9"
-END_BYTES = 1024  # some programs write a few bytes after the end mark
 EXIF_PREFIX = b"Exif\0\0"
 SOF_HUFFMAN = (0xFFC0, 0xFFC1, 0xFFC2)  # baseline, extended and progressive
 SOF_OTHERS = (0xFFC3, *range(0xFFC5, 0xFFC8), *range(0xFFC9, 0xFFCC), *range(0xFFCD, 0xFFD0))
@@ -75,7 +74,7 @@ def _jpeg_size(data: bytes) -> tuple[int, int]:
         if marker == SOS:
             if size is None or at + 2 + length >= end:
                 break
-            if JPEG_END not in data[-END_BYTES:]:
+            if data.rfind(JPEG_END, at) < 0:  # truncated
                 raise _NotPlain("no end mark")
             return _turned(size, exif)
         if marker in SOF_HUFFMAN and size is None:

@@ -1,9 +1,8 @@
 """Feeds the decoder: reads images ahead, and replaces unreadable ones by stand-ins.
 
-A stand-in is a function of (seed, epoch, sample). Whether one is needed depends on the bytes that
-decoding the window takes, or on all bytes if Pillow decodes the image, as it does with stand-ins.
-So it makes no difference to any batch which rank finds a bad image, or when. Only a quarantine
-(made by hand or by `verify`) also excludes images that could be decoded in part.
+A stand-in is a function of (seed, epoch, sample). Whether one is needed depends on the image's
+bytes, and with damage that only DALI notices on the window, too. So it makes no difference to any
+batch which rank finds a bad image, or when.
 """
 
 from collections import deque

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from PIL import Image as Pillow
 
-from resnet_dist.data.index.image_file import GONE, read_image_file
+from resnet_dist.data.index.image_file import GONE, check_bytes, read_image_file
 from resnet_dist.data.index.index import Index
 from resnet_dist.data.index.pillow import UnreadableImage
 from resnet_dist.data.index.plain import why_not_plain
@@ -134,6 +134,7 @@ class Reader:
             file = self._shard_files.setdefault(shard, opened)
             if file != opened:
                 os.close(opened)
+        check_bytes(int(nbytes[sample]))
         self._ask_for_block(file, sample)
         data = os.pread(file, int(nbytes[sample]), int(shards.offset[sample]))
         if len(data) < nbytes[sample]:

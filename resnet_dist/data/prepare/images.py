@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
-from resnet_dist.data.index.image_file import GONE, read_image_file
+from resnet_dist.data.index.image_file import GONE, check_bytes, read_image_file
 from resnet_dist.data.index.pillow import UnreadableImage
 from resnet_dist.errors import UserError
 
@@ -80,18 +80,22 @@ class TarMembers:
     def identity(self) -> bytes:
         return self.nbytes.astype(np.int64).tobytes()  # the same as for Files
 
-    def __iter__(self) -> Iterator[bytes]:
+    def __iter__(self) -> Iterator[bytes | UnreadableImage]:
         opened, descriptor = -1, -1
         try:
             for tar, offset, nbytes in zip(self.tar, self.offset, self.nbytes, strict=True):
                 path = self.files[tar]
                 try:
+                    check_bytes(int(nbytes))
                     if tar != opened:
                         if descriptor >= 0:
                             os.close(descriptor)
                         descriptor = os.open(path, os.O_RDONLY)
                         opened = tar
                     data = os.pread(descriptor, int(nbytes), int(offset))
+                except UnreadableImage as why:
+                    yield why
+                    continue
                 except OSError as error:
                     raise unreadable(path, error) from None
                 if len(data) < nbytes:

@@ -36,7 +36,6 @@ KINDS = {
     "parquet": "parquet files from the hub",
     "kaggle": "ImageNet as on Kaggle",
 }
-MAX_IMAGE_BYTES = 1 << 30  # ImageNet's largest file has 15 MB
 
 
 @dataclass(frozen=True)
@@ -95,8 +94,6 @@ def open_source(
     odd = [name for name in source.classes if "\n" in name or "\r" in name]
     if odd:
         raise UserError(f"{root}: class {odd[0]!r}: has a line end in its name; rename it")
-    for split in source.splits.values():
-        _check_sizes(root, split)
     return KINDS[kind], source
 
 
@@ -125,17 +122,6 @@ def _recognized(root: Path) -> str:
 def _splits(known: Format, root: Path) -> list[str]:
     """Returns the splits that exist. Without val/, training needs data.holdout_images."""
     return [split for split in SPLITS if split == "train" or known.has_split(root, split)]
-
-
-def _check_sizes(root: Path, split: Split) -> None:
-    """Raises UserError if an image is too large for a worker's memory."""
-    nbytes = split.images.nbytes if isinstance(split.images, Files | TarMembers) else np.zeros(1)
-    if nbytes.max() > MAX_IMAGE_BYTES:
-        sample = int(nbytes.argmax())
-        raise UserError(
-            f"{root}: {split.names[sample]}: {nbytes[sample]:,} bytes, too large for an image; "
-            "remove it"
-        )
 
 
 def _listed(root: Path, listings: Mapping[str, Listing], tops: Mapping[str, Path]) -> Source:

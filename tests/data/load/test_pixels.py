@@ -125,3 +125,25 @@ def test_damaged_images_that_pillow_reads_are_shown_as_by_pillow(tmp_path: Path)
         assert not bad
         expected = np.stack([window_of(shown) for _, _, shown in cases])
         assert np.abs(got - expected).max() <= MAX_DIFF
+
+
+@pytest.mark.parametrize(
+    ("start", "what"),
+    [
+        (b"", "an empty file"),
+        (bytes(100), "only zeros"),
+        (b" <!DOCTYPE html><html>", "a web page"),
+        (b"<svg xmlns='x'/>", "an SVG or XML file"),
+        (b"\0\0\0\x18ftypheic" + bytes(9), "a HEIC image"),
+        (b"\xff\x0a" + bytes(9), "a JPEG XL image"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0", "a PDF or PostScript file"),
+        (b"8BPS" + bytes(9), "a Photoshop file"),
+        (b"version https://git-lfs.github.com/spec/v1", "a Git LFS pointer"),
+        (b"Rar!", "of no known format"),
+    ],
+)
+def test_what_is_no_image_is_said(tmp_path: Path, start: bytes, what: str) -> None:
+    (tmp_path / "x.jpg").write_bytes(start)
+    for file in (tmp_path / "x.jpg", io.BytesIO(start)):
+        with pytest.raises(UnreadableImage, match=rf"^not a readable image \({what}\)$"):
+            displayed_size(file)

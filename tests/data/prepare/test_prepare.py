@@ -1,5 +1,6 @@
 """`prepare shards`: every kind of source, made small but real, to the same samples."""
 
+import contextlib
 import gzip
 import hashlib
 import io
@@ -21,9 +22,11 @@ import pytest
 from PIL import Image
 
 from resnet_dist.cli import main
+from resnet_dist.config import DataConfig
 from resnet_dist.data.formats import build_index, recognized
 from resnet_dist.data.index.pillow import UnreadableImage
 from resnet_dist.data.index.quarantine import read_quarantine, write_quarantine
+from resnet_dist.data.load.reader import Reader
 from resnet_dist.data.prepare.reencode import Limit, reencode
 from resnet_dist.data.prepare.sources import KINDS
 from resnet_dist.data.prepare.write_shards import Settings, prepare_shards
@@ -715,6 +718,9 @@ def test_what_is_no_file_is_a_bad_image(photos: Photos, tmp_path: Path) -> None:
     (top / "x1.jpg").symlink_to("/dev/zero")
     (top / "x2.jpg").symlink_to("/nowhere")
     (top / "x3.jpg").symlink_to("x3.jpg")
+    with open(top / "x5.jpg", "wb") as huge:
+        huge.write(photo(1))
+        huge.truncate(2**31)
     with socket.socket(socket.AF_UNIX) as made:
         here = os.getcwd()
         os.chdir(top)  # the path of a socket must be short
@@ -731,10 +737,18 @@ def test_what_is_no_file_is_a_bad_image(photos: Photos, tmp_path: Path) -> None:
         "x2.jpg": "No such file or directory",
         "x3.jpg": "Too many levels of symbolic links",
         "x4.jpg": found["x4.jpg"],  # a socket: what the system says
+        "x5.jpg": "2,147,483,648 bytes, too large for an image",
     }
     trained = build_index("folder", source, "train", None)
     assert len(index) == len(trained)
-    assert len(index.bad) == len(trained.bad)
+    config = DataConfig(root=str(source), decode_threads=1)
+    reader = Reader(trained, config.read_threads)
+    readable = 0
+    for sample in range(len(trained)):
+        with contextlib.suppress(UnreadableImage):
+            reader.read(sample, (0, 0, 1, 1))
+            readable += 1
+    assert len(index) - len(index.bad) == readable
 
 
 @pytest.mark.parametrize("source", ["folder", "parquet", "shards", "list", "cifar10"])
