@@ -8,9 +8,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from resnet_dist.bench.results import cores
-from resnet_dist.data.index.image_file import read_image_file
+from resnet_dist.data.index.image_file import UnreadableImage, read_image_file
 from resnet_dist.data.index.listing import images_below
-from resnet_dist.data.index.pillow import UnreadableImage, displayed_size, upright
+from resnet_dist.data.index.pillow import displayed_size, upright
 from resnet_dist.data.index.plain import why_not_plain
 from resnet_dist.data.prepare.write_shards import Settings, prepare_shards
 from resnet_dist.errors import UserError

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from resnet_dist import distributed
+from resnet_dist.data.index.image_file import UnreadableImage
 from resnet_dist.data.index.index import HEADER_THREADS, Index
 from resnet_dist.data.index.listing import IMAGE_SUFFIXES, images_below
-from resnet_dist.data.index.pillow import UnreadableImage, displayed_size
+from resnet_dist.data.index.pillow import displayed_size
 from resnet_dist.data.load.build import make_loader
 from resnet_dist.data.view.augment import Request, eval_windows
 from resnet_dist.distributed import World
@@ -115,6 +116,8 @@ def _size(file: str) -> tuple[int, int] | str:
     """Returns the height and width of an image, or the reason why it cannot be read."""
     try:
         return displayed_size(file)
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
     except UnreadableImage as error:
         return str(error)
 

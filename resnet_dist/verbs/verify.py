@@ -119,6 +119,8 @@ def verify(
     indexes = {name: build_index(data_format, root, name, None) for name in names}
     count = sum(map(len, indexes.values()))
     print(f"{root}: {data_format}, classes: {describe_classes(indexes['train'].classes)}")
+    if "val" not in indexes:
+        print("note: there are no val images: train with data.holdout_images")
     for name, index in indexes.items():
         for note in notes_of(index, name):
             print(f"note: {note}")

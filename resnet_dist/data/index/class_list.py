@@ -14,11 +14,15 @@ def class_list(file: Path) -> list[str] | None:
     """
     if not file.is_file():
         return None
-    content = file.read_bytes()
-    # Windows writes a byte order mark, and ends lines with \r\n.
-    encoding = "utf-16" if content.startswith((BOM_UTF16_LE, BOM_UTF16_BE)) else "utf-8-sig"
-    lines = content.decode(encoding, "surrogateescape").split("\n")
+    lines = file.read_bytes().decode(encoding_of(file), "surrogateescape").split("\n")
     names = [line.rstrip() for line in (lines[:-1] if lines[-1] == "" else lines)]
     if len(set(names)) != len(names) or not all(names):
         raise UserError(f"{file}: has an empty line or a duplicate; expected one class per line")
     return names
+
+
+def encoding_of(file: Path) -> str:
+    """Returns the encoding of a text: UTF-8, or what the byte order mark of Windows says."""
+    with file.open("rb") as content:
+        is_utf16 = content.read(2) in (BOM_UTF16_LE, BOM_UTF16_BE)
+    return "utf-16" if is_utf16 else "utf-8-sig"

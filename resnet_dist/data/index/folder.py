@@ -15,6 +15,11 @@ from resnet_dist.data.index.listing import (
 )
 from resnet_dist.errors import UserError, some_of
 
+OTHER_NAMES = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation", "test"),
+}
+
 
 class Folder(ImageFiles):
     name = "folder"
@@ -48,6 +53,7 @@ def list_folder(root: Path, split: str) -> Listing:
     if not top.is_dir():
         raise UserError(
             f"data.root={root}: has no folder {split}/; expected {split}/<class>/<image files>"
+            f"{_nearest(root, split)}"
         )
     try:
         folders: dict[str, int | None] = {"": os.stat(top).st_mtime_ns}
@@ -78,6 +84,18 @@ def list_folder(root: Path, split: str) -> Listing:
     if nested:
         notes += [f"{top}: folders of folders are one class each: {some_of(nested)}"]
     return Listing(classes, tuple(paths), tuple(labels), folders, tuple(notes))
+
+
+def _nearest(root: Path, split: str) -> str:
+    """Returns a hint at a folder that is probably meant; "" if there is none."""
+    names = [entry.name for entry in entries_of(root) if is_dir(entry)]
+    for name in names:
+        if name.lower() in OTHER_NAMES[split]:
+            return f" (there is {name}/: rename it, or link {split} to it)"
+    for name in names:
+        if (root / name / split).is_dir():
+            return f" ({name}/ has one: give that as data.root)"
+    return ""
 
 
 def class_folders(top: Path) -> tuple[str, ...]:

@@ -5,14 +5,8 @@ import os
 
 from PIL import ImageFile
 
-from resnet_dist.data.index.pillow import (
-    PNG_SIGNATURE,
-    TURNED,
-    UPRIGHT,
-    UnreadableImage,
-    opened,
-    orientation_of,
-)
+from resnet_dist.data.index.image_file import UnreadableImage
+from resnet_dist.data.index.pillow import PNG_SIGNATURE, TURNED, UPRIGHT, opened, orientation_of
 from resnet_dist.data.index.plain import JPEG_END, JPEG_SIGNATURE, why_not_plain
 
 FORMATS = {

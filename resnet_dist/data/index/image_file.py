@@ -1,10 +1,11 @@
-"""Reads the file of an image, which may turn out to be a pipe, a device, or a link to nowhere."""
+"""Opens the file of an image, which may turn out to be a pipe, a device, or a link to nowhere."""
 
 import errno
 import os
 import stat
+from typing import BinaryIO
 
-from resnet_dist.data.index.pillow import UnreadableImage
+from resnet_dist.errors import UserError
 
 MAX_IMAGE_BYTES = 1 << 30  # ImageNet's largest file has 15 MB
 # Errors that no retry can cure.
@@ -12,24 +13,37 @@ GONE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, er
         errno.ENXIO)  # fmt: skip
 
 
-def read_image_file(path: str) -> bytes:
-    """Returns the content of a regular file.
+class UnreadableImage(UserError):
+    """One image cannot be read. The message says why, but not which image it is."""
+
+
+def open_image_file(path: str | os.PathLike[str]) -> BinaryIO:
+    """Opens a regular file for reading.
 
     Raises:
         UnreadableImage: it is no regular file, or too large.
-        OSError: it cannot be read.
+        OSError: it cannot be opened.
     """
     # Without O_NONBLOCK, opening a pipe would wait for a writer.
     opened = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    with open(opened, "rb", buffering=0) as file:
+    try:
         facts = os.fstat(opened)
         if not stat.S_ISREG(facts.st_mode):
             raise UnreadableImage("not a regular file")
         check_bytes(facts.st_size)
-        return file.read()
+        return open(opened, "rb")
+    except BaseException:
+        os.close(opened)
+        raise
 
 
 def check_bytes(nbytes: int) -> None:
     """Raises UnreadableImage if an encoded image is so large that it would fill the memory."""
     if nbytes > MAX_IMAGE_BYTES:
         raise UnreadableImage(f"{nbytes:,} bytes, too large for an image")
+
+
+def read_image_file(path: str) -> bytes:
+    """Returns the content of a regular file. Raises what `open_image_file` raises."""
+    with open_image_file(path) as file:
+        return file.read()

@@ -12,6 +12,7 @@ import csv
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from resnet_dist.data.index.class_list import encoding_of
 from resnet_dist.data.index.quarantine import QUARANTINE
 from resnet_dist.data.index.row_files import FIX, NoRows, Row, RowFiles
 from resnet_dist.errors import UserError
@@ -67,7 +68,8 @@ class ListFile(RowFiles):
         number = 0
         try:
             # A path may contain any bytes, and Excel writes a byte order mark at the start.
-            with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as text:
+            encoding = encoding_of(file)
+            with open(file, encoding=encoding, errors="surrogateescape", newline="") as text:
                 reader = csv.reader(text, delimiter=DELIMITERS[file.suffix.lower()], strict=True)
                 columns: dict[str, int] | None = None
                 width = 0

@@ -14,7 +14,7 @@ from typing import IO, BinaryIO
 import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
 
-from resnet_dist.errors import UserError
+from resnet_dist.data.index.image_file import UnreadableImage, open_image_file
 
 # Only formats for pictures of pixels. Pillow knows others, and calls Ghostscript for some of them.
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "TIFF", "WEBP", "AVIF", "JPEG2000")
@@ -52,10 +52,6 @@ NO_IMAGES = (
 )
 
 
-class UnreadableImage(UserError):
-    """One image cannot be read. The message says why, but not which image it is."""
-
-
 @contextmanager
 def opened(file: str | os.PathLike[str] | BinaryIO) -> Iterator[ImageFile.ImageFile]:
     """Opens an image: its header is read, its pixels are not.
@@ -63,7 +59,12 @@ def opened(file: str | os.PathLike[str] | BinaryIO) -> Iterator[ImageFile.ImageF
     Raises:
         UnreadableImage: the header cannot be read or gives an absurd size, or what the caller does
             with the image fails.
+        OSError: `file` is a path, and cannot be opened.
     """
+    if isinstance(file, str | os.PathLike):
+        with open_image_file(file) as stream, opened(stream) as image:
+            yield image
+        return
     try:
         with Image.open(file, formats=FORMATS) as image:
             yield image
@@ -76,8 +77,7 @@ def opened(file: str | os.PathLike[str] | BinaryIO) -> Iterator[ImageFile.ImageF
 def displayed_size(file: str | os.PathLike[str] | BinaryIO) -> tuple[int, int]:
     """Returns (height, width) as a viewer shows the image, after its EXIF orientation.
 
-    Raises:
-        UnreadableImage: the header cannot be read, or gives an absurd size.
+    Raises what `opened` raises.
     """
     with opened(file) as image:
         width, height = image.size
@@ -176,7 +176,7 @@ def _white(image: Image.Image, gray: np.ndarray) -> float:
     return next((white for white in ranges if largest <= white), largest)
 
 
-def _reason(error: Exception, file: str | os.PathLike[str] | BinaryIO) -> str:
+def _reason(error: Exception, file: BinaryIO) -> str:
     """Returns what is wrong, without the path or Python object that Pillow quotes."""
     if isinstance(error, UnidentifiedImageError):
         return _described(file)
@@ -184,11 +184,8 @@ def _reason(error: Exception, file: str | os.PathLike[str] | BinaryIO) -> str:
     return said or type(error).__name__
 
 
-def _described(file: str | os.PathLike[str] | BinaryIO) -> str:
+def _described(file: BinaryIO) -> str:
     """Returns what a file is that Pillow does not take for an image."""
-    if isinstance(file, str | os.PathLike):
-        with open(file, "rb") as stream:
-            return _described(stream)
     file.seek(0)
     start = file.read(SNIFFED_BYTES)
     return next((what for known, what in NO_IMAGES if known.match(start)), "of no known format")

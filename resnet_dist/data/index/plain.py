@@ -10,12 +10,12 @@ before anything is decoded.
 import struct
 import zlib
 
+from resnet_dist.data.index.image_file import UnreadableImage
 from resnet_dist.data.index.pillow import (
     EXIF_ORIENTATION,
     MAX_PIXELS,
     PNG_SIGNATURE,
     TURNED,
-    UnreadableImage,
     check_size,
 )
 

@@ -25,6 +25,8 @@ def read_quarantine(root: Path) -> dict[str, str]:
         UserError: the file cannot be read, or a line has no tab.
     """
     path = root / QUARANTINE
+    if path.exists() and not path.is_file():  # reading a pipe would wait for a writer
+        raise UserError(f"{path}: not a regular file; remove it")
     try:
         text = os.fsdecode(path.read_bytes())
     except FileNotFoundError:

@@ -21,15 +21,11 @@ from typing import Any
 import numpy as np
 
 from resnet_dist.data.index.class_list import class_list
+from resnet_dist.data.index.image_file import UnreadableImage, check_bytes
 from resnet_dist.data.index.index import Index, Shards, fingerprint_of, name_of
 from resnet_dist.data.index.index_file import check_shards, load_index_file, read_extra, save_index
 from resnet_dist.data.index.listing import IMAGE_SUFFIXES
-from resnet_dist.data.index.pillow import (
-    END_BYTES,
-    PNG_SIGNATURE,
-    UnreadableImage,
-    displayed_size,
-)
+from resnet_dist.data.index.pillow import END_BYTES, PNG_SIGNATURE, displayed_size
 from resnet_dist.data.index.shard_files import own_index_file, shard_files
 from resnet_dist.data.index.tar_members import RefusedTar, TarHeaders, plain_files
 from resnet_dist.data.index.worker_pool import worker_pool
@@ -255,12 +251,14 @@ def _add(scan: _Scan, stream: TarHeaders, key: str, members: dict[str, tarfile.T
 
 def _size(stream: TarHeaders, image: tarfile.TarInfo) -> tuple[int, int]:
     """Returns height and width, reading no more of the image than necessary."""
+    check_bytes(image.size)
     start = os.pread(stream.fileno(), min(image.size, PREFIX_BYTES), image.offset_data)
     # A PNG may have its EXIF block at the end, other formats anywhere.
-    if image.size > PREFIX_BYTES + END_BYTES and start.startswith((b"\xff\xd8", PNG_SIGNATURE)):
-        end = os.pread(stream.fileno(), END_BYTES, image.offset_data + image.size - END_BYTES)
+    if start.startswith(PNG_SIGNATURE) and image.size > PREFIX_BYTES + END_BYTES:
+        start += os.pread(stream.fileno(), END_BYTES, image.offset_data + image.size - END_BYTES)
+    if image.size > len(start) and start.startswith((b"\xff\xd8", PNG_SIGNATURE)):
         try:
-            return displayed_size(io.BytesIO(start + end))
+            return displayed_size(io.BytesIO(start))
         except UnreadableImage:
             pass
     whole = os.pread(stream.fileno(), image.size, image.offset_data)

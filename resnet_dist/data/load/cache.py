@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
+from resnet_dist.data.index.image_file import UnreadableImage
 from resnet_dist.data.index.index import Index
-from resnet_dist.data.index.pillow import UnreadableImage
 from resnet_dist.distributed import World
 from resnet_dist.errors import UserError
 

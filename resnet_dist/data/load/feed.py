@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from resnet_dist.data.index.image_file import UnreadableImage
 from resnet_dist.data.index.index import Index
-from resnet_dist.data.index.pillow import UnreadableImage
 from resnet_dist.data.load.batch import BLANK_LABEL
 from resnet_dist.data.load.boxes import boxes_of, decoded_box
 from resnet_dist.data.load.cache import BLANK_PX, DecodedCache, Image, Result

@@ -11,9 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from PIL import Image as Pillow
 
-from resnet_dist.data.index.image_file import GONE, check_bytes, read_image_file
+from resnet_dist.data.index.image_file import GONE, UnreadableImage, check_bytes, read_image_file
 from resnet_dist.data.index.index import Index
-from resnet_dist.data.index.pillow import UnreadableImage
 from resnet_dist.data.index.plain import why_not_plain
 from resnet_dist.data.load.boxes import decoded_box
 from resnet_dist.data.load.cache import BLANK_GREY, BLANK_PX, EncodedCache, Image, Result

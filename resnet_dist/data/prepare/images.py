@@ -14,8 +14,7 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
-from resnet_dist.data.index.image_file import GONE, check_bytes, read_image_file
-from resnet_dist.data.index.pillow import UnreadableImage
+from resnet_dist.data.index.image_file import GONE, UnreadableImage, check_bytes, read_image_file
 from resnet_dist.errors import UserError
 
 PARQUET_BATCH_ROWS = 16

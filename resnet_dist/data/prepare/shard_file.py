@@ -14,8 +14,9 @@ from typing import IO
 
 import numpy as np
 
+from resnet_dist.data.index.image_file import UnreadableImage
 from resnet_dist.data.index.listing import SIGNATURE_BYTES, image_suffix
-from resnet_dist.data.index.pillow import UnreadableImage, displayed_size
+from resnet_dist.data.index.pillow import displayed_size
 from resnet_dist.data.prepare.images import Images
 from resnet_dist.data.prepare.reencode import Limit, reencode
 from resnet_dist.errors import UserError

@@ -63,5 +63,5 @@ def test_edited_by_hand(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
     (tmp_path / QUARANTINE).unlink()
     (tmp_path / QUARANTINE).mkdir()
-    with pytest.raises(UserError, match=r"bad_samples\.tsv: Is a directory"):
+    with pytest.raises(UserError, match=r"bad_samples\.tsv: not a regular file"):
         read_quarantine(tmp_path)

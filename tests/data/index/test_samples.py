@@ -171,3 +171,31 @@ def test_a_file_as_root_and_a_relative_root(
     monkeypatch.chdir(tmp_path)
     assert run("verify", "data") == 2
     assert f"(looked for in {tmp_path}; an absolute path" in capsys.readouterr().err
+
+
+def test_a_folder_that_is_probably_meant_is_named(
+    tmp_path: Path, tiny_yaml: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hints = {
+        "a": (("train", "validation"), "(there is validation/: rename it, or link val to it)"),
+        "b": (("Train", "val"), "(there is Train/: rename it, or link train to it)"),
+        "c": (("data/train", "data/val"), "(data/ has one: give that as data.root)"),
+    }
+    for name, (folders, hint) in hints.items():
+        write(tmp_path / name, *(f"{folder}/cat/0.jpg" for folder in folders))
+        assert run("train", tiny_yaml, "--dry-run", f"data.root={tmp_path / name}") == 2
+        assert hint in capsys.readouterr().err
+    assert run("verify", tmp_path / "a", "--dry-run") == 0
+    assert "note: there are no val images: train with data.holdout" in capsys.readouterr().out
+
+
+def test_pipes_in_place_of_small_files_are_not_waited_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    two_classes(tmp_path)
+    for name in ("classes.txt", "train.csv", "val.csv"):
+        os.mkfifo(tmp_path / name)
+    assert run("verify", tmp_path, "--dry-run") == 0
+    os.mkfifo(tmp_path / "bad_samples.tsv")
+    assert run("verify", tmp_path, "--dry-run") == 2
+    assert "bad_samples.tsv: not a regular file; remove it" in capsys.readouterr().err

@@ -18,8 +18,8 @@ from PIL import Image
 
 from resnet_dist import distributed
 from resnet_dist.config import Config, DataConfig
+from resnet_dist.data.index.image_file import UnreadableImage
 from resnet_dist.data.index.index import Index, Shards
-from resnet_dist.data.index.pillow import UnreadableImage
 from resnet_dist.data.index.plain import why_not_plain
 from resnet_dist.data.load import build
 from resnet_dist.data.load import cache as cache_module

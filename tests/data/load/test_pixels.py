@@ -12,8 +12,9 @@ import torch
 from PIL import Image, ImageOps
 
 from resnet_dist.config import DataConfig
+from resnet_dist.data.index.image_file import UnreadableImage
 from resnet_dist.data.index.index import Index
-from resnet_dist.data.index.pillow import UnreadableImage, displayed_size
+from resnet_dist.data.index.pillow import displayed_size
 from resnet_dist.data.index.plain import why_not_plain
 from resnet_dist.data.load.dali import Loader
 from resnet_dist.data.load.decoding import HOST, UNPROBED, WAYS, Decoding

@@ -24,7 +24,7 @@ from PIL import Image
 from resnet_dist.cli import main
 from resnet_dist.config import DataConfig
 from resnet_dist.data.formats import build_index, recognized
-from resnet_dist.data.index.pillow import UnreadableImage
+from resnet_dist.data.index.image_file import UnreadableImage
 from resnet_dist.data.index.quarantine import read_quarantine, write_quarantine
 from resnet_dist.data.load.reader import Reader
 from resnet_dist.data.prepare.reencode import Limit, reencode
