@@ -407,3 +407,26 @@ def test_an_evaluation_that_was_made_up_for_is_kept(tiny_config: Callable[..., C
         assert (config.run_dir / "checkpoints/best").resolve().name == "step-00000003"
     lines = map(json.loads, (config.run_dir / "journal.jsonl").read_text().splitlines())
     assert sum("val/acc1" in line.get("metrics", {}) for line in lines) == 1
+
+
+def test_relative_data_are_found_from_another_folder(
+    tiny_folder: Path,
+    tiny_yaml: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "work").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "work/photos").symlink_to(tiny_folder)
+    monkeypatch.chdir(tmp_path / "work")
+    given = ("data.root=photos", "tracking.run_root=out/runs", "train.epochs=1", "name=rel")
+    cli.main(["train", str(tiny_yaml), *given])
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    cli.main(["evaluate", "../work/out/runs/rel"])
+    assert "of 17 correct" in capsys.readouterr().out
+    (tmp_path / "work/photos").unlink()
+    with pytest.raises(SystemExit):
+        cli.main(["evaluate", "../work/out/runs/rel"])
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "data.root=photos: no such folder; it must contain train/ and val/ (looked" in line

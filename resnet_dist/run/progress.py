@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Mapping
 
+from resnet_dist.errors import shortened
 from resnet_dist.plan import Plan
 from resnet_dist.tracking.metrics import (
     DATA_WAIT_PCT,
@@ -26,7 +27,8 @@ class Console:
         self.is_terminal = speaks and sys.stdout.isatty()  # then the last line can be rewritten
 
     def say(self, text: str) -> None:
-        """Prints a line that stays."""
+        """Prints a line that stays, or several."""
+        text = "\n".join(map(shortened, text.split("\n")))
         if self._speaks:
             print("\r\x1b[K" + text if self.is_terminal else text, flush=True)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from resnet_dist.config import Config, to_yaml
 from resnet_dist.data.formats import survey
-from resnet_dist.errors import UserError
+from resnet_dist.errors import UserError, shortened
 from resnet_dist.plan import Plan
 from resnet_dist.run.folder import check_run_folder
 from resnet_dist.run.plan_text import describe_plan
@@ -40,9 +40,9 @@ def dry_run(
     plan = Plan.of(config, world_size, train_images, val_images, local_world_size)
     classes = {"classes": found[0].classes} if found else {}
     text = to_yaml(config) + "\n" + describe_plan(plan, **classes)
-    text += "".join(f"\nnote: {note}" for split in found for note in split.notes)
+    text += "".join(f"\n{shortened(f'note: {note}')}" for split in found for note in split.notes)
     differing = check_run_folder(config, anyway=True)  # the plan is useful even if it is refused
     if differing:
-        text += f"\n\nsettings differ from {config.run_dir}: {'; '.join(differing)}; "
-        text += "use another name= or --resume-anyway"
+        line = f"settings differ from {config.run_dir}: {'; '.join(differing)}; "
+        text += f"\n\n{shortened(line + 'use another name= or --resume-anyway')}"
     return text

@@ -25,7 +25,7 @@ from resnet_dist.data.index.survey import describe_classes
 from resnet_dist.data.load.dali import Loader
 from resnet_dist.data.load.reader import Reader
 from resnet_dist.data.view.augment import Request, unchanged
-from resnet_dist.errors import UserError
+from resnet_dist.errors import UserError, shortened
 from resnet_dist.run.progress import REFRESH_SECONDS, duration
 
 SPLITS = ("train", "val")
@@ -118,12 +118,13 @@ def verify(
     names = there if "train" in there else SPLITS
     indexes = {name: build_index(data_format, root, name, None) for name in names}
     count = sum(map(len, indexes.values()))
-    print(f"{root}: {data_format}, classes: {describe_classes(indexes['train'].classes)}")
+    classes = describe_classes(indexes["train"].classes)
+    print(shortened(f"{root}: {data_format}, classes: {classes}"))
     if "val" not in indexes:
         print("note: there are no val images: train with data.holdout_images")
     for name, index in indexes.items():
         for note in notes_of(index, name):
-            print(f"note: {note}")
+            print(shortened(f"note: {note}"))
     if indexes["train"].pixels is not None:
         print(
             f"all {count:,} images of {data_format} can be trained on: records and labels are valid"
@@ -330,7 +331,7 @@ class _Progress:
 
     def say(self, text: str) -> None:
         self._clear()
-        print(text, flush=True)
+        print(shortened(text), flush=True)
 
     def add(self, images: int) -> None:
         self._done += images
