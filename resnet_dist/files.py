@@ -4,8 +4,10 @@ New content is written under a temporary name, flushed to the disk, and renamed.
 folder is flushed too, since a file's own fsync does not make its name durable.
 """
 
+import errno
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -80,6 +82,19 @@ def replace_link(link: Path, target: str) -> None:
         fresh.unlink(missing_ok=True)
         raise
     flush_folder(link.parent)
+
+
+def regular(path: str, flags: int) -> int:
+    """Opens a regular file: an `opener` for `open`. A pipe would wait, and a device may never end.
+
+    Raises:
+        OSError: it cannot be opened, or is of another kind.
+    """
+    descriptor = os.open(path, flags | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a regular file", path)
+    return descriptor
 
 
 def temporary_name(path: Path) -> Path:

@@ -43,11 +43,13 @@ def photo_folder(data: Path, most: int) -> Iterator[Path]:
         raise UserError(
             f"{data}: none of its photos can be read; run `resnet-dist verify` to see why"
         )
+    classes = {folder: f"{n:05}" for n, folder in enumerate(sorted({p.parent for p in photos}))}
     with TemporaryDirectory(prefix="resnet-dist-bench-") as name:
         root = Path(name)
         for number, path in enumerate(photos):
-            # Keeps the class of each photo, so that loading the labels costs as much as usual.
-            link = root / "train" / (path.parent.name or "photos") / f"{number:08}{path.suffix}"
+            # Keeps the class of each photo, so that loading the labels costs as much as usual. Its
+            # name might be hidden, or "..".
+            link = root / "train" / classes[path.parent] / f"{number:08}{path.suffix}"
             link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(path.absolute())
             val = root / "val" / link.parent.name

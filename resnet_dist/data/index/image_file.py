@@ -2,15 +2,15 @@
 
 import errno
 import os
-import stat
 from typing import BinaryIO
 
 from resnet_dist.errors import UserError
+from resnet_dist.files import regular
 
 MAX_IMAGE_BYTES = 1 << 30  # ImageNet's largest file has 15 MB
 # Errors that no retry can cure.
 GONE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP,
-        errno.ENXIO)  # fmt: skip
+        errno.ENXIO, errno.ENAMETOOLONG, errno.EINVAL)  # fmt: skip
 
 
 class UnreadableImage(UserError):
@@ -21,20 +21,16 @@ def open_image_file(path: str | os.PathLike[str]) -> BinaryIO:
     """Opens a regular file for reading.
 
     Raises:
-        UnreadableImage: it is no regular file, or too large.
-        OSError: it cannot be opened.
+        UnreadableImage: it is too large.
+        OSError: it cannot be opened, or is no regular file.
     """
-    # Without O_NONBLOCK, opening a pipe would wait for a writer.
-    opened = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    file = open(path, "rb", opener=regular)
     try:
-        facts = os.fstat(opened)
-        if not stat.S_ISREG(facts.st_mode):
-            raise UnreadableImage("not a regular file")
-        check_bytes(facts.st_size)
-        return open(opened, "rb")
-    except BaseException:
-        os.close(opened)
+        check_bytes(os.fstat(file.fileno()).st_size)
+    except UnreadableImage:
+        file.close()
         raise
+    return file
 
 
 def check_bytes(nbytes: int) -> None:
@@ -46,4 +42,4 @@ def check_bytes(nbytes: int) -> None:
 def read_image_file(path: str) -> bytes:
     """Returns the content of a regular file. Raises what `open_image_file` raises."""
     with open_image_file(path) as file:
-        return file.read()
+        return file.read(os.fstat(file.fileno()).st_size)  # a file that grows may have no end

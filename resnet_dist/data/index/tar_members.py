@@ -4,6 +4,9 @@ import io
 import os
 import tarfile
 from collections.abc import Iterator
+from pathlib import Path
+
+from resnet_dist.files import regular
 
 MAX_HEADER_BYTES = 1 << 20  # limit for long names, which are read into memory
 
@@ -14,6 +17,10 @@ class RefusedTar(Exception):
 
 class TarHeaders(io.FileIO):
     """A tar opened for `tarfile`, which alone would read as many bytes as a header says."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises OSError if it cannot be opened, or is no regular file."""
+        super().__init__(path, opener=regular)
 
     def read(self, size: int | None = -1, /) -> bytes:
         if size is None or not 0 <= size <= MAX_HEADER_BYTES:

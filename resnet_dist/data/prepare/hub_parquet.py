@@ -14,7 +14,8 @@ import pyarrow as pa
 
 from resnet_dist.data.index.raw_source import HUB_FILE
 from resnet_dist.data.prepare.images import ParquetRows, unreadable
-from resnet_dist.errors import UserError
+from resnet_dist.errors import UserError, some_of
+from resnet_dist.files import regular
 
 HUB_SPLITS = {"train": "train", "val": "validation"}
 # In n01440764_10026_n01440764.JPEG and ILSVRC2012_val_00000001_n01751748.JPEG the class comes last.
@@ -54,7 +55,8 @@ def list_parquet(folder: Path, split: str) -> HubSplit:
     class_names: Sequence[str] = ()
     for path in files:
         try:
-            with pq.ParquetFile(path) as file:
+            with open(path, "rb", opener=regular) as raw, pq.ParquetFile(raw) as file:
+                _check_columns(file.schema_arrow, path)
                 table = file.read(["label", "image.path"])
                 class_names = _class_names(file.schema_arrow)
                 if _has_no_bytes(file.metadata):
@@ -63,16 +65,28 @@ def list_parquet(folder: Path, split: str) -> HubSplit:
             found = table["image"].combine_chunks().field("path").to_pylist()
         except OSError as error:
             raise unreadable(path, error) from None
-        except (pa.ArrowException, KeyError, ValueError) as error:
+        except pa.ArrowException as error:
             reason = str(error).splitlines()[0]
-            raise UserError(
-                f"{path}: not a file with image and label ({reason}); copy it again"
-            ) from None
+            raise UserError(f"{path}: not a parquet file ({reason}); copy it again") from None
         labels += of_file
         rows.append(len(of_file))
         names += [name or f"{path.stem}/{row}" for row, name in enumerate(found)]
     images = ParquetRows(tuple(map(str, files)), tuple(rows), 0, sum(rows))
     return HubSplit(labels, names, images, class_names)
+
+
+def _check_columns(schema: pa.Schema, path: Path) -> None:
+    """Raises UserError if there is no column for images or for labels."""
+    image = schema.field("image").type if "image" in schema.names else pa.null()
+    parts = {part.name: part.type for part in image} if pa.types.is_struct(image) else {}
+    data = parts.get("bytes", pa.string())
+    is_data = pa.types.is_binary(data) or pa.types.is_large_binary(data) or pa.types.is_null(data)
+    if not (is_data and "path" in parts and "label" in schema.names):
+        found = some_of([f"{column.name} ({column.type})" for column in schema])
+        raise UserError(
+            f"{path}: has the columns {found}; expected image (struct<bytes: binary, path: "
+            "string>) and label; rename or convert them"
+        )
 
 
 def _has_no_bytes(metadata: Any) -> bool:
@@ -104,10 +118,11 @@ def _labels(column: pa.Array, path: Path) -> list[int | str]:
 
 
 def class_of_labels(splits: Sequence[HubSplit]) -> dict[int | str, str]:
-    """Returns the class name of each label: its synset, if the file names have it, or itself.
+    """Returns the class name of each label: its synset, if all file names have one; else the name
+    in the metadata; else the label itself.
 
     Raises:
-        UserError: there are no class names, or contradictory ones.
+        UserError: the class names contradict each other.
     """
     synset_of: dict[int | str, str] = {}
     if any(isinstance(label, str) for split in splits for label in split.labels):
@@ -128,7 +143,11 @@ def class_of_labels(splits: Sequence[HubSplit]) -> dict[int | str, str]:
 
 def _named(splits: Sequence[HubSplit]) -> dict[int | str, str]:
     names = splits[0].class_names
-    highest = max(int(label) for split in splits for label in split.labels)
+    labels = {int(label) for split in splits for label in split.labels}
+    highest = max(labels)
+    if not any(split.class_names for split in splits):
+        width = max(4, len(str(highest)))  # so that the classes are sorted by number, too
+        return {label: f"{label:0{width}}" for label in labels}
     if highest >= len(names) or any(split.class_names != names for split in splits):
         raise UserError(
             f"{splits[0].images.files[0]}: label {highest}, but {len(names)} class names in the "

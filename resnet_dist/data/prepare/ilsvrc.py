@@ -18,6 +18,7 @@ from resnet_dist.data.index.listing import IMAGE_SUFFIXES
 from resnet_dist.data.index.tar_members import RefusedTar, TarHeaders, plain_files
 from resnet_dist.data.prepare.images import TarMembers, unreadable
 from resnet_dist.errors import UserError
+from resnet_dist.files import regular
 
 TRAIN_TAR = "ILSVRC2012_img_train.tar"
 VAL_TAR = "ILSVRC2012_img_val.tar"
@@ -125,7 +126,10 @@ def _read_devkit(path: Path) -> tuple[list[int], dict[int, str]]:
 
     files = {}
     try:
-        with tarfile.open(path, "r:gz") as tar:
+        with (
+            open(path, "rb", opener=regular) as file,
+            tarfile.open(fileobj=file, mode="r:gz") as tar,
+        ):
             for member in tar:
                 wanted = next((n for n in (GROUND_TRUTH, SYNSETS) if member.name.endswith(n)), None)
                 if wanted and member.isreg() and member.size <= MAX_DEVKIT_FILE_BYTES:
@@ -140,10 +144,10 @@ def _read_devkit(path: Path) -> tuple[list[int], dict[int, str]]:
         }
         if not truth or not set(truth) <= set(synset_of):
             raise ValueError("a class in the ground truth that is not in meta.mat")
-    except FileNotFoundError as error:
-        raise unreadable(path, error) from None
     except KeyError as error:
         raise UserError(f"{path}: has no {error.args[0]}; copy it again") from None
+    except OSError as error:
+        raise unreadable(path, error) from None
     except Exception as error:  # for damaged files, gzip, tarfile and scipy raise all kinds
         raise UserError(f"{path}: damaged ({error}); copy it again") from None
     return truth, synset_of

@@ -30,10 +30,10 @@ class Images(Protocol):
     def identity(self) -> bytes:
         """Returns what identifies the images, as far as is known without reading them."""
 
-    def __iter__(self) -> Iterator[bytes | UnreadableImage]:
-        """Yields each image, or why it is not there.
+    def __iter__(self) -> Iterator[bytes | UserError]:
+        """Yields each image, or why it is not there: UnreadableImage if it will never be.
 
-        Raises UserError if a file cannot be read now, or has become shorter.
+        Raises UserError if the others cannot be read either.
         """
 
 
@@ -50,17 +50,15 @@ class Files:
     def identity(self) -> bytes:
         return self.nbytes.astype(np.int64).tobytes()
 
-    def __iter__(self) -> Iterator[bytes | UnreadableImage]:
+    def __iter__(self) -> Iterator[bytes | UserError]:
         for path in self.paths:
             try:
                 yield read_image_file(path)
             except UnreadableImage as why:
                 yield why
             except OSError as error:
-                if error.errno in GONE:
-                    yield UnreadableImage(error.strerror)
-                else:
-                    raise unreadable(path, error) from None
+                gone = error.errno in GONE
+                yield UnreadableImage(error.strerror) if gone else unreadable(path, error)
 
 
 @dataclass(frozen=True)

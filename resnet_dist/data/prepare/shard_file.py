@@ -96,11 +96,20 @@ def _write(task: ShardTask, file: IO[bytes]) -> None:
 
 
 def _checked(
-    data: bytes | UnreadableImage, limit: Limit | None, known: str | None
+    data: bytes | UserError, limit: Limit | None, known: str | None
 ) -> tuple[bytes, tuple[int, int], str | None]:
-    """Returns the bytes to write, the size (0, 0 if bad), and why the image is bad or None."""
+    """Returns the bytes to write, the size (0, 0 if bad), and why the image is bad or None.
+
+    Raises UserError if an image that is not known to be bad cannot be read now.
+    """
     if isinstance(data, UnreadableImage):
         return b"", (0, 0), str(data)
+    if isinstance(data, UserError):
+        if known is None:
+            raise UserError(
+                f"{data}; run again, or let `resnet-dist verify` of the source set it aside"
+            )
+        return b"", (0, 0), known
     try:
         if known or not data:
             raise UnreadableImage(known or "an empty file")
