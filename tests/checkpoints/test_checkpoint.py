@@ -293,37 +293,6 @@ def test_the_same_step_again_is_written_once(tiny_config: Callable[..., Config])
     assert (path.parent / "latest").resolve() == path.resolve()
 
 
-def test_the_same_step_is_written_anew_once_it_is_evaluated(
-    tiny_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = tiny_config()
-    path = save(small_state(4), config)
-    state = small_state(4)
-    state.evaluated_step, state.best_step, state.best_acc1 = 4, 4, 50.0
-    rename = os.rename
-    for survives in (0, 1, 2):  # the new folder is complete, the old one renamed, the new one
-        left = iter(range(survives))
-
-        def killed(old: Any, new: Any, left: Any = left) -> None:
-            if next(left, None) is None:
-                raise KeyboardInterrupt
-            rename(old, new)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(os, "rename", killed)
-            with pytest.raises(KeyboardInterrupt):
-                save(state, config)
-        folders.prepare_to_resume(config.run_dir)
-        (only,) = folders.step_folders(config.run_dir)
-        assert folders.why_damaged(only) is None
-        assert Checkpoint.load(only).evaluated_step == 0
-    save(state, config)
-    assert Checkpoint.load(path).evaluated_step == 4
-    assert (path.parent / "best").resolve() == path.resolve()
-    names = sorted(p.name for p in path.parent.iterdir())
-    assert names == ["best", "latest", "step-00000004"]
-
-
 @pytest.mark.parametrize("spoil", [*SPOILS, lose_everything])
 def test_nothing_is_written_into_a_folder_that_exists(
     tiny_config: Callable[..., Config], spoil: Spoil

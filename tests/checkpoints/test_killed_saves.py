@@ -111,16 +111,19 @@ def _fork_each(calls: list[Call], config: Config, report: Path) -> None:
     report.write_text(json.dumps(codes))
 
 
-def save_step(run_dir: Path, config: Config, step: int) -> None:
+def save_step(run_dir: Path, config: Config, step: int, evaluated: bool = False) -> None:
     """The best one so far, with room for one: all that a save can do happens."""
     state = small_state(step)
     state.best_step, state.best_acc1 = step, float(step)
+    state.evaluated_step = step if evaluated else 0
     saver = Saver(run_dir, Retention(1), say=lambda line: None)
     saver.save(content_of(state, config))
     saver.finish()
 
 
-def save_until(run_dir: Path, config: Config, step: int, survives: int | None) -> None:
+def save_until(
+    run_dir: Path, config: Config, step: int, survives: int | None, evaluated: bool = False
+) -> None:
     """Dies before write number `survives`; None: lives, and lists them in RUN/writes.json."""
     seen: list[Boundary] = []
 
@@ -130,7 +133,7 @@ def save_until(run_dir: Path, config: Config, step: int, survives: int | None) -
         seen.append(boundary)
 
     watch_writes(run_dir / "checkpoints", at_boundary)
-    save_step(run_dir, config, step)
+    save_step(run_dir, config, step, evaluated)
     (run_dir / "writes.json").write_text(json.dumps(seen))
 
 
@@ -176,14 +179,42 @@ def test_killed_at_every_write(tiny_config: Callable[..., Config], before: int) 
     assert found == [before or None] * (renamed + 1) + [2] * (len(writes) - renamed)
 
 
+def test_killed_while_a_step_is_saved_again_as_it_is_evaluated_by_now(
+    tiny_config: Callable[..., Config],
+) -> None:
+    config = tiny_config()
+    template = config.run_dir / "template"
+    save_step(template, config, 1)
+    writes = recorded_writes(template, config, 1, evaluated=True)
+    copies = [copied(template, f"run{survives}") for survives in range(len(writes) + 1)]
+    calls: list[Call] = [(save_until, (copy, config, 1, n, True)) for n, copy in enumerate(copies)]
+    assert run_each(calls, config) == [-signal.SIGKILL] * len(writes) + [0]
+    found = []
+    for copy in copies:
+        assert folders.prepare_to_resume(copy) == []
+        (only,) = folders.step_folders(copy)
+        assert folders.why_damaged(only) is None
+        assert {(only.parent / link).resolve() for link in ("latest", "best")} == {only}
+        found.append(Checkpoint.load(only).evaluated_step)
+        save_step(copy, config, 1, evaluated=True)
+        assert Checkpoint.load(only).evaluated_step == 1
+        assert folders.read_meta(only)["best"]["step"] == 1
+        assert sorted(p.name for p in only.parent.iterdir()) == ["best", "latest", only.name]
+    renames = [n for n, (event, _) in enumerate(writes) if event == "os.rename"]
+    replaced = renames[2]  # after those of the complete new folder and of the old one
+    assert found == [0] * (replaced + 1) + [1] * (len(writes) - replaced)
+
+
 def copied(template: Path, name: str) -> Path:
     return shutil.copytree(template, template.with_name(name), symlinks=True)
 
 
-def recorded_writes(template: Path, config: Config) -> list[Boundary]:
-    """Of a save of step 2 on top of `template`."""
+def recorded_writes(
+    template: Path, config: Config, step: int = 2, evaluated: bool = False
+) -> list[Boundary]:
+    """Of a save on top of `template`."""
     run_dir = copied(template, "recorded")
-    assert run_each([(save_until, (run_dir, config, 2, None))], config) == [0]
+    assert run_each([(save_until, (run_dir, config, step, None, evaluated))], config) == [0]
     return [(event, path) for event, path in json.loads((run_dir / "writes.json").read_text())]
 
 

@@ -24,7 +24,7 @@ def open_image_file(path: str | os.PathLike[str]) -> BinaryIO:
         UnreadableImage: it is too large.
         OSError: it cannot be opened, or is no regular file.
     """
-    file = open(path, "rb", opener=regular)
+    file = open(path, "rb", opener=regular)  # noqa: SIM115 (the caller closes it)
     try:
         check_bytes(os.fstat(file.fileno()).st_size)
     except UnreadableImage:

@@ -5,12 +5,12 @@ Imports only the standard library, so that a login node can make a plan.
 
 import os
 import re
-import stat
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 from resnet_dist.errors import UserError, some_of
+from resnet_dist.files import regular
 
 IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"),
@@ -100,13 +100,10 @@ def image_suffix(start: bytes) -> str | None:
 def is_image(path: str) -> bool:
     """Whether a regular file begins like an image. False if it cannot be read."""
     try:
-        opened = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would block
+        with open(path, "rb", buffering=0, opener=regular) as file:
+            return image_suffix(file.read(SIGNATURE_BYTES) or b"") is not None
     except OSError:
         return False
-    with open(opened, "rb", buffering=0) as file:
-        if not stat.S_ISREG(os.fstat(opened).st_mode):
-            return False
-        return image_suffix(file.read(SIGNATURE_BYTES)) is not None
 
 
 def images_below(

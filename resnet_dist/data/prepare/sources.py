@@ -93,7 +93,7 @@ def open_source(
         source = _indexed(known, root)
     odd = [name for name in source.classes if not name.strip() or "\n" in name or "\r" in name]
     if odd:
-        raise UserError(f"{root}: class {odd[0]!r}: has an empty name or a line end in it; rename it")
+        raise UserError(f"{root}: class {odd[0]!r}: is empty or has a line end; rename it")
     empty = [name for name, split in source.splits.items() if not len(split.labels)]
     if empty:
         raise UserError(f"{root}: has no {empty[0]} images; copy it again")
