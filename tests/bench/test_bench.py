@@ -74,6 +74,19 @@ def test_photos_are_chosen_from_any_folder(tiny_folder: Path, tmp_path: Path) ->
         pass
 
 
+@pytest.mark.parametrize("name", [".photos", "lost+found", "two\nlines"])
+def test_photos_may_be_in_a_folder_of_any_name(
+    name: str, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(tiny_folder / "train/class0", tmp_path / name)
+    (tmp_path / name / "inner").mkdir()
+    monkeypatch.chdir(tmp_path / name / "inner")
+    for given in (tmp_path / name, Path("..")):
+        with photo_folder(given, most=5) as root:
+            index = peers.index_of(work(root))
+            assert (len(set(index.paths)), len(index.classes)) == (5, 1)
+
+
 def figures(tmp_path: Path, *arguments: str) -> dict[str, Any]:
     """What a benchmark writes."""
     path = tmp_path / "figures.json"

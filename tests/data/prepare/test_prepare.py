@@ -13,7 +13,8 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ from resnet_dist.data.index.image_file import UnreadableImage
 from resnet_dist.data.index.quarantine import read_quarantine, write_quarantine
 from resnet_dist.data.load.reader import Reader
 from resnet_dist.data.prepare.reencode import Limit, reencode
+from resnet_dist.data.prepare.shard_file import ShardTask, make_shard
 from resnet_dist.data.prepare.sources import KINDS
 from resnet_dist.data.prepare.write_shards import Settings, prepare_shards
 from resnet_dist.errors import UserError
@@ -531,7 +533,7 @@ def test_an_incomplete_source_is_named(photos: Photos, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"train-00000-of-NNNNN.parquet .* found 2"):
         list_train_here(tmp_path / "hub")
     (tmp_path / "hub" / "data" / "train-00001-of-00003.parquet").write_bytes(b"PAR1")
-    with pytest.raises(UserError, match=r"train-00001-of-00003.parquet: not a file with image"):
+    with pytest.raises(UserError, match=r"train-00001-of-00003.parquet: not a parquet file"):
         list_train_here(tmp_path / "hub")
 
     make_ilsvrc(tmp_path / "tars", photos)
@@ -718,6 +720,7 @@ def test_what_is_no_file_is_a_bad_image(photos: Photos, tmp_path: Path) -> None:
     (top / "x1.jpg").symlink_to("/dev/zero")
     (top / "x2.jpg").symlink_to("/nowhere")
     (top / "x3.jpg").symlink_to("x3.jpg")
+    (top / "x6.jpg").symlink_to("/proc/self/status")  # like a file that grows: longer than its size
     with open(top / "x5.jpg", "wb") as huge:
         huge.write(photo(1))
         huge.truncate(2**31)
@@ -738,6 +741,7 @@ def test_what_is_no_file_is_a_bad_image(photos: Photos, tmp_path: Path) -> None:
         "x3.jpg": "Too many levels of symbolic links",
         "x4.jpg": found["x4.jpg"],  # a socket: what the system says
         "x5.jpg": "2,147,483,648 bytes, too large for an image",
+        "x6.jpg": "an empty file",
     }
     trained = build_index("folder", source, "train", None)
     assert len(index) == len(trained)
@@ -749,6 +753,64 @@ def test_what_is_no_file_is_a_bad_image(photos: Photos, tmp_path: Path) -> None:
             reader.read(sample, (0, 0, 1, 1))
             readable += 1
     assert len(index) - len(index.bad) == readable
+
+
+def test_a_name_that_no_file_can_have_is_a_bad_image(tmp_path: Path) -> None:
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source/a.jpg").write_bytes(photo(0))
+    for split in SPLITS:
+        rows = f"a.jpg,cat\n{'x' * 300}.jpg,dog\n"
+        (tmp_path / f"source/{split}.csv").write_text(rows)
+    prepare_shards(tmp_path / "source", tmp_path / "dest", Settings(100, None), 1)
+    index = build_index("shards", tmp_path / "dest", "train", None)
+    assert dict(index.bad) == {1: "File name too long"}
+
+
+class FailingDisk(list[bytes | UserError]):
+    """One image, and one that cannot be read at the moment."""
+
+    def __init__(self) -> None:
+        super().__init__([photo(0), UserError("1.jpg: cannot be read: Input/output error")])
+
+    def cut(self, start: int, stop: int) -> "FailingDisk":
+        raise NotImplementedError
+
+    def identity(self) -> bytes:
+        return b""
+
+
+def test_what_may_be_readable_later_ends_a_shard_unless_it_is_known_to_be_bad(
+    tmp_path: Path,
+) -> None:
+    names = ["a/0.jpg", "a/1.jpg"]
+    task = ShardTask(tmp_path / "0.tar", 0, [0, 0], names, ["a", "a"], FailingDisk(), {}, None)
+    with pytest.raises(UserError, match=r"1\.jpg: .* let `resnet-dist verify` of the source set"):
+        make_shard(task)
+    assert not task.path.exists()
+    facts, _ = make_shard(replace(task, bad={1: "cannot be read (Input/output error)"}))
+    assert facts.bad == {1: "cannot be read (Input/output error)"}
+    assert facts.nbytes.tolist() == [len(photo(0)), 0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "file"),
+    [
+        ("ilsvrc", "ILSVRC2012_img_train.tar"),
+        ("ilsvrc", "ILSVRC2012_img_val.tar"),
+        ("ilsvrc", "ILSVRC2012_devkit_t12.tar.gz"),
+        ("parquet", "data/train-00001-of-00003.parquet"),
+        ("shards", "imagenet1k-train-0000.tar"),
+    ],
+)
+def test_a_pipe_in_place_of_an_archive_is_not_waited_for(
+    kind: str, file: str, photos: Photos, tmp_path: Path
+) -> None:
+    source = tmp_path / "source"
+    MAKERS[kind](source, photos)
+    (source / file).unlink()
+    os.mkfifo(source / file)
+    with pytest.raises(UserError, match=f"{file}: .*not a regular file"):
+        list_train_here(source)
 
 
 @pytest.mark.parametrize("source", ["folder", "parquet", "shards", "list", "cifar10"])
@@ -786,7 +848,9 @@ def test_what_a_source_is_can_be_said(photos: Photos, tmp_path: Path) -> None:
         prepare_shards(tmp_path / "source", tmp_path / "other", *given, "ilsvrc")
 
 
-def hub_files(root: Path, labels: pa.Array, data: bytes | None = b"") -> None:
+def hub_files(
+    root: Path, labels: pa.Array, data: bytes | None = b"", names: Sequence[str] = ("b", "a")
+) -> None:
     pq = pytest.importorskip("pyarrow.parquet", exc_type=ImportError)
     root.mkdir()
     for split in ("train", "validation"):
@@ -795,7 +859,7 @@ def hub_files(root: Path, labels: pa.Array, data: bytes | None = b"") -> None:
             for n in range(len(labels))
         ]
         kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-        features = {"label": {"names": ["b", "a"]}}
+        features = {"label": {"names": names}}
         schema = {"huggingface": json.dumps({"info": {"features": features}})}
         table = pa.table({"image": pa.array(images, kind), "label": labels})
         table = table.replace_schema_metadata(schema)
@@ -828,6 +892,43 @@ def test_what_is_wrong_with_hub_files(labels: pa.Array, why: str, tmp_path: Path
     hub_files(tmp_path / "hub", labels, None if "paths" in why else b"")
     with pytest.raises(UserError, match=why):
         prepare_shards(tmp_path / "hub", tmp_path / "dest", Settings(100, None), 1)
+
+
+def test_numbers_without_names_are_the_names(tmp_path: Path) -> None:
+    for name, labels in (("int", pa.array([7, 12345, 7])), ("bool", pa.array([True, False, True]))):
+        hub_files(tmp_path / name, labels, names=())
+        prepare_shards(tmp_path / name, tmp_path / f"{name}-shards", Settings(100, None), 1)
+    index = build_index("shards", tmp_path / "int-shards", "train", None)
+    assert (index.classes, index.labels.tolist()) == (("00007", "12345"), [0, 1, 0])
+    index = build_index("shards", tmp_path / "bool-shards", "train", None)
+    assert (index.classes, index.labels.tolist()) == (("0000", "0001"), [1, 0, 1])
+
+
+@pytest.mark.parametrize(
+    ("columns", "why"),
+    [
+        ({"img": [{"bytes": b"", "path": "a"}], "fine_label": [0]}, r"img \(struct.*, fine_label"),
+        ({"image": [b""], "label": [0]}, r"image \(binary\), label \(int64\); expected image"),
+        ({"image": [{"path": "a"}], "label": [0]}, r"struct<path: string>\), label"),
+        ({"image": [{"bytes": b""}], "label": [0]}, r"struct<bytes: binary>\), label"),
+        ({"image": [{"bytes": "a", "path": "a"}], "label": [0]}, r"struct<bytes: string"),
+        ({"image": [{"bytes": photo(0), "path": "a"}], "label": ["\n"]}, "is empty or has a line"),
+        ({"image": [{"bytes": photo(0), "path": "a"}], "label": [""]}, "class '': is empty"),
+    ],
+)
+def test_hub_files_with_other_columns_or_classes_are_refused(
+    columns: dict[str, list], why: str, tmp_path: Path
+) -> None:
+    pq = pytest.importorskip("pyarrow.parquet", exc_type=ImportError)
+    pq.write_table(pa.table(columns), tmp_path / "train-00000-of-00001.parquet")
+    with pytest.raises(UserError, match=why):
+        list_train_here(tmp_path)
+
+
+def test_a_source_without_images_is_refused(tmp_path: Path) -> None:
+    hub_files(tmp_path / "hub", pa.array([], pa.int64()))
+    with pytest.raises(UserError, match="hub: has no train images"):
+        list_train_here(tmp_path / "hub")
 
 
 def test_a_source_without_a_readable_image_is_refused(tmp_path: Path) -> None:
