@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from resnet_dist import distributed
-from resnet_dist.data.index.image_file import UnreadableImage
+from resnet_dist.data.index.image_file import UnreadableImage, open_image_file
 from resnet_dist.data.index.index import HEADER_THREADS, Index
 from resnet_dist.data.index.listing import IMAGE_SUFFIXES, images_below
 from resnet_dist.data.index.pillow import displayed_size
@@ -115,7 +115,8 @@ def classify(
 def _size(file: str) -> tuple[int, int] | str:
     """Returns the height and width of an image, or the reason why it cannot be read."""
     try:
-        return displayed_size(file)
+        with open_image_file(file) as image:
+            return displayed_size(image)
     except OSError as error:
         return f"cannot be read ({error.strerror})"
     except UnreadableImage as error:

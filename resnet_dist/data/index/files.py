@@ -1,6 +1,7 @@
 """The index of images that are files. It is kept, as reading 1.28 M headers takes minutes."""
 
 import os
+import stat
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from resnet_dist.data.index.image_file import UnreadableImage
+from resnet_dist.data.index.image_file import UnreadableImage, check_bytes
 from resnet_dist.data.index.index import HEADER_THREADS, Index, fingerprint_of
 from resnet_dist.data.index.index_file import load_index_file, read_extra, save_index
 from resnet_dist.data.index.listing import Listing
@@ -140,8 +141,13 @@ def _header(path: str) -> tuple[int, int, int, str]:
     """Returns height, width, size in bytes, and why the image cannot be read, or ""."""
     nbytes = 0
     try:
-        nbytes = os.stat(path).st_size
-        return *displayed_size(path), nbytes, ""
+        facts = os.stat(path)
+        nbytes = facts.st_size
+        if not stat.S_ISREG(facts.st_mode):  # opening a pipe would block
+            return 0, 0, 0, "not a regular file"
+        check_bytes(nbytes)
+        with open(path, "rb") as file:
+            return *displayed_size(file), nbytes, ""
     except OSError as error:
         return 0, 0, nbytes, error.strerror or type(error).__name__
     except UnreadableImage as error:

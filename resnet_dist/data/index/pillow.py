@@ -14,7 +14,7 @@ from typing import IO, BinaryIO
 import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
 
-from resnet_dist.data.index.image_file import UnreadableImage, open_image_file
+from resnet_dist.data.index.image_file import UnreadableImage
 
 # Only formats for pictures of pixels. Pillow knows others, and calls Ghostscript for some of them.
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "TIFF", "WEBP", "AVIF", "JPEG2000")
@@ -53,18 +53,13 @@ NO_IMAGES = (
 
 
 @contextmanager
-def opened(file: str | os.PathLike[str] | BinaryIO) -> Iterator[ImageFile.ImageFile]:
+def opened(file: BinaryIO) -> Iterator[ImageFile.ImageFile]:
     """Opens an image: its header is read, its pixels are not.
 
     Raises:
         UnreadableImage: the header cannot be read or gives an absurd size, or what the caller does
             with the image fails.
-        OSError: `file` is a path, and cannot be opened.
     """
-    if isinstance(file, str | os.PathLike):
-        with open_image_file(file) as stream, opened(stream) as image:
-            yield image
-        return
     try:
         with Image.open(file, formats=FORMATS) as image:
             yield image
@@ -74,7 +69,7 @@ def opened(file: str | os.PathLike[str] | BinaryIO) -> Iterator[ImageFile.ImageF
         raise UnreadableImage(f"not a readable image ({_reason(error, file)})") from None
 
 
-def displayed_size(file: str | os.PathLike[str] | BinaryIO) -> tuple[int, int]:
+def displayed_size(file: BinaryIO) -> tuple[int, int]:
     """Returns (height, width) as a viewer shows the image, after its EXIF orientation.
 
     Raises what `opened` raises.

@@ -20,6 +20,11 @@ from resnet_dist.data.index.quarantine import read_quarantine, write_quarantine
 from resnet_dist.errors import UserError
 
 
+def size_of(path: Path) -> tuple[int, int]:
+    with path.open("rb") as file:
+        return displayed_size(file)
+
+
 def picture(path: Path, width: int, height: int, orientation: int | None = None) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     image = Image.new("RGB", (width, height), (200, 100, 50))
@@ -54,7 +59,7 @@ def test_a_folder_in_canonical_order(tmp_path: Path) -> None:
 def test_sizes_are_what_a_viewer_shows(tmp_path: Path, orientation: int) -> None:
     picture(tmp_path / "x.jpg", 64, 48, orientation)
     expected = (48, 64) if orientation < 5 else (64, 48)
-    assert displayed_size(str(tmp_path / "x.jpg")) == expected
+    assert size_of(tmp_path / "x.jpg") == expected
 
 
 def test_a_tiff_is_turned_once(tmp_path: Path) -> None:
@@ -62,7 +67,7 @@ def test_a_tiff_is_turned_once(tmp_path: Path) -> None:
     picture(tmp_path / "x.tif", 64, 48, orientation=6)
     with Image.open(tmp_path / "x.tif") as image:
         image.load()
-        assert displayed_size(str(tmp_path / "x.tif")) == (image.height, image.width) == (64, 48)
+        assert size_of(tmp_path / "x.tif") == (image.height, image.width) == (64, 48)
 
 
 def test_odd_names_and_a_link_in_a_circle(tmp_path: Path) -> None:
