@@ -70,7 +70,7 @@ def run_them(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 def test_each_test_has_a_process_of_its_own(of_all_kinds: Path) -> None:
-    done = run_them(of_all_kinds, "--jobs=2", "--timeout=8", "--logs=logs", "-m", "not gpu")
+    done = run_them(of_all_kinds, "--jobs=2", "--timeout=25", "--logs=logs", "-m", "not gpu")
     *lines, numbers = done.stdout.splitlines()
     assert lines == [
         "FAILED test_it.py::test_fails: AssertionError: two lines of it assert 1 == 2",
@@ -78,7 +78,7 @@ def test_each_test_has_a_process_of_its_own(of_all_kinds: Path) -> None:
         "SKIPPED test_it.py::test_is_skipped: for a reason",
         "CRASHED test_it.py::test_crashes: SIGSEGV",
         "CRASHED test_it.py::test_crashes_at_the_end: SIGABRT after the test had passed",
-        "TIMED OUT test_it.py::test_hangs: after 8 s",
+        "TIMED OUT test_it.py::test_hangs: after 25 s",
     ]
     assert numbers.startswith("2 crashed, 2 failed, 2 passed, 1 skipped, 1 timed out in ")
     assert done.returncode == 1

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ from resnet_dist import cli
 from resnet_dist.config import Config
 from resnet_dist.run.folder import lock_of
 from resnet_dist.run.outcome import START_TOKEN, Ending, Outcome
+from tests.support.multirank import serve_store
 
 Running = subprocess.Popen[str]
 Start = Callable[..., Running]
@@ -143,10 +143,8 @@ def test_bad_input_that_the_run_has_met(
 def test_a_run_whose_other_rank_has_died_failed(
     start: Start, tiny_yaml: Path, run_dir: Path
 ) -> None:
-    world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        world["MASTER_PORT"] = str(probe.getsockname()[1])
+    _store, where = serve_store()
+    world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"} | where
     one = (*TRAIN, tiny_yaml, ENDLESS)
     ranks = [start(*one, RANK=rank, LOCAL_RANK=rank, **world) for rank in "01"]
     wait_for_a_step(run_dir)

@@ -6,7 +6,6 @@ import faulthandler
 import multiprocessing
 import os
 import pickle
-import socket
 import tempfile
 import time
 import traceback
@@ -33,20 +32,22 @@ def run_ranks(
     function: Callable[..., Any],
     world_size: int,
     *args: Any,
-    timeout_s: float = 120,
+    timeout_s: float = 300,
     init_process_group: bool = True,
 ) -> list[Any]:
     """Run function(rank, world_size, *args) in world_size processes; return results by rank.
 
     function must be importable (module-level); args and results are pickled by value. Each rank
     has one torch thread, this process's environment and RANK, LOCAL_RANK, WORLD_SIZE and
-    LOCAL_WORLD_SIZE. With init_process_group False there is no group yet, but MASTER_ADDR and
-    MASTER_PORT are set, as under torchrun. The first rank to fail ends all the others. Raises
-    RankError with the ranks' tracebacks, or with the stacks of those still running at timeout_s.
+    LOCAL_WORLD_SIZE. With init_process_group False there is no group yet, but, as under torchrun,
+    this process serves the ranks' store at MASTER_ADDR and MASTER_PORT. The first rank to fail ends
+    all the others. Raises RankError with the ranks' tracebacks, or with the stacks of those still
+    running at timeout_s.
     """
     env = dict(os.environ, WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size))
     if not init_process_group:
-        env.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+        _store, where = serve_store()
+        env.update(where)
     # By value: multiprocessing's own pickler would move tensors to shared memory.
     call = pickle.dumps((function, args))
     with tempfile.TemporaryDirectory() as name:
@@ -71,6 +72,20 @@ def run_ranks(
                 process.join()
                 process.close()
         return [pickle.loads((folder / f"{r}.result").read_bytes()) for r in range(world_size)]
+
+
+def serve_store() -> tuple[dist.TCPStore, dict[str, str]]:
+    """Serves a store for ranks, as torchrun's agent does.
+
+    Returns it, which serves as long as it exists, and the environment that tells the ranks. (A port
+    chosen for rank 0 to listen on could be another process's by then.)
+    """
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    return store, {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
 
 
 def _await(ranks: list[Any], folder: Path, deadline: float, timeout_s: float) -> None:
@@ -132,9 +147,3 @@ def _rank_main(
         # Written before the group closes, so before any peer can notice and report.
         (folder / f"{rank}.error").write_text(traceback.format_exc())
         raise SystemExit(1) from None
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

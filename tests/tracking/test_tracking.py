@@ -47,6 +47,9 @@ def start_and_close(rank: int, world_size: int, config: Config) -> str:
     warnings: list[str] = []
     tracker = start(replace(config, name=f"run{rank}"), warnings)
     tracker.log(1, {"train/loss": float(rank)})
+    # On a busy machine MLflow may take longer to start than a run waits for it at its end.
+    while not (tracker.run_dir / "mlflow.json").is_file() and not warnings:
+        time.sleep(0.1)
     record = tracker.close("FINISHED", {})
     assert warnings == []
     assert record is not None
@@ -58,7 +61,7 @@ def start_and_close(rank: int, world_size: int, config: Config) -> str:
 def test_runs_that_start_at_once_share_a_new_database(tiny_config: Callable[..., Config]) -> None:
     config = tiny_config("tracking.mlflow=true")
     config.run_dir.parent.mkdir()
-    experiments = run_ranks(start_and_close, 4, config, init_process_group=False)
+    experiments = run_ranks(start_and_close, 4, config, init_process_group=False, timeout_s=300)
     assert len(set(experiments)) == 1
     client = mlflow_client(f"sqlite:///{config.run_dir.parent}/mlflow.db")
     runs = client.search_runs(experiments[:1])

@@ -147,9 +147,10 @@ def probe(
     device: torch.device,
     ways: Sequence[Decoding] = WAYS,
     limit_seconds: float = LIMIT_SECONDS,
+    way_limit_seconds: float = WAY_LIMIT_SECONDS,
     options: Sequence[str] = (),
 ) -> Iterator[tuple[str, Trial]]:
-    """Tries ways of decoding, each in a process of its own that has WAY_LIMIT_SECONDS.
+    """Tries ways of decoding, each in a process of its own that has way_limit_seconds.
 
     limit_seconds: for all of them together. options: further arguments for probe_way.
     """
@@ -157,12 +158,12 @@ def probe(
         device = torch.device("cuda", torch.cuda.current_device())
     ends = time.monotonic() + limit_seconds
     for way in ways:
-        if ends - time.monotonic() < WAY_LIMIT_SECONDS:  # a shorter trial would prove nothing
+        if ends - time.monotonic() < way_limit_seconds:  # a shorter trial would prove nothing
             yield str(way), Trial("not tried", said="no time was left")
             continue
         command = [sys.executable, "-m", "resnet_dist.data.load.probe_way", str(WAYS.index(way))]
-        command += ["--device", str(device), "--limit", str(WAY_LIMIT_SECONDS), *options]
-        yield str(way), run_apart(command, WAY_LIMIT_SECONDS)
+        command += ["--device", str(device), "--limit", str(way_limit_seconds), *options]
+        yield str(way), run_apart(command, way_limit_seconds)
 
 
 def run_apart(command: Sequence[str], limit_seconds: float) -> Trial:
@@ -245,13 +246,18 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="write the report as JSON")
     parser.add_argument("--keep", type=Path, help="keep the report for runs, in RUN_ROOT/.index")
     parser.add_argument("--limit", type=float, default=LIMIT_SECONDS, help="seconds for all ways")
+    parser.add_argument(
+        "--way-limit", type=float, default=WAY_LIMIT_SECONDS, help="seconds for one way"
+    )
     parser.add_argument("--images", type=int, default=64, help="images per batch")
     parser.add_argument(
         "--seconds", type=float, default=0.5, help="seconds to measure the speed of a way"
     )
     given = parser.parse_args()
     options = ["--images", str(given.images), "--seconds", str(given.seconds)]
-    try_ways = partial(probe, limit_seconds=given.limit, options=options)
+    try_ways = partial(
+        probe, limit_seconds=given.limit, way_limit_seconds=given.way_limit, options=options
+    )
     if given.keep is None:
         report = dict(try_ways(given.device))
     else:
