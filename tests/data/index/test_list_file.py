@@ -317,6 +317,18 @@ def test_class_lists_from_windows(tmp_path: Path, content: bytes) -> None:
     assert class_list(tmp_path / "classes.txt") == ["cat", "dog"]
 
 
+def test_a_class_list_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "classes.txt"
+    assert class_list(file) is None
+    file.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"classes\.txt: a link that leads nowhere"):
+        class_list(file)
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(UserError, match=r"classes\.txt: not a regular file"):
+        class_list(file)
+
+
 def test_a_tilde_in_a_list_is_the_home_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
