@@ -90,10 +90,14 @@ def regular(path: str, flags: int) -> int:
     Raises:
         OSError: it cannot be opened, or is of another kind.
     """
-    descriptor = os.open(path, flags | os.O_NONBLOCK)
+    try:
+        descriptor = os.open(path, flags | os.O_NONBLOCK)
+    except BlockingIOError:  # a file server has leased it, or it is on tape
+        descriptor = os.open(path, flags)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise OSError(errno.EINVAL, "not a regular file", path)
+    os.set_blocking(descriptor, True)
     return descriptor
 
 

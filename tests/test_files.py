@@ -3,6 +3,8 @@
 import errno
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,14 @@ from typing import Any
 import pytest
 
 from resnet_dist import files
-from resnet_dist.files import flush_file, new_folder, replace_file, replace_link, replacing
+from resnet_dist.files import (
+    flush_file,
+    new_folder,
+    regular,
+    replace_file,
+    replace_link,
+    replacing,
+)
 
 
 @pytest.fixture
@@ -97,3 +106,29 @@ def test_the_umask_says_who_may_read(tmp_path: Path) -> None:
     finally:
         os.umask(before)
     assert (tmp_path / "a").stat().st_mode & 0o777 == 0o640
+
+
+FILE_SERVER = """
+import fcntl, os, signal, sys
+lease = os.open(sys.argv[1], os.O_RDONLY)
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGIO])
+fcntl.fcntl(lease, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+print("leased", flush=True)
+signal.sigwait([signal.SIGIO])
+fcntl.fcntl(lease, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+"""
+
+
+def test_a_file_that_is_leased_is_waited_for(tmp_path: Path) -> None:
+    """A file server gives up its lease once somebody else opens the file."""
+    path = tmp_path / "photo.jpg"
+    path.write_bytes(b"pixels")
+    command = [sys.executable, "-c", FILE_SERVER, str(path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as server:
+        assert server.stdout is not None
+        if server.stdout.readline() != b"leased\n":
+            pytest.skip("no leases on this file system")
+        with open(path, "rb", opener=regular) as file:
+            assert file.read() == b"pixels"
+            assert os.get_blocking(file.fileno())
+    assert server.returncode == 0

@@ -154,7 +154,7 @@ def test_a_first_step_that_fp16_skips_leaves_no_garbage() -> None:
 
 @pytest.mark.parametrize("fused", [True, False])
 def test_the_kernels_of_this_machine_count_before_a_state_is_loaded(fused: bool) -> None:
-    """torch goes by them: AdamW's number of steps is made float32, on the GPU, if it is fused."""
+    """torch's loading depends on them: fused AdamW gets its step count as float32 on the GPU."""
     model = nn.Linear(3, 4)
     other = torch.optim.AdamW(model.parameters(), fused=not fused)
     model(torch.ones(1, 3)).sum().backward()

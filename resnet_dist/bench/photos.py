@@ -47,8 +47,8 @@ def photo_folder(data: Path, most: int) -> Iterator[Path]:
     with TemporaryDirectory(prefix="resnet-dist-bench-") as name:
         root = Path(name)
         for number, path in enumerate(photos):
-            # Keeps the class of each photo, so that loading the labels costs as much as usual. Its
-            # name might be hidden, or "..".
+            # Keeps the class of each photo, so that loading the labels costs as much as usual, but
+            # under a name of our own, as a folder's may be hidden, or "..".
             link = root / "train" / classes[path.parent] / f"{number:08}{path.suffix}"
             link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(path.absolute())

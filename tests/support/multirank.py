@@ -77,8 +77,8 @@ def run_ranks(
 def serve_store() -> tuple[dist.TCPStore, dict[str, str]]:
     """Serves a store for ranks, as torchrun's agent does.
 
-    Returns it, which serves as long as it exists, and the environment that tells the ranks. (A port
-    chosen for rank 0 to listen on could be another process's by then.)
+    Returns the store, which serves while it exists, and the environment variables that lead the
+    ranks to it. (A port chosen for rank 0 to listen on could be another process's by then.)
     """
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     return store, {

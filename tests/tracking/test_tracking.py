@@ -61,7 +61,7 @@ def start_and_close(rank: int, world_size: int, config: Config) -> str:
 def test_runs_that_start_at_once_share_a_new_database(tiny_config: Callable[..., Config]) -> None:
     config = tiny_config("tracking.mlflow=true")
     config.run_dir.parent.mkdir()
-    experiments = run_ranks(start_and_close, 4, config, init_process_group=False, timeout_s=300)
+    experiments = run_ranks(start_and_close, 4, config, init_process_group=False)
     assert len(set(experiments)) == 1
     client = mlflow_client(f"sqlite:///{config.run_dir.parent}/mlflow.db")
     runs = client.search_runs(experiments[:1])

@@ -8,7 +8,7 @@ from resnet_dist.errors import UserError
 from resnet_dist.files import regular
 
 MAX_IMAGE_BYTES = 1 << 30  # ImageNet's largest file has 15 MB
-# Errors that no retry can cure.
+# Errors that no retry can cure. EINVAL: not a regular file.
 GONE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP,
         errno.ENXIO, errno.ENAMETOOLONG, errno.EINVAL)  # fmt: skip
 

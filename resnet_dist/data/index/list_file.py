@@ -12,7 +12,7 @@ import csv
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from resnet_dist.data.index.class_list import encoding_of
+from resnet_dist.data.index.class_list import encoding_of, not_utf16
 from resnet_dist.data.index.quarantine import QUARANTINE
 from resnet_dist.data.index.row_files import FIX, NoRows, Row, RowFiles
 from resnet_dist.errors import UserError
@@ -68,7 +68,8 @@ class ListFile(RowFiles):
         number = 0
         try:
             # A path may contain any bytes, and Excel writes a byte order mark at the start.
-            encoding = encoding_of(file)
+            with open(file, "rb") as start:
+                encoding = encoding_of(start.read(2))
             with open(file, encoding=encoding, errors="surrogateescape", newline="") as text:
                 reader = csv.reader(text, delimiter=DELIMITERS[file.suffix.lower()], strict=True)
                 columns: dict[str, int] | None = None
@@ -98,6 +99,8 @@ class ListFile(RowFiles):
                     yield Row(where, cells[columns["path"]], cells[columns["label"]])
         except csv.Error as error:
             raise UserError(f"{file}:{number + 1}: {error}; {FIX}") from None
+        except UnicodeDecodeError as error:
+            raise not_utf16(file, error) from None
         except OSError as error:
             raise UserError(f"{file}: {error.strerror}; make it readable") from None
 

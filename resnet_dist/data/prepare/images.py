@@ -31,9 +31,9 @@ class Images(Protocol):
         """Returns what identifies the images, as far as is known without reading them."""
 
     def __iter__(self) -> Iterator[bytes | UserError]:
-        """Yields each image, or why it is not there: UnreadableImage if it will never be.
+        """Yields each image, or why it cannot be read: UnreadableImage if no retry would help.
 
-        Raises UserError if the others cannot be read either.
+        Raises UserError if the remaining images cannot be read either.
         """
 
 

@@ -7,7 +7,7 @@ machine or the time, so the same samples give the same bytes.
 import io
 import json
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -17,7 +17,6 @@ import numpy as np
 from resnet_dist.data.index.image_file import UnreadableImage
 from resnet_dist.data.index.listing import SIGNATURE_BYTES, image_suffix
 from resnet_dist.data.index.pillow import displayed_size
-from resnet_dist.data.prepare.images import Images
 from resnet_dist.data.prepare.reencode import Limit, reencode
 from resnet_dist.errors import UserError
 from resnet_dist.files import replacing
@@ -32,7 +31,7 @@ class ShardTask:
     labels: Sequence[int]
     names: Sequence[str]  # names of the original files, CLASS/FILE
     class_names: Sequence[str]  # for each sample
-    images: Images
+    images: Iterable[bytes | UserError]  # as Images yields them
     bad: dict[int, str]  # known to be bad: number in the split -> reason
     limit: Limit | None
 
@@ -107,7 +106,8 @@ def _checked(
     if isinstance(data, UserError):
         if known is None:
             raise UserError(
-                f"{data}; run again, or let `resnet-dist verify` of the source set it aside"
+                f"{data}; run the same command again, or first `resnet-dist verify` on the source, "
+                "which sets bad images aside"
             )
         return b"", (0, 0), known
     try:

@@ -317,6 +317,20 @@ def test_class_lists_from_windows(tmp_path: Path, content: bytes) -> None:
     assert class_list(tmp_path / "classes.txt") == ["cat", "dog"]
 
 
+@pytest.mark.parametrize("end", [b"o", b"\x00\xd8x\x00"])
+def test_damaged_utf16_is_said(tmp_path: Path, end: bytes) -> None:
+    text = "\ufeffa.jpg,cat\nb.jpg,d".encode("utf-16-le") + end
+    for name, read in (
+        ("classes.txt", class_list),
+        ("train.csv", lambda file: build_index("list", file.parent, "train", None)),
+    ):
+        file = tmp_path / name.partition(".")[0] / name
+        file.parent.mkdir()
+        file.write_bytes(text)
+        with pytest.raises(UserError, match=rf"{name}: damaged UTF-16 text \(.*UTF-8$"):
+            read(file)
+
+
 def test_a_class_list_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "classes.txt"
     assert class_list(file) is None

@@ -766,25 +766,13 @@ def test_a_name_that_no_file_can_have_is_a_bad_image(tmp_path: Path) -> None:
     assert dict(index.bad) == {1: "File name too long"}
 
 
-class FailingDisk(list[bytes | UserError]):
-    """One image, and one that cannot be read at the moment."""
-
-    def __init__(self) -> None:
-        super().__init__([photo(0), UserError("1.jpg: cannot be read: Input/output error")])
-
-    def cut(self, start: int, stop: int) -> "FailingDisk":
-        raise NotImplementedError
-
-    def identity(self) -> bytes:
-        return b""
-
-
 def test_what_may_be_readable_later_ends_a_shard_unless_it_is_known_to_be_bad(
     tmp_path: Path,
 ) -> None:
     names = ["a/0.jpg", "a/1.jpg"]
-    task = ShardTask(tmp_path / "0.tar", 0, [0, 0], names, ["a", "a"], FailingDisk(), {}, None)
-    with pytest.raises(UserError, match=r"1\.jpg: .* let `resnet-dist verify` of the source set"):
+    images = [photo(0), UserError("1.jpg: cannot be read: Input/output error")]
+    task = ShardTask(tmp_path / "0.tar", 0, [0, 0], names, ["a", "a"], images, {}, None)
+    with pytest.raises(UserError, match=r"1\.jpg: .* first `resnet-dist verify` on the source"):
         make_shard(task)
     assert not task.path.exists()
     facts, _ = make_shard(replace(task, bad={1: "cannot be read (Input/output error)"}))
