@@ -34,9 +34,10 @@ def index_of_files(
     """Returns the index of the files that `list_files` lists.
 
     Uses the index file `kept` while it is valid: that is, while everything that was read for the
-    listing has its modification time, and up to 10,000 evenly spaced images (all in a small data
-    set) and those in `bad` have their size and modification time. If it cannot be written, the
-    index is made again each time. Images that cannot be read are in the index's `bad`.
+    listing has its modification time, up to 10,000 evenly spaced images (all in a small data set)
+    have their size and modification time, and those in `bad` have not changed, nor have their
+    permissions. If it cannot be written, the index is made again each time. Images that cannot be
+    read are in the index's `bad`.
 
     top: the folder to which paths in the listing are relative. root: the root of the data.
 
@@ -66,8 +67,8 @@ def index_of_files(
     )
     if kept is None:
         return index
-    facts |= _facts(top, (listing.paths[i] for i in bad))
-    return _keep(index, kept, root, _extra(listing, facts, started))
+    changed = _changes(top, (listing.paths[i] for i in bad))
+    return _keep(index, kept, root, _extra(listing, facts, changed, started))
 
 
 def evenly_spaced(count: int) -> list[int]:
@@ -86,6 +87,9 @@ def _still_valid(
         return None
     if _facts(top, extra["files"]) != extra["files"]:
         return None
+    changed = extra.get("bad", {})  # missing in older files, whose "files" has these as well
+    if _changes(top, changed) != changed:
+        return None
     try:
         index = load_index_file(kept, root)
     except UserError:
@@ -97,18 +101,26 @@ def _still_valid(
         return None
     if not np.array_equal(listing.labels, index.labels):
         return None
-    return _keep(index, kept, root, _extra(listing, extra["files"], started))
+    return _keep(index, kept, root, _extra(listing, extra["files"], changed, started))
 
 
 def _absolute(listing: Listing, top: Path) -> tuple[str, ...]:
     return tuple(os.path.join(top.absolute(), path) for path in listing.paths)
 
 
-def _extra(listing: Listing, facts: dict[str, Any], started: int) -> dict[str, Any]:
+def _extra(
+    listing: Listing, facts: dict[str, Any], changed: dict[str, Any], started: int
+) -> dict[str, Any]:
     latest = max((time_ns for time_ns in listing.read.values() if time_ns is not None), default=0)
     # The key "folders" is older than formats with lists; it keeps older index files valid.
     settled = latest < started - CLOCK_TICK_NS
-    return {"rules": RULES, "folders": listing.read, "files": facts, "settled": settled}
+    return {
+        "rules": RULES,
+        "folders": listing.read,
+        "files": facts,
+        "bad": changed,
+        "settled": settled,
+    }
 
 
 def _keep(index: Index, kept: Path, root: Path, extra: Any) -> Index:
@@ -128,6 +140,13 @@ def facts_of(paths: Sequence[str]) -> list[list[int] | None]:
 def _facts(top: str | Path, names: Iterable[str]) -> dict[str, Any]:
     names = list(names)
     return dict(zip(names, facts_of([os.path.join(top, name) for name in names]), strict=True))
+
+
+def _changes(top: Path, names: Iterable[str]) -> dict[str, int | None]:
+    """Returns when each file or its permissions last changed, in ns; None for a missing one."""
+    names = list(names)
+    times = _threaded(_time_of_change, [os.path.join(top, name) for name in names])
+    return dict(zip(names, times, strict=True))
 
 
 def _threaded(function: Any, paths: Sequence[str]) -> Iterable[Any]:
@@ -152,6 +171,13 @@ def _header(path: str) -> tuple[int, int, int, str]:
         return 0, 0, nbytes, error.strerror or type(error).__name__
     except UnreadableImage as error:
         return 0, 0, nbytes, str(error)
+
+
+def _time_of_change(path: str) -> int | None:
+    try:
+        return os.stat(path).st_ctime_ns
+    except OSError:
+        return None
 
 
 def _size_and_time(path: str) -> list[int] | None:

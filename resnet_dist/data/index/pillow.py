@@ -3,6 +3,7 @@
 DALI decodes the images on which both agree, see plain.py, and Pillow decodes the others.
 """
 
+import errno
 import io
 import os
 import re
@@ -59,6 +60,7 @@ def opened(file: BinaryIO) -> Iterator[ImageFile.ImageFile]:
     Raises:
         UnreadableImage: the header cannot be read or gives an absurd size, or what the caller does
             with the image fails.
+        OSError: the disk fails.
     """
     try:
         with Image.open(file, formats=FORMATS) as image:
@@ -66,6 +68,9 @@ def opened(file: BinaryIO) -> Iterator[ImageFile.ImageFile]:
     except (MemoryError, UnreadableImage):
         raise
     except Exception as error:  # Pillow's plugins raise whatever they meet
+        # Pillow's own errors have no number, and a damaged image may lead to a seek below zero.
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            raise
         raise UnreadableImage(f"not a readable image ({_reason(error, file)})") from None
 
 

@@ -7,7 +7,7 @@ machine or the time, so the same samples give the same bytes.
 import io
 import json
 import tarfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -17,6 +17,7 @@ import numpy as np
 from resnet_dist.data.index.image_file import UnreadableImage
 from resnet_dist.data.index.listing import SIGNATURE_BYTES, image_suffix
 from resnet_dist.data.index.pillow import displayed_size
+from resnet_dist.data.prepare.images import Images
 from resnet_dist.data.prepare.reencode import Limit, reencode
 from resnet_dist.errors import UserError
 from resnet_dist.files import replacing
@@ -31,7 +32,7 @@ class ShardTask:
     labels: Sequence[int]
     names: Sequence[str]  # names of the original files, CLASS/FILE
     class_names: Sequence[str]  # for each sample
-    images: Iterable[bytes | UserError]  # as Images yields them
+    images: Images
     bad: dict[int, str]  # known to be bad: number in the split -> reason
     limit: Limit | None
 

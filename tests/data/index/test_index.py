@@ -6,6 +6,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
@@ -144,6 +145,30 @@ def test_a_mended_image_is_seen_among_many(tmp_path: Path, monkeypatch: pytest.M
     assert list(build_index("folder", tmp_path, "train", cache).bad) == [1]
     mended.write_bytes(whole)
     assert build_index("folder", tmp_path, "train", cache).bad == {}
+
+
+def test_an_image_whose_permissions_are_mended_is_seen() -> None:
+    """As nobody where the tests run as root, who may read all."""
+    user = os.geteuid()
+    with TemporaryDirectory() as name:  # nobody may not enter pytest's own folder
+        root, cache = Path(name), Path(name) / "cache"
+        small_folder(root)
+        (root / "train" / "b" / "1.png").chmod(0)
+        age(root)
+        root.chmod(0o777)
+        try:
+            if user == 0:
+                os.seteuid(65534)
+            for _ in range(2):  # made, and from the cache
+                index = build_index("folder", root, "train", cache)
+                assert dict(index.bad) == {1: "Permission denied"}
+            os.seteuid(user)
+            (root / "train" / "b" / "1.png").chmod(0o644)
+            if user == 0:
+                os.seteuid(65534)
+            assert build_index("folder", root, "train", cache).bad == {}
+        finally:
+            os.seteuid(user)
 
 
 def test_a_file_added_in_the_same_tick_of_the_clock_is_seen(tmp_path: Path) -> None:

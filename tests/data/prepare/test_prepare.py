@@ -1,6 +1,7 @@
 """`prepare shards`: every kind of source, made small but real, to the same samples."""
 
 import contextlib
+import errno
 import gzip
 import hashlib
 import io
@@ -14,7 +15,6 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,10 +29,10 @@ from resnet_dist.data.index.image_file import UnreadableImage
 from resnet_dist.data.index.quarantine import read_quarantine, write_quarantine
 from resnet_dist.data.load.reader import Reader
 from resnet_dist.data.prepare.reencode import Limit, reencode
-from resnet_dist.data.prepare.shard_file import ShardTask, make_shard
 from resnet_dist.data.prepare.sources import KINDS
 from resnet_dist.data.prepare.write_shards import Settings, prepare_shards
 from resnet_dist.errors import UserError
+from resnet_dist.verbs.verify import verify
 from tests.support.cifar import write_binary
 from tests.support.images import all_kinds
 
@@ -766,18 +766,33 @@ def test_a_name_that_no_file_can_have_is_a_bad_image(tmp_path: Path) -> None:
     assert dict(index.bad) == {1: "File name too long"}
 
 
-def test_what_may_be_readable_later_ends_a_shard_unless_it_is_known_to_be_bad(
+# Reading it is an error of input or output, like that of a failing disk, wherever it exists.
+FAILING = Path("/sys/devices/platform/power/autosuspend_delay_ms")
+
+
+def test_an_image_on_a_failing_disk_ends_prepare_unless_verify_has_set_it_aside(
     tmp_path: Path,
 ) -> None:
-    names = ["a/0.jpg", "a/1.jpg"]
-    images = [photo(0), UserError("1.jpg: cannot be read: Input/output error")]
-    task = ShardTask(tmp_path / "0.tar", 0, [0, 0], names, ["a", "a"], images, {}, None)
-    with pytest.raises(UserError, match=r"1\.jpg: .* first `resnet-dist verify` on the source"):
-        make_shard(task)
-    assert not task.path.exists()
-    facts, _ = make_shard(replace(task, bad={1: "cannot be read (Input/output error)"}))
-    assert facts.bad == {1: "cannot be read (Input/output error)"}
-    assert facts.nbytes.tolist() == [len(photo(0)), 0]
+    try:
+        FAILING.read_bytes()
+        pytest.skip(f"{FAILING}: can be read here")
+    except OSError as error:
+        if error.errno != errno.EIO:
+            pytest.skip(str(error))
+    source, dest = tmp_path / "source", tmp_path / "dest"
+    make_folder(source, {split: {("a", "0.jpg"): photo(0)} for split in SPLITS})
+    (source / "train/a/1.jpg").symlink_to(FAILING)
+    with pytest.raises(
+        UserError, match=r"1\.jpg: cannot be read: .* first `resnet-dist verify` on"
+    ):
+        prepare_shards(source, dest, Settings(100, None), 1)
+    assert list((dest / "train").glob("*.tar")) == []
+    assert not verify(source, None, threads=1, dry_run=False)
+    prepare_shards(source, dest, Settings(100, None), 1)
+    index = build_index("shards", dest, "train", None)
+    assert dict(index.bad) == {1: os.strerror(errno.EIO)}
+    assert index.nbytes is not None
+    assert index.nbytes.tolist() == [len(photo(0)), 0]
 
 
 @pytest.mark.parametrize(
