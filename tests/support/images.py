@@ -51,17 +51,34 @@ def with_app1(jpeg: bytes, block: bytes) -> bytes:
     return jpeg[:2] + b"\xff\xe1" + struct.pack(">H", len(block) + 2) + block + jpeg[2:]
 
 
-def png(bits: int, color: int, values: np.ndarray, *before: bytes, after: bytes = b"") -> bytes:
+# Adam7 of the PNG specification: first row and column, and the distances to the next ones.
+INTERLACED = (
+    *((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4)),
+    *((2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1)),
+)
+WHOLE = ((0, 0, 1, 1),)
+
+
+def png(
+    bits: int,
+    color: int,
+    values: np.ndarray,
+    *before: bytes,
+    after: bytes = b"",
+    passes: tuple[tuple[int, int, int, int], ...] = WHOLE,
+) -> bytes:
     """values: [h, w, channels]. before, after: chunks before and after the pixels."""
     rows = []
-    for row in values.reshape(len(values), -1):
-        if bits == 16:
-            rows.append(row.astype(">u2").tobytes())
-        else:
-            places = row[:, None] >> np.arange(bits - 1, -1, -1) & 1
-            rows.append(np.packbits(places.astype(np.uint8).reshape(-1)).tobytes())
+    for top, left, down, right in passes:
+        part = values[top::down, left::right]
+        for row in part.reshape(len(part), -1):
+            if bits == 16:
+                rows.append(row.astype(">u2").tobytes())
+            else:
+                places = row[:, None] >> np.arange(bits - 1, -1, -1) & 1
+                rows.append(np.packbits(places.astype(np.uint8).reshape(-1)).tobytes())
     height, width = values.shape[:2]
-    header = struct.pack(">IIBBBBB", width, height, bits, color, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, bits, color, 0, 0, passes == INTERLACED)
     pixels = chunk(b"IDAT", zlib.compress(b"".join(b"\0" + row for row in rows)))
     parts = (chunk(b"IHDR", header), *before, pixels, after, chunk(b"IEND", b""))
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
@@ -168,7 +185,11 @@ def pngs() -> Iterator[Case]:
         yield f"late-{orientation}.png", png(8, 2, RGB, after=block + text), shown
         prefixed = chunk(b"eXIf", exif(orientation))
         yield f"prefix-{orientation}.png", png(8, 2, RGB, prefixed), shown
-    yield "interlaced.png", encoded(RGB, "PNG", optimize=True), RGB
+    for bits in (1, 8, 16):
+        values, shown = in_bits(bits)
+        data = png(bits, 0, values[..., None], passes=INTERLACED)
+        yield f"interlaced-{bits}.png", data, grey(shown)
+    yield "interlaced.png", png(8, 2, RGB, passes=INTERLACED), RGB
 
 
 def tiffs() -> Iterator[Case]:

@@ -64,9 +64,11 @@ class LeftOut:
         if not self._counts:
             return []
         kinds = [f"{kind} ({count:,})" for kind, count in self._counts.most_common()]
+        total = self._counts.total()
+        files = "1 file is" if total == 1 else f"{total:,} files are"
         return [
-            f"{top}: {self._counts.total():,} files are left out, as they are not images by their "
-            f"name: {some_of(kinds)}, such as {self._example}"
+            f"{top}: {files} left out for not being named like an image: {some_of(kinds)}, such as "
+            f"{self._example}"
         ]
 
 

@@ -2,6 +2,7 @@
 
 import gzip
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -63,6 +64,24 @@ def test_what_is_left_out_is_counted_and_named(tmp_path: Path) -> None:
     assert survey("folder", tmp_path, "train").notes == (note,)
     assert build_index("folder", tmp_path, "train", tmp_path / "cache").notes == ()  # said before
     assert survey("folder", tmp_path, "val").notes == ()
+
+
+def test_the_first_start_says_so_too(
+    tiny_folder: Path, tiny_yaml: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = shutil.copytree(tiny_folder, tmp_path / "data")
+    (data / "train/class0/x.jp2").write_bytes(b"")
+    given = ("train", tiny_yaml, f"data.root={data}", "train.epochs=1")
+    for name, options, says in (
+        ("planned", ["--dry-run"], True),
+        ("first", [], True),
+        ("second", [], False),
+    ):
+        assert run(*given, f"name={name}", *options) == 0
+        out = capsys.readouterr().out
+        assert (
+            "train: 1 file is left out for not being named like an image: .jp2 (1)" in out
+        ) == says
 
 
 def test_lost_links_and_folders_of_folders_are_named(tmp_path: Path) -> None:
