@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.paths import REPO
+from tests.support.waiting import HANG_SECONDS
 
 PACKAGE = REPO / "resnet_dist"
 MAX_FILES_AT_THE_TOP = 19  # what a reader of training needs
@@ -149,7 +150,7 @@ def test_a_reader_of_training_finds_few_files() -> None:
 def test_a_login_node_needs_no_torch(module: str) -> None:
     forbid = "import sys; sys.modules.update(dict.fromkeys(['torch', 'numpy', 'nvidia']))"
     command = [sys.executable, "-c", f"{forbid}; import {module}"]
-    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=HANG_SECONDS)
     assert done.returncode == 0, done.stderr
 
 

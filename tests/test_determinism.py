@@ -169,7 +169,7 @@ def run(rank: int, world_size: int, config: Config) -> str:
 
 
 def run_on(world_size: int, config: Config) -> dict[str, Any]:
-    outcomes = run_ranks(run, world_size, config, init_process_group=False, timeout_s=200)
+    outcomes = run_ranks(run, world_size, config, init_process_group=False)
     assert outcomes == ["FINISHED"] * world_size
     content = Checkpoint.load(config.run_dir / "checkpoints" / "latest").to_dict()
     moments = content["optimizer"]["state"]

@@ -9,6 +9,7 @@ import pytest
 from resnet_dist.errors import not_installed
 from tests.support.paths import REPO
 from tests.support.slow import slow
+from tests.support.waiting import HANG_SECONDS
 
 WITHOUT_TORCH = """
 import sys
@@ -58,7 +59,7 @@ def test_one_rank_of_each_node_says_so(rank: int, local_rank: int, lines: int) -
         env=os.environ | ranks | {"MASTER_ADDR": "localhost", "MASTER_PORT": "1"},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=HANG_SECONDS,
         check=False,
     )
     assert done.returncode == 2

@@ -40,6 +40,7 @@ from resnet_dist.verbs.evaluate import evaluate_checkpoint
 from tests.support.multirank import run_ranks
 from tests.support.needs import needs
 from tests.support.paths import REPO
+from tests.support.waiting import HANG_SECONDS
 
 
 def run(rank: int, world_size: int, config: Config) -> str:
@@ -60,7 +61,7 @@ def journal(config: Config) -> dict[int, dict[str, float]]:
 
 
 def run_on(world_size: int, config: Config) -> dict[str, torch.Tensor]:
-    outcomes = run_ranks(run, world_size, config, init_process_group=False, timeout_s=200)
+    outcomes = run_ranks(run, world_size, config, init_process_group=False)
     assert outcomes == ["FINISHED"] * world_size
     return weights(config)
 
@@ -97,7 +98,7 @@ def test_resume_equals_no_stop(tiny_config: Callable[..., Config]) -> None:
     whole = tiny_config("name=whole", "train.epochs=4")
     run_on(2, whole)
     parts = replace(whole, name="parts")
-    outcomes = run_ranks(run_and_interrupt, 2, parts, init_process_group=False, timeout_s=200)
+    outcomes = run_ranks(run_and_interrupt, 2, parts, init_process_group=False)
     assert outcomes == ["STOPPED"] * 2
     stopped = Checkpoint.load(parts.run_dir / "checkpoints" / "latest").step
     assert 0 < stopped < 12
@@ -293,7 +294,7 @@ def test_the_warmup_by_training_error_resumes_exactly(tiny_config: Callable[...,
     peak = 3 * 8 / 256
     assert lrs == pytest.approx([0.1 * peak] * fired + [peak] * (30 - fired))
     parts = tiny_config("name=parts", *settings)
-    outcomes = run_ranks(run_and_interrupt, 2, parts, init_process_group=False, timeout_s=200)
+    outcomes = run_ranks(run_and_interrupt, 2, parts, init_process_group=False)
     assert outcomes == ["STOPPED"] * 2
     stopped = Checkpoint.load(parts.run_dir / "checkpoints" / "latest")
     assert len(stopped.lr_memory.correct_per_step) == min(stopped.step, 20)
@@ -332,7 +333,7 @@ def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
         [*command, "-m", "resnet_dist", *arguments],
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=HANG_SECONDS,
         cwd=REPO,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.paths import REPO
+from tests.support.waiting import HANG_SECONDS
 
 # What CUDA's driver is asked first. This one has no device, and notes what it would have shown.
 DRIVER = r"""
@@ -86,7 +87,7 @@ class Driver:
             env=self.environment,
             capture_output=True,
             text=True,
-            timeout=100,
+            timeout=HANG_SECONDS,
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout, self.notes.read_text().splitlines()

@@ -9,13 +9,14 @@ import fcntl
 import json
 import logging
 import os
+import re
 import subprocess
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 from resnet_dist.config import Config, flat_settings
 from resnet_dist.errors import not_installed
@@ -92,8 +93,8 @@ class Mirror(threading.Thread):
                     return
             except Exception as error:  # the server and its client may raise anything
                 if not self._warned:
-                    reason = " ".join(str(error).split())[:200]
-                    self.warn(f"MLflow: {reason}; training continues, journal.jsonl has the record")
+                    goes_on = "training continues, journal.jsonl has the record"
+                    self.warn(f"MLflow: {_reason(error)}; {goes_on}")
                     self._warned = True
                 if last_round:
                     return
@@ -152,7 +153,7 @@ class Mirror(threading.Thread):
             else:
                 client.log_artifact(run_id, str(path), name)
         except Exception as error:  # the artifact store and its client may raise anything
-            self.warn(f"MLflow: {path} was not uploaded: {' '.join(str(error).split())[:200]}")
+            self.warn(f"MLflow: {path} was not uploaded: {_reason(error)}")
 
     def _send_journal(self, client: "MlflowClient") -> None:
         from mlflow.entities import Metric
@@ -209,12 +210,28 @@ def without_credentials(uri: str) -> str:
     return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])) if "@" in uri else uri
 
 
+def _reason(error: Exception) -> str:
+    """Returns one line that says why, without the password of a URI such as a database's."""
+    words = " ".join(str(error).split())
+    return re.sub(r"(?<=://)[^\s/]*@", "", words)[:200]
+
+
 def mlflow_client(uri: str) -> "MlflowClient":
     """Returns a client that gives up on a dead server in seconds, not MLflow's four minutes.
+
+    User and password of a server go to MLflow through its environment variables, because MLflow
+    prints and logs the URI that it is given.
 
     Raises:
         UserError: MLflow is not installed.
     """
+    server = urlsplit(uri)
+    if server.scheme in ("http", "https") and server.username is not None:
+        os.environ["MLFLOW_TRACKING_USERNAME"] = unquote(server.username)
+        os.environ["MLFLOW_TRACKING_PASSWORD"] = unquote(server.password or "")
+        uri = without_credentials(uri)
+    # It would appear in the middle of training's own lines, whose summary has the address.
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")

@@ -246,6 +246,6 @@ def _find(name: str, run_root: Path) -> tuple[Any, "Run"]:
         return client, client.get_run(run_id)
     except MlflowException:
         raise UserError(
-            f"{name}: neither a run folder in {run_root} nor a run id in {uri}; "
-            "give a folder such as runs/quickstart"
+            f"{name}: neither a run folder in {run_root} nor a run id in "
+            f"{without_credentials(uri)}; give a folder such as runs/quickstart"
         ) from None

@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,6 +14,7 @@ import pytest
 
 from benchmarks.stages import LOGS, OUTPUT, Runner, Stage
 from tests.support.paths import REPO
+from tests.support.waiting import wait_until
 
 TELLS = "import json, sys; json.dump({'speed': 7}, open(sys.argv[1], 'w')); print('a'); print('b')"
 LOGS_AND_FAILS = """
@@ -90,10 +90,7 @@ def test_a_crash_a_failure_and_a_hang_cost_one_stage_each(
     assert hang["outcome"] == "over its limit"
     assert hang["said"][0] == "waiting"
     assert hang["seconds"] < 30
-    deadline = time.monotonic() + 10
-    while is_running(int(child.read_text())) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not is_running(int(child.read_text()))
+    wait_until(lambda: not is_running(int(child.read_text())), "the hung test's child goes on")
     assert missing["outcome"] == "failed (No such file or directory)"
     assert (good["outcome"], good["said"], good["figures"]) == ("ok", ["a", "b"], {"speed": 7})
     assert figures["said"] == ["7 img/s"]

@@ -5,7 +5,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 import tomllib
 from importlib.metadata import packages_distributions
 from itertools import chain
@@ -15,6 +14,7 @@ import pytest
 
 from benchmarks.offline_pack import BUNDLES
 from tests.support.paths import REPO
+from tests.support.waiting import HANG_SECONDS, wait_until
 
 COMMAND = [sys.executable, REPO / "benchmarks" / "gpu_tests.py"]
 
@@ -64,7 +64,7 @@ def of_all_kinds(tmp_path: Path) -> Path:
 
 def run_them(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [*COMMAND, *arguments], cwd=folder, capture_output=True, text=True, timeout=100
+        [*COMMAND, *arguments], cwd=folder, capture_output=True, text=True, timeout=HANG_SECONDS
     )
 
 
@@ -147,7 +147,9 @@ sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "--collect-only", "-m", "g
     # Plugins of pytest, such as pytest-xdist, would be loaded where they are installed.
     env = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(
+        command, cwd=REPO, env=env, capture_output=True, text=True, timeout=HANG_SECONDS
+    )
     assert done.returncode == 0, done.stdout
     assert "test_gpu_raw_pixels" in done.stdout
 
@@ -157,10 +159,8 @@ def test_its_end_is_its_tests_end(of_all_kinds: Path) -> None:
     body = "import os, time\ndef test_it():\n    open('started', 'w').write(str(os.getpid()))\n"
     (of_all_kinds / "test_it.py").write_text(f"{body}    time.sleep(1000)\n")
     process = subprocess.Popen([*COMMAND, "-m", "not gpu"], cwd=of_all_kinds)
-    deadline = time.monotonic() + 60
-    while not (started.exists() and started.read_text()) and time.monotonic() < deadline:
-        time.sleep(0.1)
+    wait_until(lambda: started.exists() and started.read_text(), "no test began")
     process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 128 + signal.SIGTERM
+    assert process.wait(HANG_SECONDS) == 128 + signal.SIGTERM
     with pytest.raises(ProcessLookupError):
         os.kill(int(started.read_text()), 0)

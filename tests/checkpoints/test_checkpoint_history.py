@@ -26,6 +26,7 @@ from tests.support.checkpoints import (
     lose_everything,
     small_state,
 )
+from tests.support.waiting import HANG_SECONDS
 
 
 @pytest.fixture
@@ -108,7 +109,7 @@ def test_what_may_not_be_read_is_not_empty(config: Config) -> None:
 
 def test_a_login_node_needs_no_torch_to_look() -> None:
     program = "import sys, resnet_dist.checkpoints.folders; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", program], timeout=60).returncode == 0
+    assert subprocess.run([sys.executable, "-c", program], timeout=HANG_SECONDS).returncode == 0
 
 
 def test_what_was_just_written_stays(config: Config) -> None:

@@ -32,6 +32,7 @@ from resnet_dist.errors import UserError
 from resnet_dist.run.interrupt import Interrupt
 from resnet_dist.train import train
 from tests.support.checkpoints import content_of, small_state
+from tests.support.waiting import HANG_SECONDS
 
 # Children are forks of a server without threads that has imported everything: see multirank.py.
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -82,7 +83,7 @@ def run_each(calls: list[Call], config: Config) -> list[int]:
     report = config.run_dir / "codes.json"
     process = CONTEXT.Process(target=_fork_each, args=(calls, config, report))
     process.start()
-    process.join(120)
+    process.join(HANG_SECONDS)
     assert process.exitcode == 0
     process.close()
     codes: list[int] = json.loads(report.read_text())

@@ -28,6 +28,7 @@ from resnet_dist.train import train
 from tests.support.checkpoints import content_of, make_state, small_state
 from tests.support.host_sync import no_host_sync
 from tests.support.multirank import run_ranks
+from tests.support.waiting import HANG_SECONDS
 
 
 class Gate:
@@ -40,7 +41,7 @@ class Gate:
         def held_up(path: Any, *args: Any, **kwargs: Any) -> None:
             if ".partial-step" in str(path):
                 self.reached.set()
-                assert self.opened.wait(60)
+                assert self.opened.wait(HANG_SECONDS)
             mkdir(path, *args, **kwargs)
 
         monkeypatch.setattr(os, "mkdir", held_up)
@@ -76,7 +77,7 @@ def test_training_goes_on_while_the_writer_is_held_up(
     content = content_of(state, tiny_config())
     before = flat(content).clone()
     saver.save(content)
-    assert gate.reached.wait(60)
+    assert gate.reached.wait(HANG_SECONDS)
     for _ in range(3):  # in place, as optimizers do
         state.model(torch.randn(4, 3, 32, 32)).sum().backward()
         state.optimizer.step()
@@ -96,7 +97,7 @@ def test_one_save_at_a_time(tiny_config: Callable[..., Config], saver: Saver, ga
     """The second waits for the first, whose buffers it takes."""
     first, second = (content_of(small_state(step), tiny_config()) for step in (1, 2))
     saver.save(first)
-    assert gate.reached.wait(60)
+    assert gate.reached.wait(HANG_SECONDS)
     returned = threading.Event()
 
     def save_again() -> None:
@@ -107,7 +108,7 @@ def test_one_save_at_a_time(tiny_config: Callable[..., Config], saver: Saver, ga
     thread.start()
     assert not returned.wait(0.3)
     gate.opened.set()
-    thread.join(60)
+    thread.join(HANG_SECONDS)
     assert returned.is_set()
     saver.finish()
     for step, content in ((1, first), (2, second)):
@@ -274,7 +275,7 @@ def test_a_wait_that_is_interrupted_can_be_taken_up_again(
 ) -> None:
     """Python 3.11's Thread.join would return at once, the second time."""
     saver.save(content_of(small_state(1), tiny_config()))
-    assert gate.reached.wait(60)
+    assert gate.reached.wait(HANG_SECONDS)
     main = threading.main_thread().ident
     threading.Timer(0.2, signal.pthread_kill, [main, signal.SIGINT]).start()
     with pytest.raises(KeyboardInterrupt):

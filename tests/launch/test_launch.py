@@ -13,6 +13,7 @@ from PIL import Image
 from resnet_dist.run.outcome import START_TOKEN, Outcome, OutcomeFile
 from tests.support.needs import needs
 from tests.support.paths import REPO
+from tests.support.waiting import HANG_SECONDS
 
 # pip puts it beside the interpreter, which need not be on PATH.
 BESIDE = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
@@ -39,7 +40,7 @@ def run(command: list, cwd: Path, **environment: str) -> subprocess.CompletedPro
         env=kept | {"PYTHON": sys.executable} | environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANG_SECONDS,
     )
 
 
@@ -171,7 +172,12 @@ def test_batch_script_ends_as_the_run_did(
     with open(log, "w") as file:
         command = [SCRIPTS[0], "train.epochs=1", "--resume-anyway"]
         done = subprocess.run(
-            command, env=os.environ | slurm, stdout=file, stderr=file, timeout=60, check=False
+            command,
+            env=os.environ | slurm,
+            stdout=file,
+            stderr=file,
+            timeout=HANG_SECONDS,
+            check=False,
         )
     assert done.returncode == code, log.read_text()
     assert last_line in log.read_text().splitlines()[-1]

@@ -60,9 +60,7 @@ def test_all_ranks_stop_before_the_same_step(
     tiny_config: Callable[..., Config], world_size: int, asked: int, ask: int
 ) -> None:
     config = tiny_config("train.log_every_steps=2")
-    outcomes = run_ranks(
-        train_and_stop, world_size, config, asked, ask, init_process_group=False, timeout_s=100
-    )
+    outcomes = run_ranks(train_and_stop, world_size, config, asked, ask, init_process_group=False)
     assert outcomes == ["STOPPED"] * world_size
     newest = folders.latest(config.run_dir)
     assert newest is not None

@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from resnet_dist.config import Config
 from resnet_dist.run.folder import lock_of
 from resnet_dist.run.outcome import START_TOKEN, Ending, Outcome
 from tests.support.multirank import serve_store
+from tests.support.waiting import HANG_SECONDS, wait_until
 
 Running = subprocess.Popen[str]
 Start = Callable[..., Running]
@@ -70,16 +70,13 @@ def running(start: Start, tiny_yaml: Path, run_dir: Path) -> Running:
 
 def ended(process: Running) -> tuple[int, str]:
     """Its exit code, and what it said."""
-    said, _ = process.communicate(timeout=90)
+    said, _ = process.communicate(timeout=HANG_SECONDS)
     return process.returncode, said
 
 
 def wait_for_a_step(run_dir: Path) -> None:
     journal = run_dir / "journal.jsonl"
-    deadline = time.monotonic() + 90
-    while not (journal.exists() and journal.stat().st_size):
-        assert time.monotonic() < deadline, "no step was done"
-        time.sleep(0.05)
+    wait_until(lambda: journal.exists() and journal.stat().st_size, "no step was done")
 
 
 def status(*arguments: object) -> int:

@@ -10,6 +10,7 @@ import pytest
 from resnet_dist.config import Config
 from resnet_dist.plan import Plan
 from resnet_dist.run.progress import Console, Progress, duration, table
+from tests.support.waiting import HANG_SECONDS
 
 METRICS = {
     "train/loss": 1.5,
@@ -51,7 +52,9 @@ def test_one_living_line_on_a_terminal() -> None:
     parent, child = pty.openpty()
     path = os.pathsep.join(sys.path)
     env = os.environ | {"PYTHONPATH": path, "COLUMNS": "200"}
-    subprocess.run([sys.executable, "-c", code], stdout=child, check=True, env=env, timeout=60)
+    subprocess.run(
+        [sys.executable, "-c", code], stdout=child, check=True, env=env, timeout=HANG_SECONDS
+    )
     os.close(child)
     out = os.read(parent, 10_000).decode()
     os.close(parent)

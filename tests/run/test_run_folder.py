@@ -28,6 +28,7 @@ from tests.support.multirank import run_ranks
 from tests.support.needs import needs
 from tests.support.paths import REPO
 from tests.support.resuming import ONE_EPOCH, newest, refused, resumed
+from tests.support.waiting import HANG_SECONDS
 
 FREE = {
     "name",
@@ -294,7 +295,7 @@ def test_two_processes_do_not_share_a_run(
     assert not config.run_dir.exists()
     train(tiny_config(*ONE_EPOCH, "name=other"), "test", Interrupt())  # this one is free
     process.kill()  # a lock dies with its process
-    process.wait(60)
+    process.wait(HANG_SECONDS)
     for _ in range(2):  # and ends with a run
         train(config, "test", Interrupt())
     assert newest(config).name == "step-00000003"
@@ -368,7 +369,7 @@ def launch(cwd: Path, *command: object, **environment: str) -> subprocess.Comple
         env=kept | {"OMP_NUM_THREADS": "1"} | environment,
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=HANG_SECONDS,
     )
 
 

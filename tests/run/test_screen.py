@@ -13,6 +13,7 @@ from PIL import Image
 from resnet_dist.errors import MAX_LINE, UserError, shortened, some_of
 from tests.support.images import encoded
 from tests.support.slow import slow
+from tests.support.waiting import HANG_SECONDS
 
 LATIN1 = b"caf\xe9"
 SCREENS = {
@@ -24,7 +25,9 @@ SCREENS = {
 
 def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[bytes]:
     command = [sys.executable, "-m", "resnet_dist", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, env=os.environ | environment, timeout=300)
+    return subprocess.run(
+        command, capture_output=True, env=os.environ | environment, timeout=HANG_SECONDS
+    )
 
 
 @pytest.fixture
@@ -94,7 +97,9 @@ def test_what_a_crash_says_passes_the_filter() -> None:
         r"os.write(2, b'Corrupt JPEG data: premature end of data segment\n');"
         r"os.write(2, b'terminate called after throwing\n  what(): lost'); os.abort()"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, timeout=HANG_SECONDS
+    )
     assert done.returncode < 0
     assert sorted(done.stderr.splitlines()) == [
         b"  what(): lost",

@@ -13,6 +13,7 @@ import torch
 from resnet_dist.run import startup as startup_module
 from resnet_dist.run.startup import Startup, process_began
 from tests.support.paths import REPO
+from tests.support.waiting import HANG_SECONDS
 
 CPU = torch.device("cpu")
 LINE = r"first step (\d+\.\d) s after the start: (.+)"
@@ -66,7 +67,9 @@ def test_the_start_is_the_process_s_and_not_the_import_s() -> None:
     )
     code += "time.sleep(0.3); print(time.monotonic() - began())"
     before = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=HANG_SECONDS
+    )
     age = float(done.stdout)
     # It slept so long; and is younger than what waited for it, but that the kernel counts in 10 ms.
     assert 1.0 < age < time.monotonic() - before + 0.1

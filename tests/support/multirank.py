@@ -18,6 +18,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from tests.support.waiting import HANG_SECONDS
+
 # A fork server that has imported torch and DALI starts a rank in milliseconds, not seconds, and
 # unlike a fork of pytest's own process carries over none of its threads.
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -32,7 +34,7 @@ def run_ranks(
     function: Callable[..., Any],
     world_size: int,
     *args: Any,
-    timeout_s: float = 300,
+    timeout_s: float = HANG_SECONDS,
     init_process_group: bool = True,
 ) -> list[Any]:
     """Run function(rank, world_size, *args) in world_size processes; return results by rank.

@@ -8,9 +8,12 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from base64 import b64encode
 from collections.abc import Callable
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.request import urlopen
 
@@ -21,12 +24,14 @@ from resnet_dist.config import Config, flat_settings, to_yaml
 from resnet_dist.errors import UserError
 from resnet_dist.run.interrupt import Interrupt
 from resnet_dist.run.outcome import Outcome
+from resnet_dist.tracking import mirror
 from resnet_dist.tracking.journal import Tracker
 from resnet_dist.tracking.mirror import RunRecord, mlflow_client
 from resnet_dist.train import train
 from resnet_dist.verbs.compare import compare
 from tests.support.multirank import run_ranks
 from tests.support.needs import needs
+from tests.support.waiting import HANG_SECONDS, wait_until
 
 TAGS = {"git.commit": "abc", "world_size": "2", "precision": "fp32", "recipe": "tiny"}
 
@@ -34,6 +39,10 @@ TAGS = {"git.commit": "abc", "world_size": "2", "precision": "fp32", "recipe": "
 @pytest.fixture(autouse=True)
 def _no_server(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
+        monkeypatch.setenv(name, "of another server")
+    # Where many tests run at once, MLflow may take longer to start than a run waits for it.
+    monkeypatch.setattr(mirror, "DRAIN_SECONDS", HANG_SECONDS)
 
 
 def start(config: Config, warnings: list[str] | None = None) -> Tracker:
@@ -293,6 +302,12 @@ def test_a_copied_run_folder_is_another_run_in_mlflow(
     assert again.run_id == first.run_id
 
 
+def answers(port: int) -> bool:
+    with contextlib.suppress(OSError), urlopen(f"http://127.0.0.1:{port}/health"):
+        return True
+    return False
+
+
 @pytest.mark.slow
 @needs("mlflow")
 def test_a_real_server_whose_artifact_store_fails(
@@ -309,11 +324,7 @@ def test_a_real_server_whose_artifact_store_fails(
     with open(tmp_path / "server.log", "w") as log:
         server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
     try:
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            with contextlib.suppress(OSError), urlopen(f"http://127.0.0.1:{port}/health"):
-                break
-            time.sleep(0.2)
+        wait_until(lambda: answers(port), "the server did not start")
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:secret@127.0.0.1:{port}")
         config = tiny_config("tracking.mlflow=true")
         warnings: list[str] = []
@@ -334,7 +345,42 @@ def test_a_real_server_whose_artifact_store_fails(
         assert "1 (step" not in compare(["tiny"], tmp_path / "runs")
     finally:
         os.killpg(server.pid, signal.SIGTERM)
-        server.wait(30)
+        server.wait(HANG_SECONDS)
+
+
+@needs("mlflow")
+def test_a_password_reaches_the_server_and_nothing_else(
+    tiny_config: Callable[..., Config],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    logins = set()
+
+    class Refuses(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            logins.add(self.headers["Authorization"])
+            self.send_error(401)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    config = tiny_config("tracking.mlflow=true")
+    warnings: list[str] = []
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refuses) as server:
+        threading.Thread(target=server.serve_forever).start()
+        try:
+            at = f"127.0.0.1:{server.server_port}"
+            monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:s%40cret@{at}")
+            start(config, warnings).close("FINISHED", {})
+        finally:
+            server.shutdown()
+    start(config, warnings).close("FINISHED", {})  # the server has gone
+    assert logins == {"Basic " + b64encode(b"me:s@cret").decode()}
+    told = [*warnings, *capfd.readouterr(), caplog.text]
+    assert any(at in text for text in told)
+    assert not any("cret" in text for text in told)
 
 
 def test_other_ranks_write_nothing(tiny_config: Callable[..., Config]) -> None:

@@ -19,6 +19,7 @@ from resnet_dist.data.index.index_file import load_index_file, read_extra, save_
 from resnet_dist.data.index.pillow import displayed_size
 from resnet_dist.data.index.quarantine import read_quarantine, write_quarantine
 from resnet_dist.errors import UserError
+from tests.support.waiting import HANG_SECONDS
 
 
 def size_of(path: Path) -> tuple[int, int]:
@@ -308,7 +309,7 @@ def test_a_large_index_is_mapped_not_copied(tmp_path: Path) -> None:
     with subprocess.Popen(reader, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         rss_kb, private_kb = map(int, process.stdout.readline().split())
-        process.communicate(b"", timeout=30)
+        process.communicate(b"", timeout=HANG_SECONDS)
     file_kb = path.stat().st_size // 1024
     assert file_kb > 20_000
     assert rss_kb < file_kb + 20_000

@@ -42,7 +42,7 @@ def load_on_two_nodes(rank: int, world_size: int, tiny_yaml: Path, cases: list[A
 
 
 def on_two_nodes(tiny_yaml: Path, cases: list[Any]) -> list[tuple[Any, Any]]:
-    ranks = run_ranks(load_on_two_nodes, 2, tiny_yaml, cases, timeout_s=60)
+    ranks = run_ranks(load_on_two_nodes, 2, tiny_yaml, cases)
     return list(zip(*ranks, strict=True))
 
 

@@ -31,6 +31,7 @@ from resnet_dist.data.load.dali import Loader
 from resnet_dist.data.load.decoding import HOST, Decoding
 from resnet_dist.data.view.augment import Request, Windows, unchanged
 from tests.support.paths import REPO
+from tests.support.waiting import HANG_SECONDS
 
 MEAN = np.array([0.485, 0.456, 0.406])
 STD = np.array([0.229, 0.224, 0.225])
@@ -488,7 +489,9 @@ def test_a_library_that_is_not_needed_is_not_warned_of() -> None:
     set_up = "from resnet_dist.process import set_up_process; set_up_process()"
     for code, stderr in ((check, "NPP is typically"), (f"{set_up}; {check}", "")):
         command = [sys.executable, "-W", "error", "-c", code]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=REPO)
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=HANG_SECONDS, cwd=REPO
+        )
         assert (done.returncode == 0) == (stderr == "")
         assert stderr in done.stderr
     assert done.stderr == ""

@@ -43,6 +43,7 @@ from tests.support.sources import (
     make_tar,
     photo,
 )
+from tests.support.waiting import HANG_SECONDS, wait_until
 
 COPY = Settings(images_per_shard=4, limit=None)
 
@@ -214,18 +215,13 @@ def test_a_killed_run_goes_on_to_the_same_bytes(folder: Path, tmp_path: Path) ->
     whole = {path: path.stat().st_mtime_ns for path in dest.rglob("0*.tar")}
     assert 0 < len(whole) < 19
     for worker in workers:  # they end with their parent, who could tell them nothing
-        for _ in range(500):
-            if not Path(f"/proc/{worker}").exists():
-                break
-            time.sleep(0.01)
-        else:
-            os.kill(int(worker), signal.SIGKILL)
-            raise AssertionError(f"worker {worker} was still there")
+        process_dir = Path(f"/proc/{worker}")
+        wait_until(lambda path=process_dir: not path.exists(), f"worker {worker} goes on")
     run.communicate()
 
     (dest / "train" / ".partial-000005.tar-0123abcd").write_bytes(b"torn")
     again = start(folder, dest, *options)
-    stdout, stderr = again.communicate(timeout=60)
+    stdout, stderr = again.communicate(timeout=HANG_SECONDS)
     assert again.returncode == 0, stderr
     assert digests(dest) == digests(tmp_path / "unbroken")
     for path, written in whole.items():
@@ -277,7 +273,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path: Path) -> None:
     )
     command = [sys.executable, "-c", code, "prepare", "shards", str(source), str(dest)]
     command += ["--images-per-shard", "1", "--workers", "1"]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    run = subprocess.run(command, capture_output=True, text=True, timeout=HANG_SECONDS, check=False)
     assert run.returncode == 2
     assert run.stderr.splitlines() == [
         f"resnet-dist: {dest}/train/000002.tar: cannot be written: File too large; complete "
@@ -299,7 +295,7 @@ def test_two_runs_do_not_write_the_same_folder(folder: Path, tmp_path: Path) -> 
             prepare_shards(folder, tmp_path / "dest", Settings(1, None), workers=1)
     finally:
         run.send_signal(signal.SIGCONT)
-    _, stderr = run.communicate(timeout=60)
+    _, stderr = run.communicate(timeout=HANG_SECONDS)
     assert run.returncode == 0, stderr
 
 
