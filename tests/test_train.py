@@ -35,6 +35,7 @@ from resnet_dist.run.lookahead import take
 from resnet_dist.run.meter import Meter
 from resnet_dist.run.outcome import Outcome
 from resnet_dist.state import TrainState
+from resnet_dist.tracking.mirror import mlflow_client
 from resnet_dist.train import train, train_step
 from resnet_dist.verbs.evaluate import evaluate_checkpoint
 from tests.support.multirank import run_ranks
@@ -345,6 +346,9 @@ def test_the_command_line_of_the_readme(
     tiny_yaml: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """torchrun, two ranks, MLflow; only rank 0 speaks, and its words lead to what is there."""
+    # MLflow may take longer to make its database than a run waits for it at its end.
+    (tmp_path / "runs").mkdir()
+    mlflow_client(f"sqlite:///{tmp_path}/runs/mlflow.db").search_experiments()
     done = torchrun("train", str(tiny_yaml), "tracking.mlflow=true", "train.epochs=1")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("tiny: resnet20 on 2 x") == 1

@@ -93,8 +93,8 @@ class Mirror(threading.Thread):
                     return
             except Exception as error:  # the server and its client may raise anything
                 if not self._warned:
-                    goes_on = "training continues, journal.jsonl has the record"
-                    self.warn(f"MLflow: {_reason(error)}; {goes_on}")
+                    rest = "training continues, journal.jsonl has the record"
+                    self.warn(f"MLflow: {_reason(error)}; {rest}")
                     self._warned = True
                 if last_round:
                     return

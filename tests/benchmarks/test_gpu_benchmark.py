@@ -90,7 +90,7 @@ def test_a_crash_a_failure_and_a_hang_cost_one_stage_each(
     assert hang["outcome"] == "over its limit"
     assert hang["said"][0] == "waiting"
     assert hang["seconds"] < 30
-    wait_until(lambda: not is_running(int(child.read_text())), "the hung test's child goes on")
+    wait_until(lambda: not is_running(int(child.read_text())), "the hung test's child still runs")
     assert missing["outcome"] == "failed (No such file or directory)"
     assert (good["outcome"], good["said"], good["figures"]) == ("ok", ["a", "b"], {"speed": 7})
     assert figures["said"] == ["7 img/s"]

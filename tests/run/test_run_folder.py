@@ -22,6 +22,7 @@ from resnet_dist.job import build, tags
 from resnet_dist.run import folder as run_folder
 from resnet_dist.run.folder import check_run_folder, differing_settings, open_run_folder
 from resnet_dist.run.interrupt import Interrupt
+from resnet_dist.tracking import mirror
 from resnet_dist.tracking.mirror import RunRecord, mlflow_client
 from resnet_dist.train import train
 from tests.support.multirank import run_ranks
@@ -102,6 +103,7 @@ def test_resume_anyway_resumes_and_keeps_a_record(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setattr(mirror, "DRAIN_SECONDS", HANG_SECONDS)
     command = ["train", str(tiny_yaml), "tracking.mlflow=true", *ONE_EPOCH]
     cli.main(command)
     # Not argparse's way: an option among the overrides, as launchers have it.

@@ -216,7 +216,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(folder: Path, tmp_path: Path) ->
     assert 0 < len(whole) < 19
     for worker in workers:  # they end with their parent, who could tell them nothing
         process_dir = Path(f"/proc/{worker}")
-        wait_until(lambda path=process_dir: not path.exists(), f"worker {worker} goes on")
+        wait_until(lambda path=process_dir: not path.exists(), f"worker {worker} still runs")
     run.communicate()
 
     (dest / "train" / ".partial-000005.tar-0123abcd").write_bytes(b"torn")
