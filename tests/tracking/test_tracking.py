@@ -383,6 +383,17 @@ def test_a_password_reaches_the_server_and_nothing_else(
     assert not any("cret" in text for text in told)
 
 
+@needs("mlflow")
+def test_a_warning_has_no_password(
+    tiny_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgres-of-no-kind://me:secret@db.example/mlflow")
+    warnings: list[str] = []
+    start(tiny_config("tracking.mlflow=true"), warnings).close("FINISHED", {})
+    (warning,) = warnings
+    assert "'postgres-of-no-kind://db.example/mlflow'" in warning
+
+
 def test_other_ranks_write_nothing(tiny_config: Callable[..., Config]) -> None:
     config = tiny_config("tracking.mlflow=true")
     tracker = Tracker(config, TAGS, records=False, warn=print)
