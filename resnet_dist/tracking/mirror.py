@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import unquote, urlsplit, urlunsplit
 
 from resnet_dist.config import Config, flat_settings
 from resnet_dist.errors import not_installed
@@ -201,36 +200,26 @@ def _database_lock(uri: str, run_root: Path) -> Iterator[None]:
         yield
 
 
-def without_credentials(uri: str) -> str:
-    """Removes user and password from a URI, so that it can be printed or written to a file.
+def without_credentials(text: str) -> str:
+    """Removes user and password from the URIs in a text, so that it can be printed or written.
 
     http://user:secret@host becomes http://host.
     """
-    parts = urlsplit(uri)
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])) if "@" in uri else uri
+    return re.sub(r"(?<=://)[^\s/]*@", "", text)
 
 
 def _reason(error: Exception) -> str:
-    """Returns one line that says why, without the password of a URI such as a database's."""
-    words = " ".join(str(error).split())
-    return re.sub(r"(?<=://)[^\s/]*@", "", words)[:200]
+    """Returns one short line that says why. Errors of MLflow's client contain the server's URI."""
+    return without_credentials(" ".join(str(error).split()))[:200]
 
 
 def mlflow_client(uri: str) -> "MlflowClient":
     """Returns a client that gives up on a dead server in seconds, not MLflow's four minutes.
 
-    User and password of a server go to MLflow through its environment variables, because MLflow
-    prints and logs the URI that it is given.
-
     Raises:
         UserError: MLflow is not installed.
     """
-    server = urlsplit(uri)
-    if server.scheme in ("http", "https") and server.username is not None:
-        os.environ["MLFLOW_TRACKING_USERNAME"] = unquote(server.username)
-        os.environ["MLFLOW_TRACKING_PASSWORD"] = unquote(server.password or "")
-        uri = without_credentials(uri)
-    # It would appear in the middle of training's own lines, whose summary has the address.
+    # Training prints the run's address itself, at its end and without the server's password.
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")

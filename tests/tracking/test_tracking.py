@@ -39,8 +39,6 @@ TAGS = {"git.commit": "abc", "world_size": "2", "precision": "fp32", "recipe": "
 @pytest.fixture(autouse=True)
 def _no_server(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
-        monkeypatch.setenv(name, "of another server")
     # Where many tests run at once, MLflow may take longer to start than a run waits for it.
     monkeypatch.setattr(mirror, "DRAIN_SECONDS", HANG_SECONDS)
 
@@ -343,6 +341,8 @@ def test_a_real_server_whose_artifact_store_fails(
         for path in config.run_dir.iterdir():
             assert "secret" not in path.read_text()
         assert "1 (step" not in compare(["tiny"], tmp_path / "runs")
+        with pytest.raises(UserError, match=f"nor a run id in {record.tracking_uri}; give"):
+            compare(["nobody"], tmp_path / "runs")
     finally:
         os.killpg(server.pid, signal.SIGTERM)
         server.wait(HANG_SECONDS)
