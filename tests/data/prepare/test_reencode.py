@@ -9,9 +9,7 @@ from PIL import Image
 from resnet_dist.data.index.image_file import UnreadableImage
 from resnet_dist.data.prepare.reencode import Limit, reencode
 from tests.support.images import all_kinds
-from tests.support.sources import (
-    photo,
-)
+from tests.support.sources import photo
 
 
 def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
