@@ -4,7 +4,6 @@
 PYTHON ?= python3
 VENV := .venv
 RANKS := 2
-# torchrun's default is one thread per rank; on more cores than ranks that wastes them.
 CORES := $(shell getconf _NPROCESSORS_ONLN)
 export OMP_NUM_THREADS ?= $(shell expr \( $(CORES) + $(RANKS) - 1 \) / $(RANKS))
 # Tests spend half of their time waiting for processes and disks, so there are two workers per core, of
@@ -25,7 +24,7 @@ $(VENV)/.installed: pyproject.toml
 
 quickstart: install
 	$(VENV)/bin/resnet-dist prepare digits data/digits
-	$(VENV)/bin/torchrun --standalone --nproc_per_node=$(RANKS) -m resnet_dist train configs/quickstart.yaml
+	$(VENV)/bin/resnet-dist train configs/quickstart.yaml --ranks $(RANKS)
 
 test: install
 	$(PYTEST) -m "not slow"

@@ -40,7 +40,7 @@ NETS = ["resnet110", "plain56", "resnet56", "resnet44", "resnet32", "plain20", "
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--nets", nargs="+", default=NETS, metavar="NET")
     parser.add_argument("--iterations", type=int, default=PAPER_ITERATIONS)
     parser.add_argument("--at-once", type=int, default=4, help="runs that share the device")

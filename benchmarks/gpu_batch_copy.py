@@ -64,7 +64,7 @@ WAYS: dict[str, Callable[[Any, torch.device], torch.Tensor]] = {
 
 def main() -> None:
     set_up_process()
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--steps", type=int, default=30, help="steps per way and round")
     parser.add_argument("--small", action="store_true", help="ResNet-18 at 64 px")

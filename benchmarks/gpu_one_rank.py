@@ -27,7 +27,7 @@ LARGEST_DIFFERENCE = 1e-2  # of the loss, relative; different kernels sum in a d
 
 def main() -> None:
     set_up_process()
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--small", action="store_true", help="ResNet-18 at 64 px")
     parser.add_argument("--output", type=Path, metavar="FILE.json")
     given = parser.parse_args()

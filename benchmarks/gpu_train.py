@@ -32,7 +32,7 @@ STATE = ("model", "optimizer", "scaler", "ema", "meter", "step", "best")  # comp
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("what", choices=("speed", "resume"))
     parser.add_argument("photos", type=Path)
     parser.add_argument("runs", type=Path, help="folder for the run folders")

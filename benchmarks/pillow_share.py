@@ -35,7 +35,9 @@ EXIF = b"Exif\0\0" * 2 + b"II" + struct.pack("<HIHHHIIxxxx", 42, 8, 1, 0x0112, 3
 
 def main() -> None:
     set_up_process()
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").splitlines()[0], allow_abbrev=False
+    )
     parser.add_argument("photos", type=Path, metavar="PHOTOS")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=results.cores(), help="to decode with")

@@ -34,7 +34,7 @@ try:
 
     from resnet_dist.config import Config
     from resnet_dist.config_file import load_config, recipe_name
-    from resnet_dist.process import set_up_process
+    from resnet_dist.process import outlive_the_screen, set_up_process
     from resnet_dist.run.folder import check_run_folder
     from resnet_dist.run.interrupt import Interrupt
     from resnet_dist.run.outcome import START_TOKEN, Ending, Outcome
@@ -72,6 +72,7 @@ class Training:
         # installed until the end, so that a second signal does not reach submitit's handler.
         with Interrupt() as interrupt:
             set_up_process()
+            outlive_the_screen()
             from resnet_dist.train import train
 
             try:
@@ -150,8 +151,9 @@ def run(arguments: argparse.Namespace) -> None:
         print(plan)
         if not arguments.local:
             print("\n" + slurm_executor(arguments, config).script())
-        return
     check_run_folder(config, arguments.resume_anyway)
+    if arguments.dry_run:
+        return
     start = f"submit-{uuid.uuid4().hex[:12]}"
     training = Training(config, recipe_name(arguments.config), start, arguments.resume_anyway)
     make_private(arguments.log_dir)
@@ -269,7 +271,9 @@ def finish(job: Any, training: Training) -> None:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="launch/submit.py", description="Submits a training run to Slurm."
+        prog="launch/submit.py",
+        description="Submits a training run to Slurm.",
+        allow_abbrev=False,
     )
     parser.add_argument("config", metavar="CONFIG.yaml")
     parser.add_argument(

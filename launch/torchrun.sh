@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains on this machine, or on several machines without a scheduler. The same command resumes a run
 # that was stopped. Ctrl-C saves a checkpoint and stops; torchrun then prints a traceback of its own
-# and exits with code 1.
+# and exits with code 1. (On one machine, `resnet-dist train --ranks N` ends without one.)
 #
 #   launch/torchrun.sh configs/imagenet/resnet50.yaml name=first train.epochs=50
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=10.0.0.1 launch/torchrun.sh CONFIG.yaml     # on 10.0.0.1

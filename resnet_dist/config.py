@@ -5,7 +5,6 @@ config_file.py reads them from YAML, plan.py computes every derived number. No t
 node checks configs.
 """
 
-import difflib
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any, Literal
 import yaml
 
 from resnet_dist.data.formats import FORMATS
-from resnet_dist.errors import UserError, invalid_value
+from resnet_dist.errors import NO_HINT, UserError, invalid_value, nearest_name
 from resnet_dist.models.depths import DEPTHS, PARTS
 
 
@@ -122,6 +121,8 @@ class TrainConfig:
     # average is what is evaluated, exported, predicted with and fine-tuned from. null: no average.
     ema_decay: float | None = None
     log_every_steps: int = 50
+    # The run ends as failed after this many log lines in a row whose loss is NaN or infinite.
+    max_nonfinite_logs: int = 3
     eval_every_epochs: float | None = 1.0
     eval_every_iterations: int | None = None
     save_every_epochs: float | None = 1.0
@@ -250,6 +251,7 @@ _AT_LEAST: dict[str, float] = {  # key -> smallest valid value
     "train.global_batch_size": 1,
     "train.max_local_batch_size": 1,
     "train.log_every_steps": 1,
+    "train.max_nonfinite_logs": 1,
     "train.keep_checkpoints": 1,
 }
 _AT_MOST: dict[str, float] = {
@@ -272,6 +274,28 @@ _ABOVE_ZERO: dict[str, float] = {  # key -> an example of a small, sensible valu
 }
 
 
+# What tracking.run_root contains besides the folders of runs.
+_NOT_RUNS = ("mlartifacts", "mlflow.db", "submitit")
+_MAX_NAME_BYTES = 200  # file systems take 255; temporary names are longer than their targets
+
+
+def _why_no_name(name: str) -> tuple[str | None, str]:
+    """Returns why a run cannot have this name (None: it can), and a name that it could have."""
+    plain = "".join(filter(str.isprintable, Path(name).name)).strip().lstrip(".")
+    short = plain.encode()[:_MAX_NAME_BYTES].decode(errors="ignore") or "run"
+    if name != Path(name).name or not name.strip() or name in (".", ".."):
+        return "must be a plain folder name", short
+    if not name.isprintable():
+        return "must not contain control characters", short
+    if name.startswith("."):
+        return "must not begin with a dot, like the project's own files beside the runs", short
+    if name in _NOT_RUNS or name.startswith("mlflow.db"):  # SQLite adds suffixes
+        return "is the name of a file or folder that is kept beside the runs", f"run-{short}"
+    if len(name.encode()) > _MAX_NAME_BYTES:
+        return f"must have at most {_MAX_NAME_BYTES} bytes", short
+    return None, name
+
+
 def impossible(config: Config) -> Iterator[tuple[str, str, object]]:
     """Yields (key, reason, nearest valid value) of each impossible value."""
     flat = flat_settings(config)
@@ -287,10 +311,11 @@ def impossible(config: Config) -> Iterator[tuple[str, str, object]]:
 
     model, data, optim = config.model, config.data, config.optim
     if model.name not in DEPTHS:
-        nearest = difflib.get_close_matches(model.name, DEPTHS, 1, 0.0) or ["resnet50"]
-        yield "model.name", f"is not one of {', '.join(DEPTHS)}", nearest[0]
-    if config.name != Path(config.name).name or config.name in ("", ".", ".."):
-        yield "name", "must be a plain folder name", Path(config.name).name or "run"
+        near = nearest_name(model.name, DEPTHS)
+        yield "model.name", f"is not one of {', '.join(DEPTHS)}", near
+    why_not, name = _why_no_name(config.name)
+    if why_not is not None:
+        yield "name", why_not, name
     for key in ("scale_px", "area", "aspect"):
         low, high = flat[f"data.{key}"]
         if not 0 < low <= high:
@@ -308,8 +333,8 @@ def impossible(config: Config) -> Iterator[tuple[str, str, object]]:
         yield "data.eval_crop_px", why, data.eval_resize_px
     known = FORMATS.get(data.format)
     if known is None:
-        nearest = difflib.get_close_matches(data.format, FORMATS, 1, 0.0) or ["folder"]
-        yield "data.format", f"must be one of {', '.join(FORMATS)}", nearest[0]
+        near = nearest_name(data.format, FORMATS)
+        yield "data.format", f"must be one of {', '.join(FORMATS)}", near
         return
     if known.is_pixels != (data.train_crop == "pad"):
         why = f"does not go with data.format={data.format}"
@@ -356,9 +381,9 @@ def impossible(config: Config) -> Iterator[tuple[str, str, object]]:
         return
     parts = PARTS[net.form]
     for part in set(optim.lr_scales) - set(parts):
-        near = difflib.get_close_matches(part, parts, 1, 0.0)[0]
+        near = nearest_name(part, parts)
         why = f"{model.name} has no part {part}, only {', '.join(parts)}"
-        yield "optim.lr_scales", why, {near: optim.lr_scales[part]}
+        yield "optim.lr_scales", why, near if near is NO_HINT else {near: optim.lr_scales[part]}
     if all(optim.lr_scales.get(part) == 0 for part in parts):
         why = "freezes all parts, so there is nothing to train"
         yield "optim.lr_scales", why, dict.fromkeys(parts[:-1], 0.0)

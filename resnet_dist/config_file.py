@@ -9,7 +9,7 @@ import math
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import yaml
 
 from resnet_dist.config import UNITS, Config, flat_settings, impossible
-from resnet_dist.errors import UserError, as_yaml, invalid_value
+from resnet_dist.errors import NO_HINT, UserError, as_yaml, invalid_value, nearest_name
 
 PATHS = ("data.root", "tracking.run_root", "model.init_from")  # `~` in them is expanded
 
@@ -65,24 +65,59 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _mapping_without_duplicates(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    """Refuses a key that is given twice; PyYAML would silently take the last one."""
-    keys = [loader.construct_object(key, deep=True) for key, _ in node.value]
-    for number, key in enumerate(keys):
-        if key in keys[:number]:
+def _resolve(node: yaml.Node, within: frozenset[int], done: set[int]) -> None:
+    """Resolves merge keys (`<<: *other`) in place, and refuses a key that is given twice.
+
+    PyYAML would take the last one silently, and its versions differ in what they merge. A mapping's
+    own keys come first, then what it merges, in that order. within: the nodes around this one.
+    done: the nodes that need no more work, as an anchor may be used often.
+    """
+    if isinstance(node, yaml.ScalarNode) or id(node) in done:
+        return
+    if id(node) in within:
+        raise yaml.constructor.ConstructorError(
+            problem="an anchor contains itself", problem_mark=node.start_mark
+        )
+    within |= {id(node)}
+    if not isinstance(node, yaml.MappingNode):
+        for item in node.value:
+            _resolve(item, within, done)
+        done.add(id(node))
+        return
+    own: dict[object, tuple[yaml.Node, yaml.Node]] = {}
+    merged: list[yaml.Node] = []
+    for key, value in node.value:
+        _resolve(value, within, done)
+        if key.tag == "tag:yaml.org,2002:merge":
+            merged += value.value if isinstance(value, yaml.SequenceNode) else [value]
+        elif _identity(key) in own:
             raise yaml.constructor.ConstructorError(
-                problem=f"the key {key!r} is given twice",
-                problem_mark=node.value[number][0].start_mark,
+                problem=f"the key {key.value!r} is given twice", problem_mark=key.start_mark
             )
-    return loader.construct_mapping(node, deep=True)
+        else:
+            own[_identity(key)] = (key, value)
+    for mapping in merged:
+        if not isinstance(mapping, yaml.MappingNode):
+            raise yaml.constructor.ConstructorError(
+                problem="<< takes a mapping, or a list of them", problem_mark=mapping.start_mark
+            )
+        for key, value in mapping.value:
+            own.setdefault(_identity(key), (key, value))
+    node.value = list(own.values())
+    done.add(id(node))
 
 
-_Loader.add_constructor("tag:yaml.org,2002:map", _mapping_without_duplicates)
+def _identity(key: yaml.Node) -> object:
+    return (key.tag, key.value) if isinstance(key, yaml.ScalarNode) else id(key)
 
 
 def _parse_yaml(text: str, origin: str) -> Any:
     try:
-        return yaml.load(text, _Loader)
+        node = yaml.compose(text, _Loader)
+        if node is None:
+            return None
+        _resolve(node, frozenset(), set())
+        return _Loader("").construct_document(node)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{origin}:{mark.line + 1}" if mark else origin
@@ -112,6 +147,8 @@ def _read_file(path: Path, children: tuple[Path, ...]) -> dict[str, tuple[Any, s
     content = _parse_yaml(text, str(path))
     if content is None:
         content = {}
+    if isinstance(content, dict):  # x-name: &anchor {...} is for `<<: *anchor` elsewhere
+        content = {key: v for key, v in content.items() if not str(key).startswith("x-")}
     if not isinstance(content, dict):
         raise UserError(f"{path}: must contain keys and values, as in 'name: quickstart'")
     base = content.pop("base", None)
@@ -152,7 +189,8 @@ def _read_overrides(overrides: Sequence[str]) -> dict[str, tuple[Any, str]]:
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals:
-            raise UserError(f"command line: {text!r} is not an override; write key.sub=value")
+            form = f"{text}=VALUE" if text in _SCHEMA else "key.sub=value"
+            raise UserError(f"command line: {text!r} is not an override; write {form}")
         found |= _flatten({key.strip(): _parse_yaml(value, "command line")}, "command line")
     return found
 
@@ -171,6 +209,18 @@ def _flatten(nested: dict[Any, Any], origin: str, prefix: str = "") -> dict[str,
 
 
 def _build(found: dict[str, tuple[Any, str]]) -> Config:
+    """Returns the config with these settings: key -> (value, origin).
+
+    Raises what `load_config` raises.
+    """
+    config = _assemble(found)
+    for key, why, nearest in impossible(config):
+        raise config.invalid(key, why, _checked_hint(found, key, nearest))
+    return config
+
+
+def _assemble(found: dict[str, tuple[Any, str]]) -> Config:
+    """Returns the config with these settings, whose values may be impossible."""
     values: dict[str, dict[str, Any]] = {}
     for key, (value, origin) in found.items():
         if key not in _SCHEMA:
@@ -178,15 +228,85 @@ def _build(found: dict[str, tuple[Any, str]]) -> Config:
         section, _, name = key.rpartition(".")
         if key in PATHS and isinstance(value, str):
             value = os.path.expanduser(value)
-        values.setdefault(section, {})[name] = _typed(value, _SCHEMA[key], key, origin)
+        try:
+            values.setdefault(section, {})[name] = _typed(value, _SCHEMA[key], _DEFAULTS[key])
+        except _Wrong as wrong:
+            hint = _checked_hint(found, key, wrong.nearest)
+            raise invalid_value(origin, key, value, wrong.why, hint) from None
     sections: dict[str, Any] = {
         name: kind(**values.pop(name, {})) for name, kind in _SECTIONS.items()
     }
     origins = {key: origin for key, (_, origin) in found.items()}
-    config = Config(**values.get("", {}), **sections, origins=origins)
-    for key, why, nearest in impossible(config):
-        raise config.invalid(key, why, nearest)
-    return config
+    return Config(**values.get("", {}), **sections, origins=origins)
+
+
+def _checked_hint(found: dict[str, tuple[Any, str]], key: str, nearest: object) -> object:
+    """Returns `nearest` if it is a valid value of `key` that suits the others, else NO_HINT."""
+    if nearest is NO_HINT or (nearest is None and key in (*UNITS, *UNITS.values())):
+        return NO_HINT
+    section, _, name = key.rpartition(".")
+    try:
+        typed = {name: _typed(nearest, _SCHEMA[key], _DEFAULTS[key])}
+        config = _assemble({other: value for other, value in found.items() if other != key})
+    except (_Wrong, UserError):
+        return NO_HINT
+    inner = {section: replace(getattr(config, section), **typed)} if section else typed
+    new = {bad for bad, _, _ in impossible(replace(config, **inner))}
+    return NO_HINT if new - {bad for bad, _, _ in impossible(config)} else nearest
+
+
+# What other trainers call a setting.
+ALIASES = {
+    "lr": "optim.base_lr",
+    "learning_rate": "optim.base_lr",
+    "batch_size": "train.global_batch_size",
+    "wd": "optim.weight_decay",
+    "arch": "model.name",
+    "model": "model.name",
+    "pretrained": "model.init_from",
+    "num_epochs": "train.epochs",
+    "max_epochs": "train.epochs",
+    "max_steps": "train.iterations",
+    "steps": "train.iterations",
+    "warmup": "optim.warmup_epochs",
+    "sched": "optim.schedule",
+    "smoothing": "optim.label_smoothing",
+    "clip_grad": "optim.clip_grad_norm",
+    "amp": "train.precision",
+    "model_ema_decay": "train.ema_decay",
+    "workers": "data.decode_threads",
+    "num_workers": "data.decode_threads",
+    "data": "data.root",
+    "data_path": "data.root",
+    "data_dir": "data.root",
+    "dataset": "data.format",
+    "img_size": "data.crop_px",
+    "output": "tracking.run_root",
+    "output_dir": "tracking.run_root",
+    "log_interval": "train.log_every_steps",
+    "print_freq": "train.log_every_steps",
+    "checkpoint_hist": "train.keep_checkpoints",
+}
+
+
+def known_as(name: str) -> str | None:
+    """Returns the setting that is called `name`: by us, in another section, or by other trainers.
+
+    "base_lr" and "lr" are optim.base_lr. None: there is none.
+    """
+    if name in _SCHEMA:
+        return name
+    end = name.rpartition(".")[2]
+    return _LAST.get(end) or ALIASES.get(end)
+
+
+def nearest_key(name: str) -> str | None:
+    """Returns the setting whose name, or whose last part, looks most like `name`; None: no idea."""
+    near = difflib.get_close_matches(name, _SCHEMA, n=1, cutoff=0.75)
+    if near:
+        return near[0]
+    end = difflib.get_close_matches(name.rpartition(".")[2], _LAST, n=1, cutoff=0.8)
+    return _LAST[end[0]] if end else None
 
 
 def _unknown(key: str, value: Any, origin: str) -> UserError:
@@ -195,71 +315,102 @@ def _unknown(key: str, value: Any, origin: str) -> UserError:
             f"{origin}: {key}={as_yaml(value)}: is a section; write one of its keys, "
             f"such as {key}.{fields(_SECTIONS[key])[0].name}"
         )
-    # First try a misspelt key, then a correct name in the wrong section.
-    near = difflib.get_close_matches(key, _SCHEMA, n=1, cutoff=0.75)
-    near = near or [known for known in _SCHEMA if known.split(".")[-1] == key.split(".")[-1]]
-    near = near or difflib.get_close_matches(key, _SCHEMA, n=1, cutoff=0.0)
-    return UserError(f"{origin}: {key}={as_yaml(value)}: unknown key; did you mean {near[0]}?")
+    near = nearest_key(key) or known_as(key)
+    hint = "resnet_dist/config.py has all keys" if near is None else f"did you mean {near}?"
+    return UserError(f"{origin}: {key}={as_yaml(value)}: unknown key; {hint}")
 
 
 # --------------------------------------------------------------------------------------------------
 # Types
 
 
-def _typed(value: Any, kind: Any, key: str, origin: str) -> Any:
+class _Wrong(Exception):
+    """A value of a wrong type."""
+
+    def __init__(self, why: str, nearest: object):
+        super().__init__(why)
+        self.why = why
+        self.nearest = nearest  # what was probably meant, or NO_HINT
+
+
+def _typed(value: Any, kind: Any, default: Any) -> Any:
     """Returns `value` as type `kind`. An int is accepted as a float; a bool is not a number.
 
-    Raises:
-        UserError: it has another type.
+    default: a valid value. Raises _Wrong if it has another type.
     """
     if get_origin(kind) is Literal:
         options = get_args(kind)
         if value not in options:
-            nearest = (difflib.get_close_matches(str(value), options, 1, 0.0) or options)[0]
-            raise invalid_value(origin, key, value, f"must be one of {', '.join(options)}", nearest)
+            raise _Wrong(
+                f"must be one of {', '.join(options)}", nearest_name(as_yaml(value), options)
+            )
         return value
     if isinstance(kind, UnionType):  # `X | None`
         if value is None:
             return None
-        return _typed(value, next(k for k in get_args(kind) if k is not NoneType), key, origin)
+        return _typed(value, next(k for k in get_args(kind) if k is not NoneType), default)
     if get_origin(kind) is dict:
         if not isinstance(value, dict):
-            raise invalid_value(origin, key, value, "must be {part: number}", {"fc": 10})
-        return {str(part): _typed(v, float, key, origin) for part, v in value.items()}
+            raise _Wrong("must be {part: number}", {"fc": 10})
+        return dict(_typed_part(value, part) for part in value)
     if get_origin(kind) is tuple:
         kinds = get_args(kind)
-        default = _DEFAULTS[key]
         if not isinstance(value, list | tuple):
-            raise invalid_value(origin, key, value, "must be a list in [ ]", default)
+            raise _Wrong("must be a list in [ ]", default)
         if kinds[-1] is Ellipsis:
             kinds = (kinds[0],) * len(value)
         if len(value) != len(kinds):
-            raise invalid_value(
-                origin, key, tuple(value), f"must have {len(kinds)} elements", default
-            )
-        return tuple(_typed(v, k, key, origin) for v, k in zip(value, kinds, strict=True))
+            raise _Wrong(f"must have {len(kinds)} elements", default)
+        return tuple(_typed_element(value, k, i, default) for i, k in enumerate(kinds))
     if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
-        if not math.isfinite(value):
-            raise invalid_value(origin, key, value, "must be a finite number", _DEFAULTS[key])
+        if not math.isfinite(float_of(value)):
+            raise _Wrong("must be a finite number", default)
         return float(value)
     if type(value) is kind:
         return value
     named = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[kind]
-    raise invalid_value(origin, key, value, f"must be {named}", _nearest_of_type(value, kind, key))
+    raise _Wrong(f"must be {named}", _nearest_of_type(value, kind, default))
 
 
-def _nearest_of_type(value: Any, kind: Any, key: str) -> Any:
+def _typed_part(value: dict[Any, Any], part: Any) -> tuple[str, float]:
+    try:
+        return str(part), _typed(value[part], float, 1.0)
+    except _Wrong as wrong:
+        raise _Wrong(f"{part} {wrong.why}", value | {part: wrong.nearest}) from None
+
+
+def _typed_element(value: Sequence[Any], kind: Any, index: int, default: Any) -> Any:
+    try:
+        return _typed(value[index], kind, NO_HINT)
+    except _Wrong as wrong:
+        nearest: Any = [*value[:index], wrong.nearest, *value[index + 1 :]]
+        if wrong.nearest is NO_HINT:
+            nearest = default
+        raise _Wrong(f"{as_yaml(value[index])} {wrong.why}", nearest) from None
+
+
+def float_of(value: float) -> float:
+    """Returns a whole number as a float: infinity if it is too large for one."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
+def _nearest_of_type(value: Any, kind: Any, default: Any) -> Any:
     """Guesses what the user meant: 64 for "64", 3 for 2.9, true for "True"; else the default."""
     try:
         if kind is str and isinstance(value, int | float):
             return f'"{as_yaml(value)}"'
+        if isinstance(value, list | dict):
+            return default
         if kind is bool:
             words = ("true", "yes", "on", "1", "false", "no", "off", "0")
-            near = difflib.get_close_matches(str(value).lower(), words, 1, 0.0)
-            return bool(near) and words.index(near[0]) < 4  # the first four mean true
+            near = nearest_name(as_yaml(value).lower(), words)
+            return near if near is NO_HINT else words.index(str(near)) < 4  # these mean true
         return round(float(value)) if kind is int else kind(value)
     except (TypeError, ValueError, OverflowError):
-        return _DEFAULTS[key]
+        return default
 
 
 def _schema() -> dict[str, Any]:
@@ -275,3 +426,4 @@ def _schema() -> dict[str, Any]:
 _SCHEMA: dict[str, Any] = _schema()
 _SECTIONS: dict[str, Any] = {n: k for n, k in get_type_hints(Config).items() if is_dataclass(k)}
 _DEFAULTS: dict[str, Any] = flat_settings(Config())
+_LAST = {key.rpartition(".")[2]: key for key in _SCHEMA}  # the last part of a key -> the key

@@ -1,6 +1,7 @@
 """Errors for the user: one line instead of a traceback, and an exit code."""
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 MAX_LINE = 300  # characters of a message
@@ -11,6 +12,12 @@ class UserError(Exception):
     """Bad input. The message says in one line what is wrong, where, and how to fix it."""
 
     exit_code = 2
+
+
+class Diverged(UserError):
+    """The loss is not finite any more. All ranks raise it together."""
+
+    exit_code = 1
 
 
 class RankFailure(UserError):
@@ -46,12 +53,21 @@ def not_installed(error: ModuleNotFoundError) -> UserError:
     )
 
 
+NO_HINT = object()  # a valid value that is near is not known
+
+
 def invalid_value(origin: str, key: str, value: Any, why: str, nearest: object) -> UserError:
     """Returns the error for a bad setting: file, key, value, reason and nearest valid value."""
-    nearest_text = as_yaml(nearest)
-    return UserError(
-        f"{origin}: {key}={as_yaml(value)}: {why}; the nearest valid value is {nearest_text}"
-    )
+    line = f"{origin}: {key}={as_yaml(value)}: {why}"
+    if nearest is not NO_HINT:
+        line += f"; the nearest valid value is {as_yaml(nearest)}"
+    return UserError(line)
+
+
+def nearest_name(name: str, known: Iterable[str]) -> str | object:
+    """Returns the name among `known` that looks like `name`, or NO_HINT if none does."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return near[0] if near else NO_HINT
 
 
 def as_yaml(value: Any) -> str:

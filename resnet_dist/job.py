@@ -79,6 +79,12 @@ class Job:
     decoding: str = ""  # how images are decoded, and the reason
     classes: str = ""  # how many there are, and the names of some
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether the last step and the last evaluation of the plan are done."""
+        last = self.plan.total_steps
+        return self.state.step >= last and self.state.evaluated_step >= last
+
 
 def build(
     config: Config,
@@ -245,9 +251,13 @@ def restore(job: Job) -> str | None:
     saved = previous.checkpoint
     if previous.path is None or saved is None:
         return "\n".join([*said, *filter(None, [job.initialized])]) or None
-    said += [describe_resume(previous.path, saved, job.plan)]
+    is_finished = min(saved.step, saved.evaluated_step) >= job.plan.total_steps
+    said += [describe_resume(previous.path, saved, job.plan, is_finished)]
+    if previous.changes and is_finished:
+        said += [f"warning: no step is left to do, so this has no effect: {_listed(previous)}"]
+    elif previous.changes:
+        said += [f"warning: from here on this is a different run: {_listed(previous)}"]
     if previous.changes:
-        said += [f"warning: from here on this is a different run: {'; '.join(previous.changes)}"]
         saved, warnings = adapt_checkpoint(saved, job.config, job.state)
         said += warnings
     if is_deterministic():
@@ -257,6 +267,10 @@ def restore(job: Job) -> str | None:
     for restored in (saved.model, saved.optimizer, saved.ema or {}):
         restored.clear()  # frees as much memory as the state itself takes
     return "\n".join(said)
+
+
+def _listed(previous: Previous) -> str:
+    return "; ".join(previous.changes)
 
 
 def save(job: Job, meter: Meter) -> None:

@@ -1,5 +1,6 @@
 """The state of training: everything that changes from step to step."""
 
+import math
 import time
 from dataclasses import dataclass, field
 
@@ -49,9 +50,12 @@ class TrainState:
             saved_at=time.strftime("%Y-%m-%d %H:%M %Z"),
         )
 
-    def remember_evaluation(self, acc1: float, plan: Plan) -> None:
-        """Records what an evaluation means for the best score and for the plateau schedule."""
-        is_best = acc1 > self.best_acc1
+    def remember_evaluation(self, acc1: float, loss: float, plan: Plan) -> None:
+        """Records what an evaluation means for the best score and for the plateau schedule.
+
+        One whose loss is not finite is never the best: the network's answers mean nothing then.
+        """
+        is_best = acc1 > self.best_acc1 and math.isfinite(loss)
         if is_best:
             self.best_acc1, self.best_step = acc1, self.step
         self.evaluated_step = self.step

@@ -15,6 +15,7 @@ plan.py has all the arithmetic; run/lookahead.py decides, one step in advance, w
 """
 
 import contextlib
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -47,6 +48,7 @@ from resnet_dist.run.folder import open_run_folder, sole_process
 from resnet_dist.run.interrupt import Interrupt
 from resnet_dist.run.lookahead import Lookahead
 from resnet_dist.run.meter import Meter
+from resnet_dist.run.nonfinite import NonfiniteLoss
 from resnet_dist.run.outcome import Outcome, OutcomeFile
 from resnet_dist.run.plan_text import describe_plan
 from resnet_dist.run.progress import Console, Progress, table
@@ -72,18 +74,25 @@ def train(
     startup.mark("imports")
     world = distributed.start()
     startup.mark("process group")
-    console = Console(speaks=world.is_main)
     with contextlib.ExitStack() as stack:
+        console = stack.enter_context(Console(speaks=world.is_main))
         # Rank 0 locks the run folder: two processes writing to one run would remove each other's
         # checkpoints. From here on outcome.json says "running", and at the end how the run ended.
-        world.on_main(lambda: stack.enter_context(sole_process(config)))
+        lock = sole_process(config, console.say, lambda: interrupt.requested)
+        if not world.on_main(lambda: stack.enter_context(lock)):
+            console.say("stopped while waiting; nothing has changed")
+            distributed.stop()
+            return Outcome.STOPPED
         ending = stack.enter_context(OutcomeFile(config.run_dir, world.is_main, console.say))
 
         # Build everything for this world, then load the newest checkpoint on top, if there is one.
         job = build(config, world, resume_anyway, console.say, startup)
         resumed = restore(job)
         startup.mark("checkpoint")
-        world.on_main(lambda: open_run_folder(config, job.state.step, job.previous.changes))
+        world.on_main(
+            lambda: open_run_folder(config, job.state.step, job.previous.changes, job.is_finished)
+        )
+        console.keep_in(config.run_dir)
         ending.resumes_from(job.state.step)
         console.say(f"{config.name}: {config.model.name} on {world.size} x {world.device.type}\n")
         console.say(describe_plan(job.plan, job.decoding, job.classes) + "\n")
@@ -121,6 +130,7 @@ class Loop:
     tracker: Tracker
     progress: Progress
     startup: Startup
+    nonfinite: NonfiniteLoss
     lr: float = 0.0  # learning rate of the last step
     score: Score | None = None  # result of the last evaluation
 
@@ -140,6 +150,9 @@ class Loop:
             tracker=tracker,
             progress=Progress(console, job.plan, job.state.step),
             startup=startup,
+            nonfinite=NonfiniteLoss(
+                job.config.train.max_nonfinite_logs, job.config.run_dir, job.world, console.say_at
+            ),
         )
 
 
@@ -267,7 +280,11 @@ def train_step(job: Job, passes: Iterable[Batch], meter: Meter) -> Tensor:
 
 
 def log(loop: Loop) -> None:
-    """Logs the means over all ranks since the last line. A collective, and a CPU-GPU sync point."""
+    """Logs the means over all ranks since the last line. A collective, and a CPU-GPU sync point.
+
+    Raises:
+        Diverged: the loss was not finite for too long.
+    """
     job, done = loop.job, loop.job.state.step
     loop.bad.share(job.train_index, job.train_loader.bad)
     figures = loop.meter.drain() | {
@@ -275,9 +292,13 @@ def log(loop: Loop) -> None:
         metrics.EPOCH: job.plan.epoch_at(done),
     }
     loop.tracker.log(done, figures)
-    loop.progress.update(done, figures)
+    loop.progress.update(done, figures, job.state.best_acc1)
     if not job.plan.evals_after(done):  # otherwise `validate` logs the count, with what it adds
         loop.tracker.log(done, {metrics.BAD_SAMPLES: loop.bad.count})
+    passes = loop.meter.nonfinite_passes
+    first = done + 1 - math.ceil(passes / job.plan.accumulation) if passes else None
+    lr = 0.0 if first is None else job.plan.lr_at(first - 1, job.state.lr_memory)
+    loop.nonfinite.check(first, lr, job.state.model)
 
 
 def validate(loop: Loop) -> None:
@@ -298,8 +319,8 @@ def validate(loop: Loop) -> None:
         raise
     loop.bad.share(job.val_index, job.val_loader.bad)
     # Updates the best score, and the plateau schedule if the run has one.
-    state.remember_evaluation(score.acc1, job.plan)
+    state.remember_evaluation(score.acc1, score.loss, job.plan)
     loop.score = score
     loop.tracker.log(state.step, score.metrics())
     loop.tracker.log(state.step, {metrics.BAD_SAMPLES: loop.bad.count})
-    loop.progress.console.say(f"epoch {job.plan.epoch_at(state.step):.2f}  val {score}")
+    loop.progress.console.say_at(f"epoch {job.plan.epoch_at(state.step):.2f}  val {score}")

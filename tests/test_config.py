@@ -1,6 +1,7 @@
 """A config is closed, inherits, and answers bad input in one line."""
 
 import dataclasses
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -107,7 +108,7 @@ def test_a_whole_number_is_a_float_and_frozen(tmp_path: Path) -> None:
         ("optim: {milestones_iterations: 9}", ["milestones_iterations=9", "list"]),
         ("optim: {lr_scales: 3}", ["optim.lr_scales=3", "{part: number}"]),
         ("optim: {lr_scales: {fc: -1}}", ["optim.lr_scales={fc: -1.0}", "at least 0", "{fc: 0.0}"]),
-        ("optim: {lr_scales: {fc: x}}", ["optim.lr_scales=x", "a number"]),
+        ("optim: {lr_scales: {fc: x}}", ["optim.lr_scales={fc: x}", "fc must be a number"]),
         ("optim: {warmup_until_train_error_pct: 0}", ["error_pct=0.0", "above zero"]),
         (
             "optim: {warmup_until_train_error_pct: 80, warmup_epochs: 1}",
@@ -194,6 +195,101 @@ def test_a_quantity_in_one_unit_replaces_it_in_the_other(tmp_path: Path) -> None
     # What is saved beside a run names both, one of them as null.
     again = config_from_dict(to_dict(config), "saved", ["train.iterations=9"])
     assert (again.train.epochs, again.train.iterations) == (None, 9)
+
+
+MERGED = """
+x-common: &common {momentum: 0.5, base_lr: 0.3}
+x-more: &more {nesterov: true, base_lr: 0.7}
+optim: {<<: [*common, *more], momentum: 0.6}
+data: &data {flip: false}
+"""
+
+
+def test_merge_keys(tmp_path: Path) -> None:
+    optim = load_config(write(tmp_path, "a.yaml", MERGED)).optim
+    assert (optim.base_lr, optim.momentum, optim.nesterov) == (0.3, 0.6, True)
+    # An anchor that merges another one, which is needed before it is complete itself.
+    nested = "x-a: &a {gamma: 0.2}\nx-b: &b {<<: *a, power: 3}\noptim: {<<: *b, gamma: 0.3}\n"
+    optim = load_config(write(tmp_path, "b.yaml", nested)).optim
+    assert (optim.gamma, optim.power) == (0.3, 3.0)
+    top = "x-top: &top {seed: 4, name: merged}\n<<: *top\nname: mine\n"
+    config = load_config(write(tmp_path, "c.yaml", top))
+    assert (config.seed, config.name) == (4, "mine")
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("optim: {<<: *nowhere}", "undefined alias 'nowhere'"),
+        ("optim: {<<: 3}", "bad.yaml:1: not valid YAML: << takes a mapping, or a list of them"),
+        ("x-a: &a {gamma: 1}\noptim: {<<: *a, gamma: 0.1, gamma: 0.2}", "'gamma' is given twice"),
+        ("optim: {x-a: 1}", "optim.x-a=1: unknown key"),
+        ("x-a: &a [*a]\nseed: *a", "bad.yaml:1: not valid YAML: an anchor contains itself"),
+        ("x-a: &a {<<: *a}", "an anchor contains itself"),
+    ],
+)
+def test_merge_keys_that_cannot_be_merged(tmp_path: Path, text: str, why: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_config(write(tmp_path, "bad.yaml", text))
+    assert why in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "why", "nearest"),
+    [
+        (".locks", "must not begin with a dot", "locks"),
+        (".index", "must not begin with a dot", "index"),
+        ("mlartifacts", "is kept beside the runs", "run-mlartifacts"),
+        ("mlflow.db", "is kept beside the runs", "run-mlflow.db"),
+        ("mlflow.db-journal", "is kept beside the runs", "run-mlflow.db-journal"),
+        ("submitit", "is kept beside the runs", "run-submitit"),
+        ("a\tb", "control characters", "ab"),
+        ("a\x1b[31mb", "control characters", "a[31mb"),
+        ("a\nb", "control characters", "ab"),
+        ("x" * 201, "at most 200 bytes", "x" * 200),
+        ("\u732b" * 67, "at most 200 bytes", "\u732b" * 66),
+        ("..", "plain folder name", "run"),
+        ("", "plain folder name", "run"),
+        ("   ", "plain folder name", "run"),
+        ("a/../b", "plain folder name", "b"),
+    ],
+)
+def test_names_that_a_run_cannot_have(tmp_path: Path, name: str, why: str, nearest: str) -> None:
+    path = write(tmp_path, "a.yaml", f"name: {json.dumps(name)}\n")
+    with pytest.raises(UserError) as caught:
+        load_config(path)
+    message = str(caught.value)
+    assert why in message
+    assert message.endswith(f"; the nearest valid value is {nearest}")
+    assert load_config(path, [f"name={json.dumps(nearest)}"]).name == nearest
+    assert len(name) < 200 or load_config(path, ["name=a b, ü and 猫"]).name == "a b, ü and 猫"
+
+
+BAD_VALUES = ["nan", ".nan", "inf", "-.inf", "1e999", "-1", "0", "x", "maybe", "''", "[]", "{}"]
+BAD_VALUES += ["true", "null", "9" * 30, "9" * 400, "[nan, 1]", "[.nan, .nan, .nan]", "[1, 2, x]"]
+BAD_VALUES += ["{fc: nan}", "{fc: .nan}", "{zz: 1}", "2.5", "[2.5, 300]", "[-1, 5]", ".locks"]
+
+
+@pytest.mark.parametrize("key", flat_settings(Config()))
+def test_every_hint_is_a_valid_value(tmp_path: Path, key: str) -> None:
+    """Such as not "the nearest valid value is nan"."""
+    path = write(tmp_path, "a.yaml", "name: a\n")
+    for value in BAD_VALUES:
+        try:
+            load_config(path, [f"{key}={value}"])
+        except UserError as error:
+            _, there, hint = str(error).partition("; the nearest valid value is ")
+            if there:
+                load_config(path, [f"{key}={hint}"])
+
+
+def test_a_name_that_looks_like_nothing_gets_no_hint(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.yaml", "name: a\n")
+    for override in ("model.name=efficientnet", "optim.schedule=xyz", "data.flip=perhaps"):
+        with pytest.raises(UserError) as caught:
+            load_config(path, [override])
+        assert "nearest" not in str(caught.value)
 
 
 def test_lr_scales_are_a_mapping(tmp_path: Path) -> None:

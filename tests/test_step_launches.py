@@ -160,24 +160,24 @@ LOCAL_BN = ("model.sync_batchnorm=none", "train.deterministic=true")
 # operations. Exact counts of today: what adds to them must be wanted, and what takes away lowers
 # them here.
 CEILINGS = {
-    "fp32": (1, ["train.precision=fp32"], 428),
-    "tf32": (1, ["train.precision=tf32"], 428),
-    "bf16": (1, ["train.precision=bf16"], 540),
-    "bf16, averaged": (1, ["train.precision=bf16", EMA], 542),
-    "bf16, clipped": (1, ["train.precision=bf16", CLIPPED], 868),
-    "bf16, two passes": (1, ["train.precision=bf16", TWO_PASSES], 1238),
-    "fp16": (1, ["train.precision=fp16"], 550),
-    "fp16, averaged, clipped": (1, ["train.precision=fp16", EMA, CLIPPED], 881),
-    "fp32, SyncBN": (4, ["train.precision=fp32"], 2813),
-    "bf16, SyncBN": (4, ["train.precision=bf16"], 3137),
+    "fp32": (1, ["train.precision=fp32"], 429),
+    "tf32": (1, ["train.precision=tf32"], 429),
+    "bf16": (1, ["train.precision=bf16"], 541),
+    "bf16, averaged": (1, ["train.precision=bf16", EMA], 543),
+    "bf16, clipped": (1, ["train.precision=bf16", CLIPPED], 869),
+    "bf16, two passes": (1, ["train.precision=bf16", TWO_PASSES], 1240),
+    "fp16": (1, ["train.precision=fp16"], 551),
+    "fp16, averaged, clipped": (1, ["train.precision=fp16", EMA, CLIPPED], 882),
+    "fp32, SyncBN": (4, ["train.precision=fp32"], 2814),
+    "bf16, SyncBN": (4, ["train.precision=bf16"], 3138),
     "bf16, SyncBN, averaged, clipped, two passes": (
         4,
         ["train.precision=bf16", EMA, CLIPPED, "train.max_local_batch_size=32"],
-        6762,
+        6764,
     ),
-    "fp16, SyncBN, averaged, clipped": (4, ["train.precision=fp16", EMA, CLIPPED], 3478),
-    "bf16, SyncBN, deterministic": (4, ["train.precision=bf16", "train.deterministic=true"], 3614),
-    "bf16, local BN, deterministic": (4, ["train.precision=bf16", *LOCAL_BN], 658),
+    "fp16, SyncBN, averaged, clipped": (4, ["train.precision=fp16", EMA, CLIPPED], 3479),
+    "bf16, SyncBN, deterministic": (4, ["train.precision=bf16", "train.deterministic=true"], 3615),
+    "bf16, local BN, deterministic": (4, ["train.precision=bf16", *LOCAL_BN], 659),
 }
 
 

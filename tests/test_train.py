@@ -275,7 +275,7 @@ def test_the_plateau_rule_drops_and_remembers(tiny_config: Callable[..., Config]
     plan = Plan.of(config, 1, 30, 17)
     for step, right in enumerate([5, 6, 6, 4, 6, 7, 1, 1], start=1):
         state.step = step
-        state.remember_evaluation(10.0 * right, plan)
+        state.remember_evaluation(10.0 * right, 1.0, plan)
     assert (state.best_acc1, state.best_step) == (70.0, 6)
     assert state.lr_memory.plateau_drops == (4, 8)
 

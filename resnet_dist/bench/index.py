@@ -1,7 +1,6 @@
 """`bench index`: what an index of ImageNet's size costs each process of a node, and how long it
 takes to shuffle."""
 
-import multiprocessing
 import time
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 from resnet_dist.bench import results
 from resnet_dist.data.index.index import Index, Shards
 from resnet_dist.data.index.index_file import load_index_file, save_index
+from resnet_dist.data.index.worker_pool import DeafContext
 from resnet_dist.data.view.order import block_order, epoch_order
 
 CLASSES = 1000
@@ -94,7 +94,7 @@ def synthetic_index(images: int, top: Path) -> Index:
 def loaded_by(count: int, path: Path, top: Path) -> list[dict[str, float]]:
     """Measures the cost of the index in each of `count` fresh processes that hold it at the same
     time."""
-    context = multiprocessing.get_context("spawn")
+    context = DeafContext()
     barrier, answers = context.Barrier(count), context.Queue()
     started = [
         context.Process(target=_load_and_report, args=(path, top, barrier, answers))

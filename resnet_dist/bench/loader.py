@@ -13,6 +13,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from multiprocessing import forkserver
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,8 +24,10 @@ from resnet_dist.bench import peers, results
 from resnet_dist.bench.peers import Work
 from resnet_dist.bench.photos import as_shards, photo_folder
 from resnet_dist.config import DataConfig
+from resnet_dist.data.index.worker_pool import end_with_parent
 from resnet_dist.data.load.build import agreed_decoding
 from resnet_dist.errors import UserError
+from resnet_dist.process import deaf_to_ctrl_c
 
 IMAGES_PER_THREAD = 2000  # timed in each run: 5 to 10 seconds
 WARM_BATCHES_PER_THREAD = 2  # torch's DataLoader prefetches this many batches per worker
@@ -173,9 +176,15 @@ def interleave(loaders: list[Loader], settings: Settings) -> list[list[Run]]:
     # Forks from a server process that has imported everything but has not started any thread.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, "torchvision", "resnet_dist.bench.dali_peer"])
+    with deaf_to_ctrl_c():
+        forkserver.ensure_running()
     rounds = []
     with ExitStack() as stack:
-        own = [stack.enter_context(ProcessPoolExecutor(1, context)) for _ in loaders]
+        own = [
+            stack.enter_context(ProcessPoolExecutor(1, context, initializer=end_with_parent))
+            for _ in loaders
+        ]
+        stack.push(_end_all_on_ctrl_c)  # first, as leaving a pool waits for its process
         for number in range(settings.runs):
             rounds.append(
                 [
@@ -186,6 +195,12 @@ def interleave(loaders: list[Loader], settings: Settings) -> list[list[Run]]:
             figures = " ".join(f"{run.images_per_sec:.0f}" for run in rounds[-1])
             print(f"round {number + 1} of {settings.runs}: {figures} img/s", flush=True)
     return rounds
+
+
+def _end_all_on_ctrl_c(kind: type[BaseException] | None, *_: object) -> None:
+    if kind is KeyboardInterrupt:
+        for process in multiprocessing.active_children():
+            process.kill()
 
 
 def measure(stream: str, work: Work, settings: Settings) -> Run:

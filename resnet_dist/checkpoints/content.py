@@ -3,7 +3,6 @@
 folders.py has the layout on disk and decides which checkpoints are kept; writer.py writes them.
 """
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -115,10 +114,7 @@ class Checkpoint(Facts):
         Raises:
             UserError: there is no checkpoint, it is damaged, or its format is unknown.
         """
-        if os.path.isdir(path / "checkpoints"):
-            path = folders.best(path) or path
-        if not all(os.path.isfile(path / name) for name in ("state.pt", "meta.json")):
-            raise UserError(f"{path}: no checkpoint; give a folder such as RUN/checkpoints/best")
+        path = folders.find(path)
         if (why := folders.why_damaged(path)) is not None:
             raise UserError(f"{path}: damaged ({why}); use another checkpoint")
         try:

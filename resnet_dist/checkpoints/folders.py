@@ -82,6 +82,26 @@ def best(run_dir: Path) -> Path | None:
     return named if os.path.isdir(named) else newest
 
 
+def find(path: Path) -> Path:
+    """Returns the checkpoint that a user means by `path`: a checkpoint, or a run folder's best one.
+
+    Of a run folder without a best checkpoint, the newest.
+
+    Raises:
+        UserError: there is none. Whether it is damaged is not checked.
+    """
+    if os.path.isdir(path / "checkpoints"):
+        path = best(path) or path
+    if not all(os.path.isfile(path / name) for name in ("state.pt", "meta.json")):
+        raise UserError(f"{path}: no checkpoint; give a folder such as RUN/checkpoints/best")
+    return path
+
+
+def newest_sound(run_dir: Path) -> Path | None:
+    """Returns the newest checkpoint that is sound, or None. Raises what step_folders raises."""
+    return max((path for path in step_folders(run_dir) if _is_sound(path)), default=None)
+
+
 def best_step(path: Path) -> int:
     """Returns the step of the best evaluation before this checkpoint; -1 if there was none."""
     best = read_meta(path).get("best")
@@ -226,7 +246,7 @@ def warn_of_infinite(run_dir: Path) -> list[str]:
     if not paths or read_meta(paths[-1]).get("finite", True):
         return []
     line = f"warning: {paths[-1]}: some values are NaN or infinite, and will hardly recover; "
-    sound = max((path for path in paths if _is_sound(path)), default=None)
+    sound = newest_sound(run_dir)
     if sound is None:
         return [line + "no sound checkpoint is left: start a new run with another name="]
     newer = " ".join(path.name for path in paths if path > sound)

@@ -9,7 +9,7 @@ import fcntl
 import os
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from resnet_dist.checkpoints import folders
@@ -32,6 +32,7 @@ FREE_TO_CHANGE = (
     "data.max_bad_samples",
     "train.max_local_batch_size",
     "train.log_every_steps",
+    "train.max_nonfinite_logs",
     "train.save_every_",
     "train.keep_",
     "tracking.",
@@ -42,26 +43,34 @@ LOCK_POLL_SECONDS = 0.2
 
 
 @contextlib.contextmanager
-def sole_process(config: Config) -> Iterator[None]:
+def sole_process(
+    config: Config,
+    say: Callable[[str], None] = print,
+    stop_requested: Callable[[], bool] = lambda: False,
+) -> Iterator[bool]:
     """Locks the run, so that two processes do not remove each other's checkpoints. One rank only.
 
-    Waits a while for the lock, as the previous job may still be writing its last checkpoint. On a
-    file system without locks the run continues without one.
+    Waits a while for the lock, as the previous job may still be writing its last checkpoint. Gives
+    False if it was asked to stop while waiting. On a file system without locks the run continues
+    without one. say: prints a line.
 
     Raises:
         UserError: another process is training under this name.
     """
     with contextlib.ExitStack() as stack:
+        goes_ahead = True
         with contextlib.suppress(OSError):
             path = lock_of(config.run_dir)
             path.parent.mkdir(parents=True, exist_ok=True)
             file = stack.enter_context(open(path, "ab"))
-            _wait_for_lock(file.fileno(), path, config)
-            # Unlocked explicitly: a child process that inherited the open file would keep the lock.
-            stack.callback(fcntl.flock, file, fcntl.LOCK_UN)
-            os.ftruncate(file.fileno(), 0)
-            os.write(file.fileno(), f"process {os.getpid()} on {os.uname().nodename}".encode())
-        yield
+            goes_ahead = _wait_for_lock(file.fileno(), path, config, say, stop_requested)
+            if goes_ahead:
+                # Unlocked explicitly: a child process that inherited the file would keep the lock.
+                stack.callback(fcntl.flock, file, fcntl.LOCK_UN)
+                os.ftruncate(file.fileno(), 0)
+                name = f"process {os.getpid()} on {os.uname().nodename}"
+                os.write(file.fileno(), name.encode())
+        yield goes_ahead
 
 
 def lock_of(run_dir: Path) -> Path:
@@ -69,29 +78,42 @@ def lock_of(run_dir: Path) -> Path:
     return run_dir.parent / ".locks" / run_dir.name
 
 
-def _wait_for_lock(descriptor: int, path: Path, config: Config) -> None:
+def _wait_for_lock(
+    descriptor: int,
+    path: Path,
+    config: Config,
+    say: Callable[[str], None],
+    stop_requested: Callable[[], bool],
+) -> bool:
+    """Returns True when it has the lock, and False when it is asked to stop."""
     deadline: float | None = None
     while True:
         try:
-            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
         except BlockingIOError:
             other = path.read_text() or "another process"
         if deadline is None:
             deadline = time.monotonic() + LOCK_WAIT_SECONDS
-            print(f"{config.run_dir}: waiting for {other} to release it", flush=True)
+            say(f"{config.run_dir}: waiting for {other} to release it")
         elif time.monotonic() > deadline:
             raise UserError(
                 f"{config.run_dir}: {other} is training under this name; stop it, or use "
                 "another name="
             )
+        if stop_requested():
+            return False
         time.sleep(LOCK_POLL_SECONDS)
 
 
-def open_run_folder(config: Config, step: int, changes: Sequence[str]) -> None:
+def open_run_folder(
+    config: Config, step: int, changes: Sequence[str], is_finished: bool = False
+) -> None:
     """Creates RUN, RUN/config.yaml and the journal. One rank only.
 
     step: the step from which the run resumes. changes: what --resume-anyway has accepted; each such
-    step has a line in RUN/changes.txt.
+    step has a line in RUN/changes.txt. is_finished: no step is left to do, so nothing changes, and
+    config.yaml stays as it is, unless it does not say what the checkpoint says.
 
     Raises:
         UserError: the folder cannot be written.
@@ -99,6 +121,9 @@ def open_run_folder(config: Config, step: int, changes: Sequence[str]) -> None:
     run_dir = config.run_dir
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
+        trained = _last_config(run_dir)[1] if is_finished else None
+        if trained is not None:
+            config, changes = trained, ()
         # A line "from step 5" is dropped when the run resumes from step 5 again, as nothing was
         # saved under that change. A line "from step 0" stays at step 0: until the first checkpoint,
         # config.yaml counts as the run's config.
@@ -111,13 +136,24 @@ def open_run_folder(config: Config, step: int, changes: Sequence[str]) -> None:
             replace_file(run_dir / "changes.txt", "".join(lines))
         else:
             (run_dir / "changes.txt").unlink(missing_ok=True)
-        replace_file(run_dir / "config.yaml", to_yaml(config))
+        if trained is None or not _has_settings(run_dir / "config.yaml", trained):
+            replace_file(run_dir / "config.yaml", to_yaml(config))
         open(run_dir / "journal.jsonl", "ab").close()  # here, where an error reaches all ranks
     except OSError as error:
-        raise UserError(
-            f"{error.filename or run_dir}: cannot be written: {error.strerror}; fix that, or give "
-            "another tracking.run_root="
-        ) from None
+        raise cannot_be_written(error.filename or run_dir, error) from None
+
+
+def cannot_be_written(path: object, error: OSError) -> UserError:
+    return UserError(
+        f"{path}: cannot be written: {error.strerror}; fix that, or give another tracking.run_root="
+    )
+
+
+def _has_settings(path: Path, config: Config) -> bool:
+    try:
+        return path.stat().st_size > 0 and not differing_settings(load_config(path), config)
+    except (OSError, UserError):
+        return False
 
 
 def changes_so_far(run_dir: Path) -> str:

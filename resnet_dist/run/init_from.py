@@ -9,11 +9,13 @@ from torch import Tensor, nn
 from resnet_dist.checkpoints.content import Checkpoint
 from resnet_dist.config import Config
 from resnet_dist.distributed import World
-from resnet_dist.errors import UserError
-from resnet_dist.models.depths import DEPTHS, why_no_counterpart
 from resnet_dist.models.parts import head_name
-
-TORCHVISION = "torchvision:"
+from resnet_dist.run.preflight import (
+    TORCHVISION,
+    check_init_from,
+    torchvision_file,
+    wrong_weights,
+)
 
 
 def load_initial_weights(
@@ -40,18 +42,12 @@ def load_initial_weights(
 def _read(network: nn.Module, config: Config, classes: tuple[str, ...]) -> dict[str, Tensor]:
     """Returns the tensors to load, with or without those of the head."""
     origin, name = str(config.model.init_from), config.model.name
+    check_init_from(config)
     if origin.startswith(TORCHVISION):
-        why_not = why_no_counterpart(DEPTHS[name])
-        if why_not is not None:
-            raise _refusal(config, f"torchvision has no {name}: {why_not}", "give a checkpoint")
         found = _read_torchvision(config)
         same_classes = True  # the file does not list its classes, so the shape decides
     else:
         saved = Checkpoint.load(Path(origin))
-        saved_name = saved.config["model"]["name"]
-        if saved_name != name:  # keys and shapes alone cannot tell resnet50 from resnet50_v1
-            why = f"holds a {saved_name}, this run trains a {name}"
-            raise _refusal(config, why, f"give model.name={saved_name}, or another checkpoint")
         found, same_classes = saved.weights, saved.classes == classes
 
     # BN's batch counters, the only integers, are missing in old files, and nothing uses them.
@@ -63,12 +59,12 @@ def _read(network: nn.Module, config: Config, classes: tuple[str, ...]) -> dict[
         if key in head:
             continue
         if key not in found:
-            raise _refusal(config, f"has no {key}, which {name} has", way_out)
+            raise wrong_weights(config, f"has no {key}, which {name} has", way_out)
         if key not in wanted:
-            raise _refusal(config, f"has {key}, which {name} does not have", way_out)
+            raise wrong_weights(config, f"has {key}, which {name} does not have", way_out)
         if found[key].shape != wanted[key].shape:
             shapes = f"{list(found[key].shape)}, in {name} {list(wanted[key].shape)}"
-            raise _refusal(config, f"{key} is {shapes}", way_out)
+            raise wrong_weights(config, f"{key} is {shapes}", way_out)
     if not same_classes or any(
         key not in found or found[key].shape != wanted[key].shape for key in head
     ):
@@ -77,19 +73,11 @@ def _read(network: nn.Module, config: Config, classes: tuple[str, ...]) -> dict[
 
 
 def _read_torchvision(config: Config) -> dict[str, Tensor]:
-    path = Path(str(config.model.init_from).removeprefix(TORCHVISION)).expanduser()
     try:
-        state: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        why = f"cannot be read: {error.strerror or error}"
-        raise _refusal(config, why, "give torchvision:FILE.pth") from None
+        state: Any = torch.load(torchvision_file(config), map_location="cpu", weights_only=True)
     except Exception:  # anything that the unpickler may raise
-        raise _refusal(config, "is not a file of weights", "download it again") from None
+        raise wrong_weights(config, "is not a file of weights", "download it again") from None
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         why = "is not a state dict (tensors by name, as in torchvision's .pth files)"
-        raise _refusal(config, why, "save model.state_dict() alone")
+        raise wrong_weights(config, why, "save model.state_dict() alone")
     return state
-
-
-def _refusal(config: Config, why: str, way_out: str) -> UserError:
-    return UserError(f"model.init_from={config.model.init_from}: {why}; {way_out}")

@@ -25,6 +25,9 @@ class Meter:
         """saved: what `gather` returned before a stop, on a world of any size."""
         self.world = world
         self.last_loss = last_loss  # mean loss in the last log line; None before the first
+        # Before the last log line: how many passes there were from the first one on whose loss was
+        # not finite, on the rank where that came first.
+        self.nonfinite_passes = 0
         self._restart()
         # On as many ranks as before, each continues with its own sums, which gives the same bits.
         # Otherwise rank 0 takes the total.
@@ -32,18 +35,24 @@ class Meter:
             self.sums += saved[world.rank].to(world.device)
         elif world.rank == 0:
             self.sums += saved.sum(0).to(world.device)
-        self.images_before_start = self.sums[2].clone()
 
     def _restart(self) -> None:
+        # Loss, correct answers, and images before this start: those since are counted on the host.
         self.sums = torch.zeros(3, dtype=torch.float64, device=self.world.device)
-        self.images_before_start = torch.zeros_like(self.sums[2])
+        self.finite_passes = torch.zeros_like(self.sums[0])
+        self.passes = self.images = 0
         self.wait_seconds = 0.0
         self.started = time.monotonic()
 
     def add(self, loss_sum: Tensor, correct: Tensor, images: int) -> None:
         """Adds one pass. loss_sum, correct: scalars on the device. No CPU-GPU sync."""
-        count = torch.full_like(correct, images)
-        self.sums += torch.stack([loss_sum.double(), correct.double(), count.double()])
+        self.sums[:2].add_(torch.stack([loss_sum.double(), correct.double()]))
+        self.images += images
+        self.passes += 1
+        # A sum that has met a NaN or an infinity is not finite ever after. So what is counted here
+        # are the passes before the first one with such a loss. (x - x is 0 only for a finite x.)
+        loss = self.sums[0]
+        self.finite_passes += loss - loss == 0
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -68,16 +77,20 @@ class Meter:
         # the ranks is the table of all rows, bit for bit.
         rows = self.sums.new_zeros(self.world.size, 3)
         rows[self.world.rank] = self.sums
+        rows[self.world.rank, 2] += self.images
         return self.world.sum(rows)
 
     def drain(self) -> dict[str, float]:
         """Returns the metrics over all ranks and resets the sums. A collective, a CPU-GPU sync."""
-        waited = torch.tensor([self.wait_seconds], dtype=torch.float64, device=self.world.device)
-        sums = torch.cat([self.sums, self.images_before_start[None], waited])
+        finite_passes = self.sums.new_zeros(self.world.size)
+        finite_passes[self.world.rank] = self.finite_passes
+        known = self.sums.new_tensor([self.images, self.wait_seconds])
+        sums = self.world.sum(torch.cat([self.sums, known, finite_passes]))
         # CPU-GPU sync point
-        loss_sum, correct, images, before, wait_seconds = self.world.sum(sums).tolist()
+        loss_sum, correct, before, measured, wait_seconds, *finite = sums.tolist()
+        self.nonfinite_passes = self.passes - int(min(finite))
         seconds = time.monotonic() - self.started
-        measured = images - before
+        images = before + measured
         self._restart()
         self.last_loss = loss_sum / images
         return {

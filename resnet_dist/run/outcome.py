@@ -1,6 +1,7 @@
 """How a run ended, in RUN/outcome.json, which rank 0 writes.
 
-    {"outcome": "stopped", "step": 440, "start": "1234.0", "time": "2026-11-27 09:30:00+00:00"}
+    {"outcome": "stopped", "step": 440, "start": "1234.0", "time": "2026-11-27 09:30:00+00:00",
+     "reason": null}
 
 It says "running" from the moment the process has locked the run folder until it ends. If it says
 so and no process holds the lock, the process was killed. No torch here: launchers read this file.
@@ -17,7 +18,7 @@ from enum import Enum
 from pathlib import Path
 from types import TracebackType
 
-from resnet_dist.errors import RankFailure, UserError
+from resnet_dist.errors import UserError, shortened
 from resnet_dist.files import replace_file
 
 OUTCOME = "outcome.json"
@@ -55,6 +56,7 @@ class Ending:
     step: int | None  # steps done; None until the run knows from which step it resumes
     start: str  # token of the start that wrote this
     time: str  # local time of writing
+    reason: str | None = None  # the line that said why it failed or was refused
 
     @classmethod
     def read(cls, run_dir: Path) -> "Ending | None":
@@ -67,7 +69,8 @@ class Ending:
         try:
             content = json.loads(path.read_bytes())
             outcome = Outcome(content["outcome"])
-            return cls(outcome, content["step"], content["start"], content["time"])
+            known = content["step"], content["start"], content["time"], content.get("reason")
+            return cls(outcome, *known)
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -109,14 +112,17 @@ class OutcomeFile:
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
         if error is not None and not self._has_ended:
-            is_input = isinstance(error, UserError) and not isinstance(error, RankFailure)
-            self._write(Outcome.BAD_INPUT if is_input else Outcome.FAILED)
+            is_input = isinstance(error, UserError) and error.exit_code == UserError.exit_code
+            reason = str(error) if isinstance(error, UserError) else repr(error)
+            outcome = Outcome.BAD_INPUT if is_input else Outcome.FAILED
+            self._write(outcome, shortened(" ".join(reason.split())))
 
-    def _write(self, outcome: Outcome) -> None:
+    def _write(self, outcome: Outcome, reason: str | None = None) -> None:
         if not self._writes:
             return
         now = time.strftime("%Y-%m-%d %H:%M:%S%z")
-        ending = asdict(Ending(outcome, self._step, self._start, now)) | {"outcome": outcome.value}
+        ending = asdict(Ending(outcome, self._step, self._start, now, reason))
+        ending["outcome"] = outcome.value
         try:
             replace_file(self._run_dir / OUTCOME, json.dumps(ending, indent=1) + "\n")
         except OSError as error:

@@ -156,9 +156,10 @@ def bn_batch_warning(before: int, plan: Plan) -> list[str]:
     return [line]
 
 
-def describe_resume(path: Path, saved: Checkpoint, plan: Plan) -> str:
-    """Returns the line that says from where a run resumes."""
-    text = f"resumes at step {saved.step} (epoch {plan.epoch_at(saved.step):.2f}) from {path}"
+def describe_resume(path: Path, saved: Checkpoint, plan: Plan, is_finished: bool = False) -> str:
+    """Returns the line that says from where a run resumes, or that no step is left to do."""
+    what = "already finished" if is_finished else "resumes"
+    text = f"{what} at step {saved.step} (epoch {plan.epoch_at(saved.step):.2f}) from {path}"
     if saved.made_with:  # empty if an older version wrote it
         ranks = saved.made_with["world_size"]
         text += f", saved {saved.saved_at} by {ranks} rank{'s' if ranks != '1' else ''}"

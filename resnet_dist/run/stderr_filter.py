@@ -6,6 +6,7 @@ which passes on everything else. It is a process of its own because a crash must
 what was said about it. Python's own messages do not go through it.
 """
 
+import contextlib
 import os
 import re
 import subprocess
@@ -43,11 +44,14 @@ def filter_stderr() -> None:
 
 
 def main() -> None:
-    """Copies lines from stdin to stdout, except NOISE. A part of a line waits for its end."""
+    """Copies lines from stdin to stdout, except NOISE. A part of a line waits for its end.
+
+    Reads to the end even if the screen has gone away: who writes here must not be stopped by that.
+    """
     for line in sys.stdin.buffer:
         if not NOISE.match(line):
-            sys.stdout.buffer.write(line)
-            sys.stdout.buffer.flush()
+            with contextlib.suppress(OSError):
+                os.write(1, line)
 
 
 if __name__ == "__main__":

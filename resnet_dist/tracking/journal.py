@@ -3,11 +3,12 @@
     {"step": 440, "time_ms": 1795771800000, "metrics": {"train/loss": 1.25, ...}}
 
 metrics.py has the names of the metrics, and mirror.py copies the journal to MLflow. A resumed run
-does not log a step again.
+does not log a step again. JSON has neither NaN nor infinity: a value that is not finite is null.
 """
 
 import contextlib
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -45,8 +46,9 @@ class Tracker:
         new = {name: value for name, value in metrics.items() if step > self._last(name)}
         if new:
             self._last_step.update(dict.fromkeys(new, step))
-            record = {"step": step, "time_ms": time.time_ns() // 1_000_000, "metrics": new}
-            self._journal.write(json.dumps(record) + "\n")
+            finite = {name: value if math.isfinite(value) else None for name, value in new.items()}
+            record = {"step": step, "time_ms": time.time_ns() // 1_000_000, "metrics": finite}
+            self._journal.write(json.dumps(record, allow_nan=False) + "\n")
 
     def close(self, status: str, artifacts: Mapping[str, Path]) -> RunRecord | None:
         """Closes the journal and the MLflow run. Returns the record of the MLflow run, if any.

@@ -6,8 +6,10 @@ of the journal has been sent, and the MLflow run id, which a resumed run reuses.
 
 import contextlib
 import fcntl
+import importlib.util
 import json
 import logging
+import math
 import os
 import re
 import subprocess
@@ -47,6 +49,7 @@ class RunRecord:
     run_id: str
     journal_bytes: int = 0  # bytes of journal.jsonl sent so far
     name: str = ""  # of the run; "" in a file written by an older version
+    status: str = ""  # with which the run was closed in MLflow; "" while it is not
 
     @classmethod
     def read(cls, run_dir: Path) -> "RunRecord | None":
@@ -55,6 +58,23 @@ class RunRecord:
 
     def write(self, run_dir: Path) -> None:
         replace_file(run_dir / "mlflow.json", json.dumps(vars(self), indent=1))
+
+
+def is_mirrored(config: Config) -> bool:
+    """Returns whether a finished run has nothing left to send to MLflow."""
+    if not config.tracking.mlflow or importlib.util.find_spec("mlflow") is None:
+        return True
+    try:
+        record = RunRecord.read(config.run_dir)
+        journal_bytes = (config.run_dir / "journal.jsonl").stat().st_size
+    except (OSError, ValueError, TypeError):
+        return False
+    uri = without_credentials(tracking_uri(config.run_dir.parent))
+    return (
+        record is not None
+        and (record.status, record.tracking_uri) == ("FINISHED", uri)
+        and (record.name, record.journal_bytes) == (config.name, journal_bytes)
+    )
 
 
 class Mirror(threading.Thread):
@@ -113,6 +133,7 @@ class Mirror(threading.Thread):
                 # Written immediately, so that a retry after a failure below reuses this run.
                 record.write(self.run_dir)
         client.update_run(record.run_id, status="RUNNING")
+        replace(record, status="").write(self.run_dir)
         for key, value in self.tags.items():
             client.set_tag(record.run_id, key, value)
         from mlflow.entities import Param
@@ -169,7 +190,8 @@ class Mirror(threading.Thread):
         for line in whole.splitlines():
             entry = json.loads(line)
             for name, value in entry["metrics"].items():
-                metrics.append(Metric(name, value, entry["time_ms"], entry["step"]))
+                number = math.nan if value is None else value  # null: it was not finite
+                metrics.append(Metric(name, number, entry["time_ms"], entry["step"]))
         for first in range(0, len(metrics), METRICS_PER_CALL):
             client.log_batch(record.run_id, metrics=metrics[first : first + METRICS_PER_CALL])
         if whole:
@@ -181,6 +203,7 @@ class Mirror(threading.Thread):
         for name, path in self.artifacts.items():
             self._upload(client, record.run_id, path, name)
         client.set_terminated(record.run_id, self.status)
+        replace(record, status=self.status).write(self.run_dir)
 
 
 @contextlib.contextmanager

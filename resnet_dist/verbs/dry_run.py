@@ -9,20 +9,18 @@ from resnet_dist.config import Config, to_yaml
 from resnet_dist.data.formats import survey
 from resnet_dist.errors import UserError, shortened
 from resnet_dist.plan import Plan
-from resnet_dist.run.folder import check_run_folder
 from resnet_dist.run.plan_text import describe_plan
 
 
 def dry_run(
     config: Config, world_size: int, local_world_size: int, train_images: int | None
 ) -> str:
-    """Returns the merged config and the plan as text, and how they differ from the run folder's.
+    """Returns the merged config and the plan as text.
 
     Counts the images unless `train_images` is given. local_world_size: ranks per node.
 
     Raises:
-        UserError: the images cannot be counted, the plan is impossible, or the run folder cannot
-            be read.
+        UserError: the images cannot be counted, or the plan is impossible.
     """
     data = config.data
     val_images = data.holdout_images or None
@@ -41,8 +39,4 @@ def dry_run(
     classes = {"classes": found[0].classes} if found else {}
     text = to_yaml(config) + "\n" + describe_plan(plan, **classes)
     text += "".join(f"\n{shortened(f'note: {note}')}" for split in found for note in split.notes)
-    differing = check_run_folder(config, anyway=True)  # the plan is useful even if it is refused
-    if differing:
-        line = f"settings differ from {config.run_dir}: {'; '.join(differing)}; "
-        text += f"\n\n{shortened(line + 'use another name= or --resume-anyway')}"
     return text

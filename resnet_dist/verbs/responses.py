@@ -72,15 +72,6 @@ def analyze_responses(
     return measured
 
 
-def split_arguments(given: Sequence[str]) -> tuple[list[Path], list[str]]:
-    """Separates checkpoint paths from overrides, which may come in any order.
-
-    An argument with "=" is an override, unless a file or folder of that name exists.
-    """
-    overrides = [text for text in given if "=" in text and not Path(text).exists()]
-    return [Path(text) for text in given if text not in overrides], overrides
-
-
 @torch.inference_mode()
 def layer_stds(
     model: nn.Module, batches: Iterable[Batch], world: World, precision: str

@@ -42,6 +42,8 @@ def status(
         said = "killed"
         at = "" if ending.step is None else f" after starting at step {ending.step}"
     line = f"{run_dir}: {said}{at}, {ending.time} (start {ending.start})"
+    if ending.reason is not None:
+        line += f": {ending.reason}"
     return line, ending.outcome.exit_code
 
 

@@ -88,7 +88,7 @@ def test_imagenet_weights_learn_the_photos(
     file.unlink()
     cli.main(command)
     said = capsys.readouterr().out
-    assert "resumes at step" in said
+    assert "already finished at step" in said
     assert "initialized" not in said
 
 

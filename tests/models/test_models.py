@@ -12,17 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from resnet_dist.models.build import build_model
-from resnet_dist.models.counts import (
-    INPUT_PX,
-    NUM_CLASSES,
-    count_layers,
-    count_multiply_adds,
-    count_parameters,
-    table_of_networks,
-)
 from resnet_dist.models.depths import DEPTHS
 from resnet_dist.models.residual import BasicBlock, Bottleneck, ZeroPad, stage
+from resnet_dist.models.sizes import INPUT_PX, NUM_CLASSES, SIZES, Size, table_of_networks
 from resnet_dist.models.vgg import Vgg
+from tests.support.counting import count_layers, count_multiply_adds, count_parameters
 
 
 def with_statistics(model: nn.Module) -> nn.Module:
@@ -127,6 +121,13 @@ def test_cifar_parameter_counts_are_table_6(name: str, millions: float) -> None:
 def test_a_network_has_the_layers_of_its_name(name: str) -> None:
     digits = "".join(c for c in name.partition("_")[0] if c.isdigit())
     assert count_layers(on_meta(name)) == int(digits)
+
+
+@pytest.mark.parametrize("name", DEPTHS)
+def test_sizes_are_what_is_counted(name: str) -> None:
+    network, px = on_meta(name), INPUT_PX[DEPTHS[name].form]
+    counted = count_layers(network), count_parameters(network), count_multiply_adds(network, px)
+    assert SIZES[name] == Size(*counted)
 
 
 def test_the_table_of_networks() -> None:

@@ -94,9 +94,8 @@ def test_a_run_in_mlflow(tiny_config: Callable[..., Config], tmp_path: Path) -> 
     again = start(config, warnings)
     again.log(20, {"train/loss": 9.0, "val/acc1": 9.0})
     again.log(30, {"train/loss": 0.04})
-    assert again.close("KILLED", {}) == RunRecord(
-        record.tracking_uri, record.experiment_id, record.run_id, journal_size(config), "tiny"
-    )
+    where = record.tracking_uri, record.experiment_id, record.run_id
+    assert again.close("KILLED", {}) == RunRecord(*where, journal_size(config), "tiny", "KILLED")
     history = client.get_metric_history(record.run_id, "train/loss")
     assert [(point.step, point.value) for point in history] == [(10, 0.1), (20, 0.05), (30, 0.04)]
     assert client.get_metric_history(record.run_id, "val/acc1")[0].value == 55.0

@@ -2,29 +2,48 @@
 
 import multiprocessing
 import os
-import signal
 import threading
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing.connection import wait
+from multiprocessing.context import SpawnContext, SpawnProcess
 
-from resnet_dist.process import filter_warnings
+from resnet_dist.process import deaf_to_ctrl_c, filter_warnings
+
+
+class DeafProcess(SpawnProcess):
+    """A process that never gets Ctrl-C, not even while it starts."""
+
+    def start(self) -> None:
+        with deaf_to_ctrl_c():
+            super().start()
+
+
+class DeafContext(SpawnContext):
+    """Starts processes that never get Ctrl-C.
+
+    By spawn rather than fork, as the caller and its libraries may have threads.
+    """
+
+    Process = DeafProcess
 
 
 def worker_pool(workers: int) -> ProcessPoolExecutor:
-    """Returns a pool whose processes ignore Ctrl-C, and end if their parent is killed."""
-    # spawn rather than fork, as the caller and its libraries may have threads.
-    spawn = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(workers, spawn, initializer=_start_worker)
+    """Returns a pool whose processes never get Ctrl-C, and end if their parent is killed."""
+    return ProcessPoolExecutor(workers, DeafContext(), initializer=_start_worker)
 
 
 def _start_worker() -> None:
     filter_warnings()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
+    """Ends this process when its parent has ended: a pool's process would wait forever for it."""
+    threading.Thread(target=_wait_for_parent, daemon=True).start()
+
+
+def _wait_for_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     wait([parent.sentinel])
-    os._exit(1)  # the pool itself would wait forever for a killed parent
+    os._exit(1)

@@ -241,7 +241,9 @@ def describe_trial(name: str, trial: Trial) -> str:
 
 def main() -> None:
     set_up_process()
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").splitlines()[0], allow_abbrev=False
+    )
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda", 0))
     parser.add_argument("--output", type=Path, help="write the report as JSON")
     parser.add_argument("--keep", type=Path, help="keep the report for runs, in RUN_ROOT/.index")

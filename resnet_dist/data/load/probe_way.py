@@ -229,7 +229,9 @@ def compare(ours: list[Tensor], cpu: list[Tensor], std: Sequence[float]) -> Tria
 
 def main() -> None:
     set_up_process()
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").splitlines()[0], allow_abbrev=False
+    )
     parser.add_argument("way", type=int)
     parser.add_argument("--device", type=torch.device, required=True)
     parser.add_argument("--images", type=int, default=64)

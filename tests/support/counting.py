@@ -1,14 +1,9 @@
-"""The size of a network: its parameters, and its multiply-adds as the paper counts them."""
+"""Counts the size of a network: its parameters, and its multiply-adds as the paper counts them."""
 
 import torch
 from torch import nn
 
-from resnet_dist.models.build import build_model
-from resnet_dist.models.depths import DEPTHS
 from resnet_dist.models.residual import shortcut_modules
-
-INPUT_PX = {"imagenet": 224, "vgg": 224, "cifar": 32}
-NUM_CLASSES = {"imagenet": 1000, "vgg": 1000, "cifar": 10}
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -46,17 +41,3 @@ def count_multiply_adds(model: nn.Module, px: int) -> int:
     for hook in hooks:
         hook.remove()
     return total
-
-
-def table_of_networks() -> str:
-    """Returns a table with a line for each network in DEPTHS."""
-    lines = [f"{'network':<14}{'layers':>7}{'input':>7}{'parameters':>13}{'multiply-adds':>18}"]
-    for name, net in DEPTHS.items():
-        with torch.device("meta"):
-            model = build_model(name, NUM_CLASSES[net.form]).eval()
-        px = INPUT_PX[net.form]
-        lines.append(
-            f"{name:<14}{count_layers(model):>7}{px:>7}{count_parameters(model):>13,}"
-            f"{count_multiply_adds(model, px):>18,}"
-        )
-    return "\n".join(lines)

@@ -1,0 +1,75 @@
+"""What can be refused before torch is imported, which takes seconds."""
+
+import tempfile
+from pathlib import Path
+
+from resnet_dist.checkpoints import folders
+from resnet_dist.config import Config
+from resnet_dist.errors import UserError
+from resnet_dist.models.depths import DEPTHS, why_no_counterpart
+from resnet_dist.run.folder import cannot_be_written, check_run_folder
+
+TORCHVISION = "torchvision:"
+
+
+def check_start(config: Config, resume_anyway: bool, writes: bool) -> None:
+    """Checks a start of training as far as the config and the files on the disk can tell.
+
+    writes: True on rank 0, the one that writes the run folder.
+
+    Raises:
+        UserError: the run folder has other settings or cannot be written, or model.init_from has
+            no weights for this network.
+    """
+    if writes:
+        check_writable(config.run_dir)
+    check_run_folder(config, resume_anyway)
+    if config.model.init_from is not None and folders.latest(config.run_dir) is None:
+        check_init_from(config)
+
+
+def check_writable(run_dir: Path) -> None:
+    """Raises UserError if no file can be made where the run and its checkpoints will be."""
+    for folder in (run_dir, run_dir / "checkpoints"):
+        while not folder.exists() and folder != folder.parent:
+            folder = folder.parent
+        try:
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            raise cannot_be_written(folder, error) from None
+
+
+def check_init_from(config: Config) -> None:
+    """Raises UserError if model.init_from is not there, or is known to be of another network."""
+    origin, name = str(config.model.init_from), config.model.name
+    if origin.startswith(TORCHVISION):
+        why_not = why_no_counterpart(DEPTHS[name])
+        if why_not is not None:
+            raise wrong_weights(
+                config, f"torchvision has no {name}: {why_not}", "give a checkpoint"
+            )
+        path = torchvision_file(config)
+        try:
+            open(path, "rb").close()
+        except OSError as error:
+            why = f"cannot be read: {error.strerror}"
+            raise wrong_weights(config, why, "give torchvision:FILE.pth") from None
+        return
+    if Path(origin).is_file() or origin.endswith((".pth", ".pt")):
+        why = "is not a checkpoint folder"
+        raise wrong_weights(config, why, f"for torchvision's weights write {TORCHVISION}{origin}")
+    saved = folders.read_meta(folders.find(Path(origin))).get("config")
+    if isinstance(saved, dict) and saved["model"]["name"] != name:
+        # Keys and shapes alone cannot tell resnet50 from resnet50_v1.
+        why = f"holds a {saved['model']['name']}, this run trains a {name}"
+        way_out = f"give model.name={saved['model']['name']}, or another checkpoint"
+        raise wrong_weights(config, why, way_out)
+
+
+def torchvision_file(config: Config) -> Path:
+    """Returns FILE for model.init_from=torchvision:FILE."""
+    return Path(str(config.model.init_from).removeprefix(TORCHVISION)).expanduser()
+
+
+def wrong_weights(config: Config, why: str, way_out: str) -> UserError:
+    return UserError(f"model.init_from={config.model.init_from}: {why}; {way_out}")
