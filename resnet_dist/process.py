@@ -8,6 +8,7 @@ import ctypes
 import io
 import os
 import resource
+import select
 import signal
 import sys
 import warnings
@@ -18,6 +19,7 @@ from typing import Any
 M_ARENA_MAX = -8  # malloc.h
 ARENAS = 2
 OPEN_FILES = 1 << 16
+SCREEN_PATIENCE_SECONDS = 5
 PR_SET_PDEATHSIG = 1  # sys/prctl.h
 LAUNCHER = "RESNET_DIST_LAUNCHER"  # process id of `train --ranks`, for the ranks that it starts
 
@@ -115,21 +117,34 @@ def outlive_the_screen() -> None:
 
 
 class _LenientScreen(io.RawIOBase):
-    """Drops what cannot be written: the terminal is closed, nobody reads the pipe, or the disk is
-    full."""
+    """Drops what cannot be written: the terminal is closed or stopped, nobody reads the pipe, or
+    the disk is full."""
 
     def __init__(self, stream: io.TextIOWrapper):
         with suppress(OSError):
             stream.flush()
+        self._is_stuck = False
         self._stream = stream  # it would close its file if it were dropped
         # With PYTHONUNBUFFERED there is no buffer in between.
         self._file: Any = getattr(stream.buffer, "raw", stream.buffer)
 
     def write(self, data: Any) -> int:
+        """Also drops what a stopped screen (Ctrl-S, a reader that is stuck) does not take in time.
+
+        Training never waits for it longer than SCREEN_PATIENCE_SECONDS, and that once.
+        """
+        piece = memoryview(data)[: select.PIPE_BUF]  # a pipe that is ready takes as many bytes
         try:
-            return self._file.write(data) or 0
+            screen = select.poll()
+            screen.register(self._file.fileno(), select.POLLOUT)
+            self._is_stuck = not screen.poll(
+                0 if self._is_stuck else 1000 * SCREEN_PATIENCE_SECONDS
+            )
+            if not self._is_stuck:
+                return self._file.write(piece) or 0
         except OSError:
-            return memoryview(data).nbytes
+            pass
+        return memoryview(data).nbytes
 
     def writable(self) -> bool:
         return True

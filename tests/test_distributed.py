@@ -158,8 +158,9 @@ def test_half_an_environment_is_refused_in_one_line(monkeypatch: pytest.MonkeyPa
         distributed.start()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT])
-def test_a_signal_is_remembered_not_obeyed(number: signal.Signals) -> None:
+@pytest.mark.parametrize("name", ["TERM", "USR1", "USR2", "HUP", "INT"])
+def test_a_signal_is_remembered_not_obeyed(name: str) -> None:
+    number = signal.Signals[f"SIG{name}"]
     before = signal.getsignal(number)
     with Interrupt() as interrupt:
         assert not interrupt.requested
@@ -167,6 +168,17 @@ def test_a_signal_is_remembered_not_obeyed(number: signal.Signals) -> None:
         assert interrupt.requested
         assert interrupt.received == {number}
     assert signal.getsignal(number) == before
+
+
+def test_a_hangup_that_was_ignored_stays_ignored() -> None:
+    """`nohup` ignores it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interrupt() as interrupt:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not interrupt.requested
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_second_ctrl_c_stops_at_once() -> None:

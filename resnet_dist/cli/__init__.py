@@ -51,6 +51,10 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _run(argv: list[str], is_program: bool) -> None:
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise UserError(f"the current folder: {error.strerror}; cd to another one") from None
     # argparse does not recognize overrides after an option (`train x.yaml --dry-run seed=1`).
     arguments, rest = make_parser().parse_known_args(argv)
     if rest and not hasattr(arguments, "overrides"):

@@ -44,6 +44,9 @@ def train(arguments: argparse.Namespace) -> None:
             return
         check_start(config, arguments.resume_anyway, writes=is_main)
         if (arguments.ranks or 1) > 1:
+            if not os.path.isfile(arguments.config):  # such as <(sed ...)
+                why = "is not a file, so the ranks cannot read it; write it to one"
+                raise UserError(f"{arguments.config}: {why}")
             from resnet_dist.run.ranks import train_on_ranks
 
             given = [arguments.config, *arguments.overrides]

@@ -18,14 +18,18 @@ class Interrupt:
 
     The training loop asks at step boundaries, where all ranks agree on the answer. SIGTERM comes
     from schedulers and torchrun, SIGUSR1 and SIGUSR2 are early warnings from Slurm and submitit,
-    SIGHUP means that the terminal is closed, and SIGINT is Ctrl-C; a second Ctrl-C stops at once.
+    SIGHUP means that the terminal is closed, and SIGINT is Ctrl-C. A second Ctrl-C stops at once,
+    and so does SIGQUIT (Ctrl-\\).
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGINT)
+    SIGNALS = (
+        *(signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP),
+        *(signal.SIGINT, signal.SIGQUIT),
+    )
 
     def __init__(self) -> None:
         self.received: set[int] = set()  # signal numbers
-        self.ends_at_once = False  # Ctrl-C was pressed twice
+        self.ends_at_once = False
         self._before: dict[signal.Signals, Any] = {}
 
     @property
@@ -54,7 +58,7 @@ class Interrupt:
     def _remember(self, number: int, frame: FrameType | None) -> None:
         is_second = number == signal.SIGINT and signal.SIGINT in self.received
         self.received.add(number)  # before anything that the next signal could interrupt
-        if is_second:
+        if is_second or number == signal.SIGQUIT:
             self.ends_at_once = True
             raise KeyboardInterrupt
         if number == signal.SIGINT:

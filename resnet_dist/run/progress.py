@@ -37,7 +37,8 @@ class Console:
     def __init__(self, speaks: bool):
         """speaks: True on rank 0; other ranks print nothing."""
         self._speaks = speaks
-        self.is_terminal = speaks and sys.stdout.isatty()  # then the last line can be rewritten
+        # Then the last line can be rewritten.
+        self.is_terminal = speaks and sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
         self._lock = threading.Lock()
         self._early = ""  # what was said before there was a run folder
         self._log: int | None = None  # file descriptor of log.txt

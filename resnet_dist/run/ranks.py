@@ -78,7 +78,7 @@ def _exit_code(result: RunResult, relay: "Relay", run_dir: Path, start: str) -> 
             outcome = Outcome.STOPPED if relay.received else Outcome.FAILED
         return outcome.exit_code
     first = min(result.failures.values(), key=lambda failure: failure.timestamp)
-    if relay.received.count(signal.SIGINT) > 1:
+    if relay.received.count(signal.SIGINT) > 1 or signal.SIGQUIT in relay.received:
         raise KeyboardInterrupt
     if first.exitcode < 0:
         name = signal.Signals(-first.exitcode).name
@@ -138,8 +138,10 @@ class Relay:
 
     def _pass_on(self, number: int, frame: object) -> None:
         self.received.append(number)
-        if self.received.count(signal.SIGINT) > 2:
-            number = signal.SIGKILL
+        presses = self.received.count(signal.SIGINT)
+        if number == signal.SIGINT and presses > 1:
+            # Not SIGINT again: a rank that is busy would take two for one.
+            number = signal.SIGQUIT if presses == 2 else signal.SIGKILL
         for pid in self._pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)

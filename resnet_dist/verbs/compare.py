@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 TAGS = ("git.commit", "recipe", "world_size", "device")
 COMMIT_CHARACTERS = 10
+MLFLOW_INFINITY = 1.7e308  # MLflow keeps infinity as the largest number of a database
 WINDOW_EPOCHS = 0.25  # length of the moving average over the training error of the minibatches
 
 
@@ -212,8 +213,12 @@ def _column(client: Any, run: "Run") -> dict[str, str]:
     if "git.commit" in cells:
         commit, dirty, _ = cells["git.commit"].partition("-dirty")
         cells["git.commit"] = commit[:COMMIT_CHARACTERS] + dirty
+    # As in training, an evaluation whose loss is not finite is never the best.
+    losses = client.get_metric_history(run.info.run_id, metrics.VAL_LOSS)
+    not_finite = {point.step for point in losses if not abs(point.value) < MLFLOW_INFINITY}
     for metric, pick in metrics.BEST.items():
         history = client.get_metric_history(run.info.run_id, metric)
+        history = [point for point in history if point.step not in not_finite]
         if history:
             best = pick(history, key=lambda point: point.value)
             cells[f"best {metric}"] = f"{best.value:.4g} (step {best.step})"

@@ -56,6 +56,15 @@ def test_the_second_stops_without_saving(tiny_yaml: Path, run_dir: Path, ranks: 
     assert not (run_dir / "checkpoints").exists()
 
 
+@pytest.mark.slow
+def test_ctrl_backslash_ends_at_once_too(tiny_yaml: Path) -> None:
+    with open_terminal([*RESNET_DIST, "train", tiny_yaml, ENDLESS]) as terminal:
+        terminal.wait_for("loss ")
+        terminal.press(b"\x1c")
+        assert terminal.exit_code() == -signal.SIGINT
+    assert "Traceback" not in terminal.screen
+
+
 HOLDER = """
 import sys
 from resnet_dist.config_file import load_config

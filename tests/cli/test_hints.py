@@ -1,5 +1,6 @@
 """What a mistyped command line is answered: one line with the form that was probably meant."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from resnet_dist import cli
+from tests.support.paths import REPO
 from tests.support.waiting import HANG_SECONDS
 
 Captured = pytest.CaptureFixture[str]
@@ -102,6 +104,34 @@ def test_weights_that_are_a_file_are_probably_torchvisions(
             f"is not a checkpoint folder; for torchvision's weights write torchvision:{file}"
             in line
         )
+
+
+def test_a_config_that_only_one_process_can_read(tiny_yaml: Path, tmp_path: Path) -> None:
+    train = f"{sys.executable} -m resnet_dist train"
+    line = f"{train} <(cat {tiny_yaml}) --ranks 2"
+    done = subprocess.run(
+        ["bash", "-c", line], capture_output=True, text=True, timeout=HANG_SECONDS
+    )
+    assert done.returncode == 2
+    assert "is not a file, so the ranks cannot read it; write it to one" in done.stderr
+
+
+def test_a_folder_that_is_gone(tmp_path: Path) -> None:
+    here = tmp_path / "here"
+    here.mkdir()
+    line = f"cd {here}; rmdir {here}; {sys.executable} -m resnet_dist models"
+    where = {"PYTHONPATH": str(REPO)}
+    done = subprocess.run(
+        ["bash", "-c", line],
+        env=os.environ | where,
+        capture_output=True,
+        text=True,
+        timeout=HANG_SECONDS,
+    )
+    assert done.returncode == 2
+    assert done.stderr == (
+        "resnet-dist: the current folder: No such file or directory; cd to another one\n"
+    )
 
 
 def test_help_and_version_are_no_errors(capsys: Captured) -> None:

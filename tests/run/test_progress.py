@@ -88,6 +88,15 @@ def test_one_living_line_on_a_terminal(columns: int, shown: str, tmp_path: Path)
     assert (len(first), second, last) == (len(shown), shown, "stays\r\n")
 
 
+def test_a_dumb_terminal_gets_plain_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as Emacs's shell, which shows escape sequences as they are."""
+    monkeypatch.setenv("TERM", "dumb")
+    with open_terminal([sys.executable, "-c", DRAWS, tmp_path]) as terminal:
+        assert terminal.exit_code() == 0
+    assert "\x1b" not in terminal.screen
+    assert terminal.screen.count("\n") == 3
+
+
 def test_the_widest_figures_fit_into_60_columns() -> None:
     """ResNet-110 on CIFAR-10, fast; and ResNet-152 on ImageNet for weeks."""
     for name, fields in {

@@ -1,5 +1,6 @@
 """Training outlives its screen: a closed pipe, a full device, a closed terminal, none at all."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 from resnet_dist.run.outcome import Ending, Outcome
 from tests.support.resuming import ONE_EPOCH
 from tests.support.slow import slow
-from tests.support.terminal import open_terminal
+from tests.support.terminal import CTRL_C, open_terminal
 from tests.support.waiting import HANG_SECONDS, wait_until
 
 TRAIN = (sys.executable, "-m", "resnet_dist", "train")
@@ -56,6 +57,39 @@ def test_training_goes_to_its_end(screen: str, tiny_yaml: Path, run_dir: Path) -
     assert in_a_shell(screen, *TRAIN, tiny_yaml, *ONE_EPOCH) == 0
     assert outcome(run_dir) == (Outcome.FINISHED, 3)
     assert logged_steps(run_dir) == 3
+    assert "finished at step 3" in (run_dir / "log.txt").read_text()
+
+
+@pytest.mark.slow
+def test_a_stopped_terminal_does_not_stop_training(tiny_yaml: Path, run_dir: Path) -> None:
+    """Ctrl-S: nobody sees the screen move. After Ctrl-Q it moves again."""
+    with open_terminal([*TRAIN, tiny_yaml, ENDLESS]) as terminal:
+        terminal.wait_for("loss ")
+        terminal.press(b"\x13")
+        before = logged_steps(run_dir)
+        wait_until(lambda: logged_steps(run_dir) > before + 100, "training waits for the screen")
+        terminal.press(b"\x11")
+        terminal.press(CTRL_C)
+        terminal.wait_for("to resume")
+        assert terminal.exit_code() == 75
+
+
+@pytest.mark.slow
+def test_a_reader_that_is_stuck_does_not_stop_training(tiny_yaml: Path, run_dir: Path) -> None:
+    never_read, screen = os.pipe()
+    os.set_blocking(screen, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:  # until the pipe is full
+            os.write(screen, bytes(1 << 16))
+    os.set_blocking(screen, True)
+    command = [*TRAIN, tiny_yaml, *ONE_EPOCH]
+    try:
+        done = subprocess.run(command, stdout=screen, stderr=screen, timeout=HANG_SECONDS)
+    finally:
+        os.close(never_read)
+        os.close(screen)
+    assert done.returncode == 0
+    assert outcome(run_dir) == (Outcome.FINISHED, 3)
     assert "finished at step 3" in (run_dir / "log.txt").read_text()
 
 

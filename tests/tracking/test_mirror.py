@@ -1,6 +1,7 @@
 """A real MLflow database or server mirrors the journal and never holds training up."""
 
 import contextlib
+import math
 import os
 import shutil
 import signal
@@ -63,6 +64,26 @@ def test_runs_that_start_at_once_share_a_new_database(tiny_config: Callable[...,
     client = mlflow_client(f"sqlite:///{config.run_dir.parent}/mlflow.db")
     runs = client.search_runs(experiments[:1])
     assert sorted(run.data.metrics["train/loss"] for run in runs) == [0, 1, 2, 3]
+
+
+@needs("mlflow")
+def test_values_that_are_not_finite_reach_mlflow_and_are_not_the_best(
+    tiny_config: Callable[..., Config],
+) -> None:
+    config = tiny_config("tracking.mlflow=true")
+    tracker = start(config)
+    for step, loss, acc1 in ((10, 2.0, 50.0), (20, math.nan, 99.0), (30, math.inf, 98.0)):
+        tracker.log(step, {"train/loss": loss, "val/loss": loss, "val/acc1": acc1})
+    record = tracker.close("FINISHED", {})
+    assert record is not None
+    client = mlflow_client(record.tracking_uri)
+    history = client.get_metric_history(record.run_id, "train/loss")
+    assert [math.isfinite(point.value) for point in history] == [True, False, False]
+    rows = dict(
+        line.split("  ", 1) for line in compare(["tiny"], config.run_dir.parent).splitlines()
+    )
+    assert rows["best val/acc1"].strip() == "50 (step 10)"
+    assert rows["best val/loss"].strip() == "2 (step 10)"
 
 
 @needs("mlflow")
