@@ -141,7 +141,7 @@ class _LenientScreen(io.RawIOBase):
                 0 if self._is_stuck else 1000 * SCREEN_PATIENCE_SECONDS
             )
             if not self._is_stuck:
-                return self._file.write(piece) or 0
+                return self._file.write(piece) or memoryview(data).nbytes
         except OSError:
             pass
         return memoryview(data).nbytes

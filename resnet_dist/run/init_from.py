@@ -13,6 +13,7 @@ from resnet_dist.models.parts import head_name
 from resnet_dist.run.preflight import (
     TORCHVISION,
     check_init_from,
+    check_network,
     torchvision_file,
     wrong_weights,
 )
@@ -48,6 +49,7 @@ def _read(network: nn.Module, config: Config, classes: tuple[str, ...]) -> dict[
         same_classes = True  # the file does not list its classes, so the shape decides
     else:
         saved = Checkpoint.load(Path(origin))
+        check_network(config, saved.config)
         found, same_classes = saved.weights, saved.classes == classes
 
     # BN's batch counters, the only integers, are missing in old files, and nothing uses them.

@@ -114,6 +114,8 @@ class OutcomeFile:
         if error is not None and not self._has_ended:
             is_input = isinstance(error, UserError) and error.exit_code == UserError.exit_code
             reason = str(error) if isinstance(error, UserError) else repr(error)
+            if isinstance(error, KeyboardInterrupt):
+                reason = "ended by Ctrl-C, without saving"
             outcome = Outcome.BAD_INPUT if is_input else Outcome.FAILED
             self._write(outcome, shortened(" ".join(reason.split())))
 

@@ -2,6 +2,7 @@
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from resnet_dist.checkpoints import folders
 from resnet_dist.config import Config
@@ -59,11 +60,16 @@ def check_init_from(config: Config) -> None:
         why = "is not a checkpoint folder"
         raise wrong_weights(config, why, f"for torchvision's weights write {TORCHVISION}{origin}")
     saved = folders.read_meta(folders.find(Path(origin))).get("config")
-    if isinstance(saved, dict) and saved["model"]["name"] != name:
-        # Keys and shapes alone cannot tell resnet50 from resnet50_v1.
-        why = f"holds a {saved['model']['name']}, this run trains a {name}"
-        way_out = f"give model.name={saved['model']['name']}, or another checkpoint"
-        raise wrong_weights(config, why, way_out)
+    if isinstance(saved, dict):  # missing in format 2 and in a damaged file
+        check_network(config, saved)
+
+
+def check_network(config: Config, saved: dict[str, Any]) -> None:
+    """Raises UserError if model.init_from is of another network. saved: its config."""
+    saved_name, name = saved["model"]["name"], config.model.name
+    if saved_name != name:  # keys and shapes alone cannot tell resnet50 from resnet50_v1
+        why = f"holds a {saved_name}, this run trains a {name}"
+        raise wrong_weights(config, why, f"give model.name={saved_name}, or another checkpoint")
 
 
 def torchvision_file(config: Config) -> Path:

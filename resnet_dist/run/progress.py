@@ -51,8 +51,8 @@ class Console:
             self._keep(shortened(f"resnet-dist: {error}"))
         elif isinstance(error, Exception):
             self._keep("".join(traceback.format_exception(error)).rstrip())
-        elif error is not None:
-            self._keep(f"ended by {type(error).__name__}")
+        elif isinstance(error, KeyboardInterrupt):
+            self._keep("ended by Ctrl-C, without saving")
         with self._lock:
             if self._log is not None:
                 os.close(self._log)

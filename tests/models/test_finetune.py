@@ -21,6 +21,7 @@ from resnet_dist.run.interrupt import Interrupt
 from resnet_dist.run.meter import Meter
 from resnet_dist.train import train
 from tests.support.multirank import run_ranks
+from tests.support.paths import GOLDEN
 
 Weights = dict[str, Tensor]
 
@@ -235,3 +236,12 @@ def test_frozen_batchnorm_stays_in_eval_mode(tiny_config: Callable[..., Config])
         if isinstance(layer, nn.BatchNorm2d) and layer.training
     }
     assert training == {"layer1", "layer3"}
+
+
+def test_weights_of_a_format_that_does_not_note_its_network_are_compared_too(
+    tiny_config: Callable[..., Config],
+) -> None:
+    """plain20 and resnet20 have the same parameters, by name and shape."""
+    config = tiny_config(f"model.init_from={GOLDEN / 'format2'}", "model.name=plain20")
+    with pytest.raises(UserError, match="holds a resnet20, this run trains a plain20"):
+        build(config, distributed.start())
