@@ -26,7 +26,6 @@ from resnet_dist.run.interrupt import Interrupt
 from resnet_dist.run.outcome import START_TOKEN, Ending, Outcome
 
 HERE = "127.0.0.1"
-SAVE_SECONDS = 120  # that the other ranks have to end after one has failed
 POLL_SECONDS = 0.1
 
 
@@ -63,7 +62,7 @@ def train_on_ranks(
         local_addr=HERE,
     )
     relay = Relay(interrupt)
-    agent = Agent(spec, DefaultLogsSpecs(os.devnull), shutdown_timeout=SAVE_SECONDS)
+    agent = Agent(spec, DefaultLogsSpecs(os.devnull))
     agent.relay = relay
     with relay:
         result = agent.run()
