@@ -15,7 +15,7 @@ WITHOUT_TORCH = """
 import sys
 sys.modules["torch"] = None  # Python's own way to forbid an import
 from resnet_dist import cli
-cli.main(["train", "configs/quickstart.yaml"])
+cli.main(["train", "configs/quickstart.yaml", "name=of-a-test"])
 """
 
 

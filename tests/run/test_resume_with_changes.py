@@ -77,7 +77,7 @@ def refusal_of(rank: int, world_size: int, config: Config) -> str:
 def test_the_line_says_from_where_and_by_whom(trained: Callable[..., Config]) -> None:
     job, said = resumed(trained())
     assert re.fullmatch(
-        rf"resumes at step 3 \(epoch 1\.00\) from {newest(trained())}, "
+        rf"already finished at step 3 \(epoch 1\.00\) from {newest(trained())}, "
         r"saved 20\d\d-\d\d-\d\d \d\d:\d\d \S+ by 1 rank",
         said,
     )
@@ -96,7 +96,7 @@ def test_an_older_checkpoint_says_less_and_is_not_refused(trained: Callable[...,
     """Format 2 told neither the decoder nor who made it, and when: as its migration fills it in."""
     rewrite(trained(), decoder=None, made_with={}, saved_at=...)
     _, said = resumed(trained())
-    assert said == f"resumes at step 3 (epoch 1.00) from {newest(trained())}"
+    assert said == f"already finished at step 3 (epoch 1.00) from {newest(trained())}"
 
 
 @pytest.fixture
