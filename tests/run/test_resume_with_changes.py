@@ -226,7 +226,7 @@ def test_only_deterministic_mode_minds_who_made_it(
 ) -> None:
     strict = tiny_config("name=strict", "train.deterministic=true", *ONE_EPOCH)
     (said,) = run_ranks(trained_and_resumed, 1, strict, init_process_group=False)
-    assert said.startswith("resumes at step 3")
+    assert said.startswith("already finished at step 3")
     assert "warning" not in said
     version = Checkpoint.load(newest(strict)).made_with["torch"]
     for config in (strict, trained()):
