@@ -174,7 +174,9 @@ def test_a_process_that_is_refused_leaves_the_ending_alone(
     running: Running, start: Start, tiny_yaml: Path, run_dir: Path
 ) -> None:
     before = (run_dir / "outcome.json").read_bytes()
-    second = start(sys.executable, "-c", IMPATIENT, "train", tiny_yaml, RESNET_DIST_START="second")
+    second = start(
+        sys.executable, "-c", IMPATIENT, "train", tiny_yaml, ENDLESS, RESNET_DIST_START="second"
+    )
     code, said = ended(second)
     assert code == 2
     assert "is training under this name" in said
