@@ -42,7 +42,7 @@ def train(arguments: argparse.Namespace) -> None:
             if is_main:
                 print(result)
             return
-        check_start(config, arguments.resume_anyway, writes=is_main)
+        check_start(config, arguments.resume_anyway, is_main)
         if (arguments.ranks or 1) > 1:
             if not os.path.isfile(arguments.config):  # such as <(sed ...)
                 why = "is not a file, so the ranks cannot read it; write it to one"

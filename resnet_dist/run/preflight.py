@@ -1,5 +1,6 @@
 """What can be refused before torch is imported, which takes seconds."""
 
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -13,26 +14,28 @@ from resnet_dist.run.folder import cannot_be_written, check_run_folder
 TORCHVISION = "torchvision:"
 
 
-def check_start(config: Config, resume_anyway: bool, writes: bool) -> None:
+def check_start(config: Config, resume_anyway: bool, is_main: bool) -> None:
     """Checks a start of training as far as the config and the files on the disk can tell.
 
-    writes: True on rank 0, the one that writes the run folder.
+    is_main: True on rank 0, which writes the run folder and reads model.init_from for all ranks.
 
     Raises:
         UserError: the run folder has other settings or cannot be written, or model.init_from has
             no weights for this network.
     """
-    if writes:
+    if is_main:
         check_writable(config.run_dir)
     check_run_folder(config, resume_anyway)
-    if config.model.init_from is not None and folders.latest(config.run_dir) is None:
+    is_new = folders.latest(config.run_dir) is None
+    if is_main and is_new and config.model.init_from is not None:
         check_init_from(config)
 
 
 def check_writable(run_dir: Path) -> None:
     """Raises UserError if no file can be made where the run and its checkpoints will be."""
     for folder in (run_dir, run_dir / "checkpoints"):
-        while not folder.exists() and folder != folder.parent:
+        # Not Path.exists, which raises where a folder above may not be entered.
+        while not os.path.exists(folder) and folder != folder.parent:
             folder = folder.parent
         try:
             tempfile.TemporaryFile(dir=folder).close()
@@ -56,7 +59,7 @@ def check_init_from(config: Config) -> None:
             why = f"cannot be read: {error.strerror}"
             raise wrong_weights(config, why, "give torchvision:FILE.pth") from None
         return
-    if Path(origin).is_file() or origin.endswith((".pth", ".pt")):
+    if os.path.isfile(origin) or origin.endswith((".pth", ".pt")):
         why = "is not a checkpoint folder"
         raise wrong_weights(config, why, f"for torchvision's weights write {TORCHVISION}{origin}")
     saved = folders.read_meta(folders.find(Path(origin))).get("config")

@@ -82,6 +82,19 @@ def test_a_run_that_diverges_ends_as_failed_and_says_where(
     )
 
 
+def diverge(rank: int, world_size: int, config: Config) -> str:
+    try:
+        return train(config, "test", Interrupt()).name
+    except Diverged as error:
+        return str(error)
+
+
+def test_all_ranks_end_together(tiny_config: Callable[..., Config]) -> None:
+    said = run_ranks(diverge, 2, tiny_config(BREAKS), init_process_group=False)
+    assert said[0] == said[1]
+    assert said[0].startswith("loss not finite from step ")
+
+
 def test_an_evaluation_that_is_not_finite_is_never_the_best(
     tiny_config: Callable[..., Config],
 ) -> None:

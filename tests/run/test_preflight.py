@@ -1,5 +1,6 @@
 """What is refused before torch is imported, and what a finished run answers."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,9 @@ import pytest
 
 from resnet_dist import cli
 from resnet_dist.config import Config
+from resnet_dist.errors import UserError
 from resnet_dist.run.folder import open_run_folder
+from resnet_dist.run.preflight import check_start, check_writable
 from tests.support.resuming import ONE_EPOCH, newest
 from tests.support.waiting import HANG_SECONDS
 
@@ -84,6 +87,28 @@ def test_a_read_only_disk(tiny_yaml: Path, disk: Path) -> None:
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
     line = refused("train", tiny_yaml, f"tracking.run_root={disk}/a/b")
     assert f"{disk}: cannot be written: Read-only file system; fix that, or give another" in line
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_a_folder_that_may_not_be_entered(tmp_path: Path) -> None:
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0o700)
+    os.chmod(tmp_path, 0o755)
+    os.seteuid(65534)  # nobody
+    try:
+        with pytest.raises(UserError, match="cannot be written: Permission denied; fix that"):
+            check_writable(locked / "runs" / "tiny")
+    finally:
+        os.seteuid(0)
+
+
+def test_only_the_node_of_rank_0_needs_the_weights(
+    tiny_config: Callable[..., Config],
+) -> None:
+    config = tiny_config("model.init_from=torchvision:nowhere.pth", "model.name=resnet18")
+    check_start(config, False, is_main=False)
+    with pytest.raises(UserError, match=r"nowhere\.pth: cannot be read"):
+        check_start(config, False, is_main=True)
 
 
 def test_a_look_at_the_disk_leaves_nothing_behind(
