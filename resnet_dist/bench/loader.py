@@ -116,7 +116,7 @@ def side_by_side(folder: Path, shards: Path, settings: Settings) -> list[Loader]
     gpu = torch.cuda.is_available()
     photos = sum(1 for _ in (folder / "train").glob("*/*"))
     try:
-        peers.compiled_libjpeg()
+        peers.plain_c()
         has_limit = True
     except UserError as error:
         print(f"skipped: {error}")
@@ -154,7 +154,10 @@ def side_by_side(folder: Path, shards: Path, settings: Settings) -> list[Loader]
                 Loader("DALI's reader, own windows", "dali_own_windows", work),
             ]
         if has_limit:
-            loaders += [Loader("libjpeg-turbo, decode only", "bare_libjpeg", work)]
+            loaders += [
+                Loader("plain C, from memory", "plain_c_loader", work),
+                Loader("libjpeg-turbo, decode only", "bare_libjpeg", work),
+            ]
     return loaders
 
 

@@ -9,8 +9,9 @@ import ctypes
 import shutil
 import subprocess
 import tempfile
+from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -26,6 +27,7 @@ from resnet_dist.data.formats import build_index
 from resnet_dist.data.index.index import Index
 from resnet_dist.data.load.boxes import boxes_of
 from resnet_dist.data.load.build import make_loader
+from resnet_dist.data.load.resample import Buffers
 from resnet_dist.data.view.augment import Request
 from resnet_dist.data.view.requests import train_requests
 from resnet_dist.distributed import World
@@ -174,43 +176,83 @@ def bare_libjpeg(work: Work) -> Stream:
     Each thread decodes a whole batch by itself. It decodes the same region of each image as `ours`.
     The batches that are returned hold no pixels.
     """
-    index, decode = index_of(work), compiled_libjpeg()
-    encoded = [Path(path).read_bytes() for path in dict.fromkeys(index.paths)]
-    buffers = [
-        ctypes.create_string_buffer(4 * int(index.sizes.prod(axis=1).max()))
-        for _ in range(work.threads)
-    ]
+    decode = plain_c().decode_window
 
-    def decode_batch(request: Request) -> Tensor:
+    def one(data: bytes, box: np.ndarray, flip: bool, scratch: Any, out: Tensor) -> int:
+        return decode(data, len(data), box.ctypes.data, scratch, scratch)
+
+    return _in_plain_c(work, one, height=0)
+
+
+def plain_c_loader(work: Work) -> Stream:
+    """The floor: plain C decodes, resizes, flips and normalizes the same windows from memory.
+
+    Its pixels are those of `ours`, except for rounding. Reading the files is not included.
+    """
+    load, px = plain_c().load_window, work.data.crop_px
+    mean, std = (255 * np.array(levels) for levels in (work.data.mean, work.data.std))
+    levels = np.concatenate([1 / std, -mean / std]).astype(np.float32)
+
+    def one(data: bytes, box: np.ndarray, flip: bool, scratch: Any, out: Tensor) -> int:
+        to = out.data_ptr()
+        where = box.ctypes.data, flip, px, px, levels.ctypes.data
+        return load(data, len(data), *where, scratch, to)
+
+    return _in_plain_c(work, one, height=px)
+
+
+def _in_plain_c(
+    work: Work, one: Callable[[bytes, np.ndarray, bool, Any, Tensor], int], height: int
+) -> Stream:
+    """Calls `one` for each image, a batch in each thread. height: of the images in a batch."""
+    index, kept = index_of(work), Buffers()
+    encoded = [Path(path).read_bytes() for path in dict.fromkeys(index.paths)]
+    # What load_window asks for, and decode_window's three ints at the start.
+    most = int((4 * index.sizes.prod(axis=1) + 3 * height * index.sizes[:, 0]).max())
+    scratches = [ctypes.create_string_buffer(most + 16) for _ in range(work.threads + 1)]
+
+    def batch_of(request: Request) -> Tensor:
         samples, windows = request.samples, request.windows
         boxes = boxes_of(windows, index.sizes[samples])
-        buffer = buffers.pop()
-        for sample, box in zip(samples, boxes, strict=True):
-            data = encoded[sample % len(encoded)]
-            decode(data, len(data), box.ctypes.data, buffer)
-        buffers.append(buffer)
-        return torch.empty(len(samples), 0)
+        out = kept.take((len(samples), height, height, 3), torch.float32)
+        scratch = scratches.pop()
+        rows = zip(samples.tolist(), boxes, windows.flip.tolist(), out, strict=True)
+        for sample, box, flip, to in rows:
+            if one(encoded[sample % len(encoded)], box, flip, scratch, to):
+                raise UserError(f"{index.paths[sample]}: plain C cannot load it")
+        scratches.append(scratch)
+        return out.permute(0, 3, 1, 2)
 
     with ThreadPoolExecutor(work.threads) as pool:
-        yield from pool.map(decode_batch, requests_of(work))
+        loading: deque[Future[Tensor]] = deque()
+        for request in requests_of(work):
+            loading.append(pool.submit(batch_of, request))
+            if len(loading) > work.threads:
+                yield loading.popleft().result()
+        while loading:
+            yield loading.popleft().result()
 
 
 @lru_cache(maxsize=1)
-def compiled_libjpeg() -> Any:
-    """Compiles libjpeg_window.c, and returns its function decode_window.
+def plain_c() -> ctypes.CDLL:
+    """Compiles plain_loader.c, and returns its functions.
 
     Raises:
         UserError: there is no C compiler, or libjpeg-turbo's header or library is missing.
     """
-    source = Path(__file__).with_name("libjpeg_window.c")
+    source = Path(__file__).with_name("plain_loader.c")
     with tempfile.TemporaryDirectory() as folder:
-        library = Path(folder) / "libjpeg_window.so"
-        command = ["cc", "-O2", "-shared", "-fPIC", str(source), "-o", str(library), "-ljpeg"]
+        library = Path(folder) / "plain_loader.so"
+        options = ["-O3", "-march=native", "-shared", "-fPIC"]
+        command = ["cc", *options, str(source), "-o", str(library), "-ljpeg", "-lm"]
         if shutil.which("cc") is None or subprocess.run(command, capture_output=True).returncode:
             raise UserError(
                 "bare libjpeg-turbo: needs a C compiler (cc) and jpeglib.h; on Debian or Ubuntu "
                 "install gcc and libjpeg62-turbo-dev or libjpeg-turbo8-dev"
             )
-        function = ctypes.CDLL(str(library)).decode_window
-    function.argtypes = [ctypes.c_char_p, ctypes.c_ulong, ctypes.c_void_p, ctypes.c_char_p]
-    return function
+        functions = ctypes.CDLL(str(library))
+    image = [ctypes.c_char_p, ctypes.c_ulong, ctypes.c_void_p]  # data, nbytes, window
+    functions.decode_window.argtypes = [*image, ctypes.c_void_p, ctypes.c_void_p]
+    shape = [ctypes.c_int] * 3  # flip, height, width
+    functions.load_window.argtypes = [*image, *shape, *[ctypes.c_void_p] * 3]
+    return functions

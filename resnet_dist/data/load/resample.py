@@ -4,6 +4,7 @@ Resizing is antialiased bilinear, as in Pillow. torch's kernel for it is several
 Pillow, and than DALI on a CPU.
 """
 
+import math
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -30,15 +31,18 @@ class Buffers:
         self._kept: list[np.ndarray] = []
         (self._free_count,) = _reference_counts([np.empty(1)])
 
-    def take(self, shape: tuple[int, ...], dtype: type) -> Tensor:
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Returns a tensor with arbitrary content."""
         # A tensor made from an array keeps a reference to it, and so do all views of the tensor. An
         # array with as few references as one that is not in use is free.
+        nbytes = math.prod(shape) * dtype.itemsize
         for array, count in zip(self._kept, _reference_counts(self._kept), strict=True):
-            if array.shape == shape and array.dtype == dtype and count == self._free_count:
-                return torch.from_numpy(array)
-        self._kept = [*self._kept[1 - MAX_KEPT :], np.empty(shape, dtype)]
-        return torch.from_numpy(self._kept[-1])
+            if array.nbytes == nbytes and count == self._free_count:
+                break
+        else:
+            array = np.empty(nbytes, np.uint8)
+            self._kept = [*self._kept[1 - MAX_KEPT :], array]
+        return torch.from_numpy(array).view(dtype).view(shape)
 
     def forget(self) -> None:
         """Frees buffers that are not in use now, and the others when they no longer are."""
@@ -52,9 +56,12 @@ def _reference_counts(arrays: list[np.ndarray]) -> list[int]:
 class Resampler:
     """Resizes the windows of a batch, in threads."""
 
-    def __init__(self, mean: np.ndarray, std: Sequence[float], threads: int) -> None:
-        """mean: float32 [3] or [H, W, 3], std: [3], in grey levels."""
+    def __init__(
+        self, mean: np.ndarray, std: Sequence[float], dtype: torch.dtype, threads: int
+    ) -> None:
+        """mean: float32 [3] or [H, W, 3], std: [3], in grey levels. dtype: of the results."""
         self._mean = mean
+        self._dtype = dtype
         self._std = np.array(std)
         self._threads = _serial_threads(threads)
         self._buffers = Buffers()
@@ -66,11 +73,11 @@ class Resampler:
     def start(self, images: Sequence[Tensor], windows: Windows) -> Callable[[], Tensor]:
         """Starts to resize images to windows.size_px, flip and normalize them.
 
-        images: uint8 [h, w, 3] each. Returns a function that waits for the result: float32
+        images: uint8 [h, w, 3] each. Returns a function that waits for the result:
         [B, 3, H, W] with channels_last strides.
         """
         batch, (height, width) = len(images), windows.size_px
-        out = self._buffers.take((batch, height, width, 3), np.float32)
+        out = self._buffers.take((batch, height, width, 3), self._dtype)
         # (pixels - mean + color_shift) / std, computed as pixels * scale + bias
         scale = np.tile(1 / self._std, width)
         bias = (255 * windows.color_shift[:, None, None] - self._mean) / self._std
@@ -97,14 +104,19 @@ class Resampler:
         return finish
 
 
+@torch.inference_mode()  # views are cheaper in it
 def _resize(
     images: Sequence[Tensor], flips: np.ndarray, scale: Tensor, biases: Tensor, out: Tensor
 ) -> None:
-    """Does one task. scale: [3 W], biases: [B, 1 or H, 3 W], out: [B, H, W, 3], all float32."""
+    """Does one task. scale: [3 W], biases: [B, 1 or H, 3 W], both float32; out: [B, H, W, 3]."""
     height, width = out.shape[1:3]
     pixels = torch.empty(height, width, 3, dtype=torch.uint8)
-    levels = torch.empty(height, 3 * width)
-    for image, flip, bias, row in zip(images, flips, biases, out, strict=True):
+    # An image at a time, because its pixels stay in the CPU's cache. As rows of 3 W numbers rather
+    # than pixels of 3, because only long rows are vectorized.
+    rows = out.view(len(images), height, 3 * width)
+    is_float32 = out.dtype == torch.float32
+    scratch = torch.empty(0 if is_float32 else height, 3 * width)
+    for image, flip, bias, row in zip(images, flips, biases, rows, strict=True):
         # The operator itself, since torch.nn.functional.interpolate has no `out`.
         torch.ops.aten._upsample_bilinear2d_aa.out(
             image.permute(2, 0, 1)[None],
@@ -113,9 +125,11 @@ def _resize(
             out=pixels.permute(2, 0, 1)[None],
         )
         seen = pixels.flip(1) if flip else pixels
-        # As rows of 3 W numbers rather than pixels of 3, because only long rows are vectorized.
+        levels = row if is_float32 else scratch
         levels.copy_(seen.view(height, 3 * width))
-        torch.addcmul(bias, levels, scale, out=row.view(height, 3 * width))
+        torch.addcmul(bias, levels, scale, out=levels)
+        if not is_float32:
+            row.copy_(levels)
 
 
 def _serial_threads(count: int) -> ThreadPoolExecutor:
