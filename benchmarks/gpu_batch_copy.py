@@ -26,12 +26,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from noise_job import CLASSES, NoiseJob
+from noise_job import noise_job
 from nvidia.dali import types
 from nvidia.dali.plugin.pytorch import feed_ndarray, to_torch_type
 from torch.profiler import ProfilerActivity, profile
 
 from resnet_dist import distributed
+from resnet_dist.bench.noise_job import CLASSES, NoiseJob
 from resnet_dist.data.load.batch import Batch
 from resnet_dist.data.load.dali_graphs import raw_graph
 from resnet_dist.process import set_up_process
@@ -102,7 +103,7 @@ def write(figures: dict[str, Any], path: Path | None) -> None:
 def measure(batch_size: int, steps: int, small: bool) -> dict[str, Any]:
     world = distributed.start()
     device = world.device
-    job = NoiseJob(world, batch_size, ["train.precision=bf16"], small=small)
+    job = noise_job(world, batch_size, ["train.precision=bf16"], small=small)
     streams = {way: map(as_batch, outputs(way, batch_size, job.px, device)) for way in WAYS}
     rounds: dict[str, list[float]] = {way: [] for way in WAYS}
     for way in WAYS:

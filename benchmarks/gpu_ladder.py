@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from noise_job import NoiseJob, force_synchronized_batchnorm
-from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
+from noise_job import noise_job
 
 from resnet_dist import distributed
+from resnet_dist.bench.dearest import profiled
+from resnet_dist.bench.noise_job import NoiseJob, force_synchronized_batchnorm
 from resnet_dist.models.sync_batchnorm import convert_sync_batchnorm
 from resnet_dist.process import set_up_process
 
@@ -77,7 +77,7 @@ def measure(rung: Rung, batch_size: int, steps: int, small: bool) -> dict[str, A
         f"train.deterministic={str(rung.deterministic).lower()}",
         f"train.ema_decay={0.9999 if rung.ema else 'null'}",
     ]
-    job = NoiseJob(world, batch_size, overrides, small=small, channels_last=rung.channels_last)
+    job = noise_job(world, batch_size, overrides, small=small, channels_last=rung.channels_last)
     if not rung.fused:
         for group in job.state.optimizer.param_groups:
             group["fused"], group["foreach"] = False, True
@@ -86,7 +86,7 @@ def measure(rung: Rung, batch_size: int, steps: int, small: bool) -> dict[str, A
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         force_synchronized_batchnorm(convert_sync_batchnorm(job.state.model))
     if rung.compiled:
-        job.compile()
+        job.compile("inductor" if world.device.type == "cuda" else "aot_eager")
 
     first_seconds = seconds_of(job, 1, world.device)
     seconds_of(job, steps // 4, world.device)
@@ -103,7 +103,7 @@ def measure(rung: Rung, batch_size: int, steps: int, small: bool) -> dict[str, A
     if world.device.type == "cuda":
         figures["peak_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
         figures["host_syncs"] = host_syncs(job)
-    return figures | profiled(job, world.device)
+    return figures | profiled(job.step, world.device, TOP_KERNELS)
 
 
 def seconds_of(job: NoiseJob, steps: int, device: torch.device) -> float:
@@ -139,31 +139,6 @@ def host_syncs(job: NoiseJob) -> int:
         finally:
             torch.cuda.set_sync_debug_mode("default")
     return sum("called a synchronizing CUDA operation" in str(one.message) for one in caught)
-
-
-def profiled(job: NoiseJob, device: torch.device) -> dict[str, Any]:
-    """Returns the number of kernel launches in a step, and the GPU kernels (on a CPU, operators)
-    that take the most time."""
-    gpu = device.type == "cuda"
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]
-    with profile(activities=activities, acc_events=True) as seen:
-        job.step()
-        synchronize(device)
-    events = seen.key_averages()
-    launched = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch")
-    times = {
-        event.key: (event.self_device_time_total if gpu else event.self_cpu_time_total, event.count)
-        for event in events
-        if (event.device_type == DeviceType.CUDA) == gpu and not event.is_user_annotation
-    }
-    top = sorted(times, key=lambda name: times[name], reverse=True)[:TOP_KERNELS]
-    return {
-        "launches": sum(e.count for e in events if e.key.startswith(launched)) if gpu else None,
-        "top_kernels": [
-            {"name": name[:120], "ms": round(times[name][0] / 1000, 3), "calls": times[name][1]}
-            for name in top
-        ],
-    }
 
 
 def synchronize(device: torch.device) -> None:

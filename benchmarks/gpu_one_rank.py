@@ -15,9 +15,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from noise_job import NoiseJob, force_synchronized_batchnorm
+from noise_job import noise_job
 
 from resnet_dist import distributed
+from resnet_dist.bench.noise_job import force_synchronized_batchnorm
 from resnet_dist.distributed import World
 from resnet_dist.process import set_up_process
 
@@ -65,7 +66,7 @@ def train(
 ) -> tuple[float, dict[str, torch.Tensor]]:
     """Trains for STEPS steps. Returns their mean loss and the final weights."""
     overrides = ["train.precision=fp32", f"train.deterministic={str(deterministic).lower()}"]
-    job = NoiseJob(world, 8 if small else 64, overrides, small=small)
+    job = noise_job(world, 8 if small else 64, overrides, small=small)
     if world.size > 1:
         force_synchronized_batchnorm(job.state.model)
     for _ in range(STEPS):

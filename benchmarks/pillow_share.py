@@ -22,7 +22,7 @@ from pathlib import Path
 from statistics import median
 
 from resnet_dist.bench import results
-from resnet_dist.bench.peers import Work, ours
+from resnet_dist.bench.peers.loaders import Work, ours
 from resnet_dist.config import DataConfig
 from resnet_dist.data.index.listing import images_below
 from resnet_dist.data.index.plain import JPEG_SIGNATURE

@@ -219,9 +219,9 @@ def _averaged(network: nn.Module, config: Config, num_classes: int) -> AveragedN
     return AveragedNetwork(network, same, config.train.ema_decay)
 
 
-def distribute(network: nn.Module, world: World) -> nn.Module:
-    """Wraps the network in DDP; a world of one rank needs none."""
-    if world.size == 1:
+def distribute(network: nn.Module, world: World, even_alone: bool = False) -> nn.Module:
+    """Wraps the network in DDP; a world of one rank needs none, but may ask for it."""
+    if world.size == 1 and not even_alone:
         return network
     # DDP would broadcast buffers (BN's running statistics) from rank 0 before each forward pass.
     # There is no need: synchronized BN keeps them equal, and otherwise they are averaged before

@@ -29,7 +29,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.noise_job import NoiseJob
+from benchmarks.noise_job import noise_job
 from resnet_dist import distributed
 from resnet_dist.config_file import load_config
 from resnet_dist.data.load.batch import Batch
@@ -275,7 +275,7 @@ def test_a_copy_to_the_host_is_seen(mode: FakeTensorMode) -> None:
 def test_the_host_does_not_wait_for_the_gpu(precision: str) -> None:
     """A whole step, but for the other ranks, after cuDNN has chosen its kernels."""
     overrides = [f"train.precision={precision}", "train.ema_decay=0.9", "optim.clip_grad_norm=1"]
-    job = NoiseJob(distributed.start(), 16, overrides, small=True)
+    job = noise_job(distributed.start(), 16, overrides, small=True)
     assert all(group["fused"] for group in job.state.optimizer.param_groups)
     for _ in range(2):
         job.step()

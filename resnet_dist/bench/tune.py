@@ -10,9 +10,9 @@ import torch
 import yaml
 
 from resnet_dist.bench import results
-from resnet_dist.bench.loader import Loader, Settings, interleave, warm_page_cache
-from resnet_dist.bench.peers import Work, index_of
+from resnet_dist.bench.peers.loaders import Work, index_of, ours
 from resnet_dist.bench.photos import photo_folder
+from resnet_dist.bench.streams import Contestant, Settings, interleave, warm_page_cache
 from resnet_dist.config import DataConfig
 from resnet_dist.data.load.build import agreed_decoding
 from resnet_dist.data.load.cache import SHARED_MEMORY
@@ -34,15 +34,15 @@ def tune(data: Path, settings: Settings, output: Path | None) -> None:
             data=DataConfig(root=str(folder), decode_threads=settings.threads),
             images=max(settings.batch_size, photo_count(folder)),
             batch_size=settings.batch_size,
-            batches=settings.timed_batches + 2 * settings.warm_batches,
+            batches=settings.batches,
             device="cuda" if torch.cuda.is_available() else "cpu",
             run_root=settings.run_root or str(folder),
         )
         for knob, values in knobs(best).items():
             loaders = [
-                Loader(
+                Contestant(
                     f"{knob}={value}",
-                    "ours",
+                    ours,
                     replace(best, data=replace(best.data, **{knob: value})),
                 )
                 for value in values

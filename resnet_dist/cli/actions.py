@@ -183,8 +183,9 @@ def prepare_shards(arguments: argparse.Namespace) -> None:
 
 
 def bench_loader(arguments: argparse.Namespace) -> None:
-    from resnet_dist.bench.loader import IMAGES_PER_THREAD, Settings, bench_loader
+    from resnet_dist.bench.loader import IMAGES_PER_THREAD, bench_loader
     from resnet_dist.bench.results import cores_per_gpu
+    from resnet_dist.bench.streams import Settings
     from resnet_dist.bench.tune import tune
 
     threads = arguments.threads or cores_per_gpu()
@@ -198,6 +199,61 @@ def bench_loader(arguments: argparse.Namespace) -> None:
     else:
         with_peers = not arguments.no_peers
         bench_loader(arguments.data, arguments.shards, settings, arguments.output, with_peers)
+
+
+def bench_peers(arguments: argparse.Namespace) -> None:
+    from resnet_dist.bench.results import cores_per_gpu
+    from resnet_dist.bench.streams import Settings
+    from resnet_dist.bench.trainers import bench_peers
+
+    images = arguments.batch_size * arguments.steps
+    sizes = arguments.batch_size, arguments.threads or cores_per_gpu(), images, arguments.runs
+    # A step takes far longer than a batch; only without one must as many batches be in flight.
+    warm = 2 if arguments.sleep_ms is None else None
+    bench_peers(
+        arguments.data,
+        Settings(*sizes, run_root=arguments.run_root, warm=warm),
+        arguments.output,
+        model=arguments.model,
+        precision=arguments.precision or _usual_precision(),
+        sleep_ms=arguments.sleep_ms,
+    )
+
+
+def bench_step(arguments: argparse.Namespace) -> None:
+    from resnet_dist import distributed
+    from resnet_dist.bench.step import Shape, bench_step
+
+    world = distributed.start()
+    batch_size = arguments.batch_size or (128 if world.device.type == "cuda" else 8)
+    precision = arguments.precision or _usual_precision()
+    layout, is_compiled = arguments.layout, arguments.compile
+    shape = Shape(arguments.model, batch_size, arguments.px, precision, layout, is_compiled)
+    bench_step(world, shape, arguments.runs, arguments.profile, arguments.output)
+    distributed.stop()
+
+
+def _usual_precision() -> str:
+    import torch
+
+    return "bf16" if torch.cuda.is_available() else "fp32"
+
+
+def bench_end_to_end(arguments: argparse.Namespace) -> None:
+    from resnet_dist import distributed
+    from resnet_dist.bench.end_to_end import bench_end_to_end
+
+    config = load_config(arguments.config, arguments.overrides)
+    bench_end_to_end(config, distributed.start(), arguments.runs, arguments.output)
+    distributed.stop()
+
+
+def bench_allreduce(arguments: argparse.Namespace) -> None:
+    from resnet_dist import distributed
+    from resnet_dist.bench.allreduce import bench_allreduce
+
+    bench_allreduce(distributed.start(), arguments.runs, arguments.output)
+    distributed.stop()
 
 
 def bench_memory(arguments: argparse.Namespace) -> None:

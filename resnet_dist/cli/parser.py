@@ -2,14 +2,18 @@
 
 import argparse
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from resnet_dist import __version__
 from resnet_dist.cli import actions
 from resnet_dist.cli.hints import Parser
 from resnet_dist.data.formats import FORMATS, SOURCES
+from resnet_dist.models.sizes import SIZES
 
 IMAGENET_IMAGES = 1_281_167
+# The networks that torchvision and timm have, too, under the same names.
+EVERYBODYS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 
 
 def make_parser() -> Parser:
@@ -163,7 +167,7 @@ def make_parser() -> Parser:
         "--output", type=_path, metavar="FILE", help="default: RUN/export/MODEL-stepN.EXT"
     )
 
-    _add_bench(verbs.add_parser("bench", help="measure this machine: loading, saving, determinism"))
+    _add_bench(verbs.add_parser("bench", help="measure this machine: loading, the step, saving"))
 
     models = verbs.add_parser("models", help="list the networks: layers, parameters, multiply-adds")
     models.set_defaults(verb=actions.models)
@@ -211,10 +215,7 @@ def _add_bench(bench: Parser) -> None:
     benches = bench.add_verbs("BENCH")
     loader = benches.add_parser("loader", help="compare our loader with torchvision's and DALI's")
     loader.set_defaults(verb=actions.bench_loader)
-    loader.add_argument("data", type=_path, metavar="DATA", help="a folder of photos, or data.root")
-    loader.add_argument("--batch-size", type=_positive, default=64, metavar="N", help="default: 64")
-    loader.add_argument("--threads", type=_positive, metavar="N", help="default: cores per GPU")
-    loader.add_argument("--runs", type=_positive, default=7, metavar="N", help="default: 7")
+    _add_side_by_side(loader)
     loader.add_argument(
         "--images", type=_positive, metavar="N", help="images per run; default: 2000 per thread"
     )
@@ -228,23 +229,44 @@ def _add_bench(bench: Parser) -> None:
         "--tune", action="store_true", help="find the fastest settings and print them as YAML"
     )
     loader.add_argument(
-        "--run-root",
-        type=os.path.expanduser,
-        metavar="RUNS",
-        help="where runs keep the report on this GPU's decoders; default: probe them now",
-    )
-    loader.add_argument(
         "--no-peers",
         action="store_true",
         help="measure ours only; with --runs 1 that takes a minute",
     )
 
+    peers = benches.add_parser("peers", help="compare our trainer with torchvision's and timm's")
+    peers.set_defaults(verb=actions.bench_peers)
+    _add_side_by_side(peers)
+    peers.add_argument("--steps", type=_positive, default=20, metavar="N", help="default: 20")
+    _add_network(peers, EVERYBODYS)
+    peers.add_argument(
+        "--sleep-ms", type=_positive, metavar="N", help="sleep so long instead of each step"
+    )
+
+    step = benches.add_parser("step", help="measure a training step and its parts")
+    step.set_defaults(verb=actions.bench_step)
+    step.add_argument(
+        "--batch-size", type=_positive, metavar="N", help="default: 128 on a GPU, 8 on a CPU"
+    )
+    _add_network(step, SIZES)
+    step.add_argument("--px", type=_positive, default=224, metavar="N", help="default: 224")
+    step.add_argument("--layout", choices=("channels_last", "contiguous"), default="channels_last")
+    step.add_argument("--compile", action="store_true", help="with torch.compile")
+    step.add_argument("--profile", action="store_true", help="name the ten dearest operations")
+    end_to_end = benches.add_parser("e2e", help="find out what limits a config on this machine")
+    end_to_end.set_defaults(verb=actions.bench_end_to_end)
+    allreduce = benches.add_parser("allreduce", help="measure sums over ranks against the wire")
+    allreduce.set_defaults(verb=actions.bench_allreduce)
+    for one in (step, end_to_end, allreduce):
+        one.add_argument("--runs", type=_positive, default=7, metavar="N", help="default: 7")
+
     memory = benches.add_parser("memory", help="measure the memory used in each epoch of loading")
     memory.set_defaults(verb=actions.bench_memory)
-    memory.add_argument("config", metavar="CONFIG.yaml")
-    memory.add_argument(
-        "overrides", nargs="*", metavar="key.sub=value", help="settings that override the file"
-    )
+    for one in (end_to_end, memory):
+        one.add_argument("config", metavar="CONFIG.yaml")
+        one.add_argument(
+            "overrides", nargs="*", metavar="key.sub=value", help="settings that override the file"
+        )
     memory.add_argument("--epochs", type=_positive, default=10, metavar="N", help="default: 10")
 
     index = benches.add_parser("index", help="measure what an index costs each process of a node")
@@ -275,10 +297,50 @@ def _add_bench(bench: Parser) -> None:
         "folder", type=_path, metavar="FOLDER", help="a folder on the disk for checkpoints"
     )
     saving.add_argument("--runs", type=_positive, default=40, metavar="N", help="default: 40")
-    for one in (loader, memory, index, order, deterministic, saving):
+    every = (
+        loader,
+        peers,
+        step,
+        end_to_end,
+        allreduce,
+        memory,
+        index,
+        order,
+        deterministic,
+        saving,
+    )
+    for one in every:
         one.add_argument(
             "--output", type=_path, metavar="FILE.json", help="write the figures to a file"
         )
+
+
+def _add_side_by_side(bench: Parser) -> None:
+    bench.add_argument("data", type=_path, metavar="DATA", help="a folder of photos, or data.root")
+    bench.add_argument("--batch-size", type=_positive, default=64, metavar="N", help="default: 64")
+    bench.add_argument("--threads", type=_positive, metavar="N", help="default: cores per GPU")
+    bench.add_argument("--runs", type=_positive, default=7, metavar="N", help="default: 7")
+    bench.add_argument(
+        "--run-root",
+        type=os.path.expanduser,
+        metavar="RUNS",
+        help="where runs keep the report on this GPU's decoders; default: probe them now",
+    )
+
+
+def _add_network(bench: Parser, networks: Iterable[str]) -> None:
+    bench.add_argument(
+        "--model",
+        choices=tuple(networks),
+        default="resnet50",
+        metavar="NAME",
+        help="default: resnet50",
+    )
+    bench.add_argument(
+        "--precision",
+        choices=("fp32", "tf32", "bf16", "fp16"),
+        help="default: bf16 on a GPU, fp32 on a CPU",
+    )
 
 
 def _path(text: str) -> Path:

@@ -12,7 +12,7 @@ import torch
 from nvidia.dali import Pipeline, types
 from PIL import Image
 
-from resnet_dist.bench.dali_peer import peer_graph
+from resnet_dist.bench.peers.dali_reader import peer_graph
 from resnet_dist.config import DataConfig
 from resnet_dist.data.index.index import Index
 from resnet_dist.data.load.dali import Loader

@@ -1,6 +1,6 @@
 """A typical DALI pipeline, with DALI's own file reader, shuffle and random crops.
 
-It only serves as a baseline for `bench loader`. Training uses data/load/dali.py.
+It only serves as a baseline for `bench loader` and `bench peers`. Training uses data/load/dali.py.
 """
 
 from collections.abc import Iterator
@@ -13,12 +13,12 @@ from resnet_dist.config import DataConfig
 from resnet_dist.data.index.index import Index
 
 
-def dali_reader(
+def dali_batches(
     index: Index, data: DataConfig, batch_size: int, device: str
-) -> Iterator[torch.Tensor]:
-    """Yields batches [B, H, W, 3] of random resized crops without end.
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yields images [B, H, W, 3], random resized crops, and labels [B, 1], without end.
 
-    They are float16 on a GPU and float32 on a CPU.
+    Images are float16 on a GPU and float32 on a CPU.
     """
     gpu = device == "cuda"
     pipe = peer_graph(
@@ -30,8 +30,8 @@ def dali_reader(
         seed=0,
     )
     while True:
-        images, _ = pipe.run(torch.cuda.current_stream() if gpu else None)
-        yield torch.from_dlpack(images.as_tensor())
+        images, labels = pipe.run(torch.cuda.current_stream() if gpu else None)
+        yield (torch.from_dlpack(images.as_tensor()), torch.from_dlpack(labels.as_tensor()))
 
 
 @pipeline_def

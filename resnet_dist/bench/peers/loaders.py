@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import tempfile
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -34,7 +34,7 @@ from resnet_dist.distributed import World
 from resnet_dist.errors import UserError
 from resnet_dist.plan import Plan
 
-Stream = Iterator[Tensor]  # the images of one batch at a time
+Stream = Generator[Tensor]  # the images of one batch at a time
 
 
 @dataclass(frozen=True)
@@ -118,17 +118,23 @@ def torchvision_same_windows(work: Work) -> Stream:
         ]
         for samples, windows, *_ in requests_of(work)
     ]
-    return _loaded(work, SameWindows(_train_folder(work)), batch_sampler=seen)
+    loaded = _loaded(work, SameWindows(train_folder(work)), batch_sampler=seen)
+    return (images for images, _ in loaded)
 
 
 def torchvision_own_windows(work: Work) -> Stream:
     """The loader of torchvision's reference training, with its own shuffle and random crops."""
+    return (images for images, _ in torchvision_batches(work))
+
+
+def torchvision_batches(work: Work) -> Iterator[tuple[Tensor, Tensor]]:
+    """The same, with labels."""
     from torchvision import transforms
     from torchvision.datasets import ImageFolder
 
     data = work.data
     dataset = ImageFolder(
-        _train_folder(work),
+        train_folder(work),
         transforms.Compose(
             [
                 transforms.RandomResizedCrop(data.crop_px, data.area, data.aspect),
@@ -149,11 +155,11 @@ def _to_normalized(data: DataConfig) -> Callable[[Any], Tensor]:
     )
 
 
-def _train_folder(work: Work) -> str:
+def train_folder(work: Work) -> str:
     return str(Path(work.data.root) / "train")
 
 
-def _loaded(work: Work, dataset: Any, **sampling: Any) -> Stream:
+def _loaded(work: Work, dataset: Any, **sampling: Any) -> Iterator[tuple[Tensor, Tensor]]:
     loader = torch.utils.data.DataLoader(
         dataset,
         num_workers=work.threads,
@@ -161,13 +167,17 @@ def _loaded(work: Work, dataset: Any, **sampling: Any) -> Stream:
         multiprocessing_context="fork",
         **sampling,
     )
-    return (images.to(work.device, non_blocking=True) for images, _ in loader)
+    return (
+        (images.to(work.device, non_blocking=True), labels.to(work.device, non_blocking=True))
+        for images, labels in loader
+    )
 
 
 def dali_own_windows(work: Work) -> Stream:
-    from resnet_dist.bench.dali_peer import dali_reader
+    from resnet_dist.bench.peers.dali_reader import dali_batches
 
-    return dali_reader(index_of(work), work.data, work.batch_size, work.device)
+    batches = dali_batches(index_of(work), work.data, work.batch_size, work.device)
+    return (images for images, _ in batches)
 
 
 def bare_libjpeg(work: Work) -> Stream:
@@ -251,8 +261,8 @@ def plain_c() -> ctypes.CDLL:
                 "install gcc and libjpeg62-turbo-dev or libjpeg-turbo8-dev"
             )
         functions = ctypes.CDLL(str(library))
-    image = [ctypes.c_char_p, ctypes.c_ulong, ctypes.c_void_p]  # data, nbytes, window
+    image: list[Any] = [ctypes.c_char_p, ctypes.c_ulong, ctypes.c_void_p]  # data, nbytes, window
     functions.decode_window.argtypes = [*image, ctypes.c_void_p, ctypes.c_void_p]
-    shape = [ctypes.c_int] * 3  # flip, height, width
+    shape: list[Any] = [ctypes.c_int] * 3  # flip, height, width
     functions.load_window.argtypes = [*image, *shape, *[ctypes.c_void_p] * 3]
     return functions

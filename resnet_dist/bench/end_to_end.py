@@ -1,0 +1,200 @@
+"""`bench e2e`: what limits a config on this machine: the step, the loader, or the network.
+
+Measures the training step on noise in memory, the loader alone, and both together, as in training.
+With several ranks also the step without any communication. They take turns.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from resnet_dist.bench import results
+from resnet_dist.bench.machine_floor import measured_rates, work_of_a_step
+from resnet_dist.bench.noise_job import CLASSES, NoiseJob
+from resnet_dist.bench.turns import Spread, figures_of, spread, take_turns
+from resnet_dist.config import Config, OptimConfig
+from resnet_dist.data.load.batch import Batch
+from resnet_dist.data.load.build import load_index, make_loader
+from resnet_dist.data.view.requests import train_requests
+from resnet_dist.distributed import World
+from resnet_dist.models.build import build_model
+from resnet_dist.plan import Plan
+from resnet_dist.precision import DTYPES
+
+SYNTHETIC, LOADER, BOTH, ALONE = "synthetic", "loader only", "both", "synthetic, no communication"
+TURN_SECONDS = 4.0
+SPARE_BATCHES = 2  # taken untimed at the start of a turn, beyond those that stand ready
+WORTH_SAYING = 1.1  # a step this many times as long as without communication is network-bound
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What limits training, and what to change."""
+
+    bound: str  # "compute", "data" or "network"
+    overlap: float  # of both together to the slower of the two
+    text: str
+
+
+def bench_end_to_end(config: Config, world: World, runs: int, output: Path | None) -> None:
+    """Prints the three speeds, the overlap and the verdict. A collective.
+
+    Raises:
+        UserError: the config does not fit the data.
+    """
+    endless = replace(config.train, epochs=None, iterations=10**6, **_never())
+    config = replace(config, train=endless, optim=OptimConfig())
+    index = load_index(config, "train", world)
+    plan = Plan.of(config, world.size, len(index), None)
+    loader = make_loader(index, config, world)
+    batches = loader.batches(train_requests(config, plan, index, world.rank, 0))
+    px = config.data.crop_px
+    job = NoiseJob(world, config, px)
+    contestants: dict[str, Callable[[int], None]] = {
+        SYNTHETIC: lambda count: _train(job, [job.batch] * count),
+        LOADER: lambda count: _exhaust(batches, count),
+        BOTH: lambda count: _train(job, _ahead(batches, count)),
+    }
+    if world.size > 1:
+        alone = NoiseJob(replace(world, size=1, group=None), config, px)
+        contestants[ALONE] = lambda count: _train(alone, [alone.batch] * count)
+    images = job.batch_size * world.size
+    ready = config.data.prefetch_batches + SPARE_BATCHES
+    timed = {
+        name: _timed(once, 0 if name in (SYNTHETIC, ALONE) else ready, images, world)
+        for name, once in contestants.items()
+    }
+    turns = take_turns(timed, runs, world)
+    batches.close()
+    speeds = {name: spread(of_this).median for name, of_this in turns.items()}
+    verdict = judge(speeds, world.device.type == "cpu")
+    rates = measured_rates(world.device, config.train.precision)
+    with torch.device("meta"):
+        network = build_model(config.model.name, CLASSES, zero_init_last_gamma=False)
+    work = work_of_a_step(network, job.batch_size, px, DTYPES[config.train.precision])
+    most = images / rates.seconds(work)
+    figures = {
+        "config": config.name,
+        "model": config.model.name,
+        "precision": config.train.precision,
+        "local_batch_size": job.batch_size,
+        "ranks": world.size,
+        "images_per_sec": {name: figures_of(of_this) for name, of_this in turns.items()},
+        "verdict": asdict(verdict),
+        "floor": {**rates.figures(), "images_per_sec": round(most, 2)},
+    }
+    if world.is_main:
+        print(describe_figures(figures, runs))
+        results.write(output, "e2e", figures)
+
+
+def _never() -> dict[str, Any]:
+    return {"eval_every_epochs": None, "save_every_epochs": None}
+
+
+def _train(job: NoiseJob, batches: Any) -> None:
+    for batch in batches:
+        job.step(batch)
+
+
+def _exhaust(batches: Iterator[Batch], count: int) -> None:
+    for _ in range(count):
+        next(batches)
+
+
+def _ahead(batches: Iterator[Batch], count: int) -> Iterator[Batch]:
+    """Yields `count` batches, each fetched before the step on the one before, as in training."""
+    upcoming = next(batches)
+    for _ in range(count - 1):
+        batch, upcoming = upcoming, next(batches)
+        yield batch
+    yield upcoming
+
+
+def _timed(run: Callable[[int], None], warm: int, images: int, world: World) -> Callable[[], float]:
+    """Returns a function that measures images per second over TURN_SECONDS.
+
+    run: takes a number of batches. warm: batches to take first. images: per batch, over all ranks.
+    """
+    count = 0
+
+    def seconds(batches: int) -> float:
+        began = _now(world)
+        run(batches)
+        return _now(world) - began
+
+    def measure() -> float:
+        nonlocal count
+        run(warm + (0 if count else 1))
+        if not count:
+            count = max(2, *world.gather(round(2 * TURN_SECONDS / seconds(2))))
+            return 0.0
+        return images * count / seconds(count)
+
+    return measure
+
+
+def _now(world: World) -> float:
+    """Returns the time when all ranks and their devices have done their work. A collective."""
+    if world.device.type == "cuda":
+        torch.cuda.synchronize(world.device)  # CPU-GPU sync point
+    world.any(False)
+    return time.perf_counter()
+
+
+def judge(images_per_sec: dict[str, float], on_cpu: bool) -> Verdict:
+    """Says what limits training. images_per_sec: of each of the contestants."""
+    synthetic, loader, both = (images_per_sec[name] for name in (SYNTHETIC, LOADER, BOTH))
+    overlap = both / min(synthetic, loader)
+    shared = ""
+    if on_cpu:
+        shared = (
+            ". On a CPU the step and the loader share the cores, so that both together are slower "
+            "than either"
+        )
+    if loader < synthetic:
+        text = (
+            f"data-bound: the loader makes {loader:,.1f} img/s, and the step could take "
+            f"{synthetic:,.1f}; try `resnet-dist bench loader DATA --tune`, more "
+            "data.decode_threads or cores per rank, smaller photos (`resnet-dist prepare shards "
+            "--shortest-px`), or data.cache"
+        )
+        return Verdict("data", overlap, text + shared)
+    alone = images_per_sec.get(ALONE, synthetic)
+    if alone > WORTH_SAYING * synthetic:
+        text = (
+            f"network-bound: the ranks make {alone:,.1f} img/s without communication, and "
+            f"{synthetic:,.1f} with it; try a larger train.max_local_batch_size, "
+            "model.sync_batchnorm=node, or `resnet-dist bench allreduce` to see the network alone"
+        )
+        return Verdict("network", overlap, text + shared)
+    text = (
+        f"compute-bound: the step takes {synthetic:,.1f} img/s, and the loader could make "
+        f"{loader:,.1f}; try train.precision=bf16 or a larger train.max_local_batch_size, and "
+        "`resnet-dist bench step --profile` to see where the time goes"
+    )
+    return Verdict("compute", overlap, text + shared)
+
+
+def describe_figures(figures: dict[str, Any], runs: int) -> str:
+    most = figures["floor"]["images_per_sec"]
+    table = [["", "img/s", "quartiles", "of the step's floor"]]
+    for name, found in figures["images_per_sec"].items():
+        speed = Spread(*(found[key] for key in ("median", "low", "high")))
+        fraction = "" if name == LOADER else f"{speed.median / most:.1%}"
+        table.append([name, f"{speed.median:,.1f}", speed.text(), fraction])
+    verdict = figures["verdict"]
+    return "\n".join(
+        [
+            f"\n{figures['model']}, {figures['precision']}, batch {figures['local_batch_size']} on "
+            f"each of {figures['ranks']} ranks; medians of {runs} runs\n",
+            results.columns(table),
+            f"\nfloor of a step on this machine: {most:,.1f} img/s",
+            f"overlap: {verdict['overlap']:.2f} of the slower of the two",
+            verdict["text"],
+        ]
+    )

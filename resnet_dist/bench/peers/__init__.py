@@ -1,0 +1,1 @@
+"""What ours is compared with: loaders and trainers of others, by their public interfaces."""
