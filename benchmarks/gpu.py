@@ -121,10 +121,14 @@ def stages(scratch: Path, gpu: bool, small: bool) -> list[Stage]:
         *(Stage(f"step, fused, {n}", ladder("fused", "--batch-size", n), 60) for n in (512, 1024)),
         Stage("step, fp16", ladder("fp16"), 60),
         batch_copy,
-        Stage("checkpoint", product("bench", "checkpoint", scratch, "--runs", 3, *output()), 120),
+        Stage(
+            "checkpoint",
+            product("bench", "checkpoint", scratch, "--runs", 3, "--no-wait", *output()),
+            120,
+        ),
         Stage(
             "deterministic",
-            product("bench", "deterministic", "--runs", 2, "--steps", 10, *output()),
+            product("bench", "deterministic", "--runs", 2, "--steps", 10, "--no-wait", *output()),
             80,
         ),
         Stage("loader, peers too", loader(photos, runs, small), 240, line=loader_line),
@@ -149,7 +153,7 @@ def loader(photos: Path, runs: Path, small: bool, *options: object) -> tuple[str
     """Returns the command of `bench loader`, with the batch size of a large GPU and one round."""
     options = ("--runs", 1, "--run-root", runs, *options)
     size = ("--batch-size", 4, "--images", 16) if small else ("--batch-size", 256, "--images", 4096)
-    return product("bench", "loader", photos, *size, *options, *output())
+    return product("bench", "loader", photos, "--no-wait", *size, *options, *output())
 
 
 def loader_line(figures: dict[str, Any]) -> str:

@@ -53,7 +53,8 @@ ARROWS = {
     "verbs": "__init__ checkpoints config config_file data.formats data.index data.load data.view"
     " determinism distributed errors evaluate files models plan precision run tracking",
     "bench": "checkpoints config data.formats data.index data.load data.prepare data.view"
-    " determinism distributed ema errors job models optim plan precision process run state train",
+    " determinism distributed ema errors job models optim plan precision process run state tracking"
+    " train",
     "cli": "__init__ bench config config_file data.formats data.prepare data.view distributed"
     " errors models process run train verbs",
     "__main__": "cli",

@@ -15,14 +15,16 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import median
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
 from resnet_dist.bench import results
+from resnet_dist.bench.turns import Spread, figures_of, spread, take_turns
 from resnet_dist.checkpoints import folders, writer
 from resnet_dist.checkpoints.content import Checkpoint, Facts
 from resnet_dist.checkpoints.folders import Retention
@@ -157,32 +159,40 @@ def overhead(
     step()
     synchronize()
     timed_steps = math.ceil(TIMED_SECONDS / (time.perf_counter() - began))
-    ms: dict[str, list[float]] = {kind: [] for kind in kinds}
-    for number in range(1, runs + 1):
-        turn = list(kinds)[number % 3 :] + list(kinds)[: number % 3]
-        for name in turn:
-            synchronize()
-            began = time.perf_counter()
-            kinds[name]()
-            for _ in range(timed_steps):
-                step()
-            synchronize()
-            saver.finish()
-            ms[name].append(1000 * (time.perf_counter() - began))
-    step_ms = median(ms["none"]) / timed_steps
+
+    def timed(save: Callable[[], None]) -> float:
+        nonlocal number
+        number += 1
+        synchronize()
+        began = time.perf_counter()
+        save()
+        for _ in range(timed_steps):
+            step()
+        synchronize()
+        saver.finish()
+        return 1000 * (time.perf_counter() - began)
+
+    turns = take_turns({name: partial(timed, save) for name, save in kinds.items()}, runs)
+    step_ms = spread(turns["none"]).median / timed_steps
     rows = []
     for name in ("behind", "waited for"):
-        added = [one - none for one, none in zip(ms[name], ms["none"], strict=True)]
-        low, middle, high = quantiles(added, n=4) if runs > 1 else added * 3
+        pairs = zip(turns[name], turns["none"], strict=True)
+        added = Spread.of([one.value - none.value for one, none in pairs])
         rows.append(
             {
                 "save": name,
-                "added_ms": round(middle, 1),
-                "added_ms_quartiles": [round(low, 1), round(high, 1)],
-                "overhead_pct": round(100 * middle / (STEPS_PER_SAVE * step_ms), 2),
+                "added_ms": round(added.median, 1),
+                "added_ms_quartiles": [round(added.low, 1), round(added.high, 1)],
+                "overhead_pct": round(100 * added.median / (STEPS_PER_SAVE * step_ms), 2),
+                "ms": figures_of(turns[name]),
             }
         )
-    return {"step_ms": round(step_ms, 2), "rounds": runs, "kinds": rows}
+    return {
+        "step_ms": round(step_ms, 2),
+        "rounds": runs,
+        "kinds": rows,
+        "without_ms": figures_of(turns["none"]),
+    }
 
 
 def parts(content: Checkpoint, folder: Path, runs: int) -> dict[str, float]:

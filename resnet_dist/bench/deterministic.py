@@ -11,6 +11,7 @@ This affects only the last layer.
 
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 from torch.nn import functional as F
 
 from resnet_dist.bench import results
+from resnet_dist.bench.turns import figures_of, take_turns
 from resnet_dist.config import Config, ModelConfig
 from resnet_dist.determinism import fix_algorithms
 from resnet_dist.distributed import World, sum_over_ranks
@@ -50,7 +52,7 @@ def bench_deterministic(world: World, runs: int, steps: int, output: Path | None
         return
     rows = [["", *(f"{mode} ms" for mode in MODES), "cost", "range"]]
     for one in measured:
-        medians = [median(one["ms"][mode]) for mode in MODES]
+        medians = [one["ms"][mode]["median"] for mode in MODES]
         low, *_, high = sorted(one["cost_pct"])
         cost = [f"{median(one['cost_pct']):+.1f} %", f"{low:+.1f}..{high:+.1f}"]
         rows.append([one["what"], *(f"{ms:.1f}" for ms in medians), *cost])
@@ -67,22 +69,25 @@ def measure(
 
     once: takes whether the mode is deterministic. repeats: number of runs, and calls per run.
 
-    Returns the milliseconds per call of each run, and the cost of each pair of runs in percent.
+    Returns the milliseconds per call, and the cost of each pair of runs in percent.
     """
     runs, calls = repeats
-    ms: dict[str, list[float]] = {mode: [] for mode in MODES}
-    for run in range(runs + 1):
-        for mode, deterministic in MODES.items():
-            fix_algorithms(deterministic)
-            synchronize(world)
-            began = time.perf_counter()
-            for _ in range(calls):
-                once(deterministic)
-            synchronize(world)
-            if run:  # the first run is a warm-up, for autotuning and for DDP's buckets
-                ms[mode].append(1000 * (time.perf_counter() - began) / calls)
+
+    def timed(deterministic: bool) -> float:
+        fix_algorithms(deterministic)
+        synchronize(world)
+        began = time.perf_counter()
+        for _ in range(calls):
+            once(deterministic)
+        synchronize(world)
+        return 1000 * (time.perf_counter() - began) / calls
+
+    # The warm-up is for autotuning and for DDP's buckets.
+    modes = {mode: partial(timed, deterministic) for mode, deterministic in MODES.items()}
+    turns = take_turns(modes, runs, world)
     fix_algorithms(False)
-    pairs = zip(ms["deterministic"], ms["fastest"], strict=True)
+    ms = {mode: figures_of(of_this) for mode, of_this in turns.items()}
+    pairs = zip(ms["deterministic"]["values"], ms["fastest"]["values"], strict=True)
     return {"what": what, "ms": ms, "cost_pct": [100 * (slow / fast - 1) for slow, fast in pairs]}
 
 

@@ -2,6 +2,7 @@
 takes to shuffle."""
 
 import time
+from dataclasses import asdict
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from statistics import median
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from resnet_dist.bench import results
+from resnet_dist.bench.quiet import undisturbed, wait_until_quiet
 from resnet_dist.data.index.index import Index, Shards
 from resnet_dist.data.index.index_file import load_index_file, save_index
 from resnet_dist.data.index.worker_pool import DeafContext
@@ -25,21 +27,13 @@ TIMES = 5  # number of measurements, whose median is reported
 
 def bench_index(images: int, output: Path | None) -> None:
     """Prints the time and memory that a synthetic index takes, and writes them to `output`."""
-    with TemporaryDirectory(prefix="resnet-dist-bench-") as name:
-        top = Path(name)
-        path = top / "train" / "index.arrow"
-        index = synthetic_index(images, top)
-        began = time.perf_counter()
-        save_index(index, path, top)
-        saved = time.perf_counter() - began
-        del index
-        file_mib = path.stat().st_size / 2**20
-        processes = {str(count): loaded_by(count, path, top) for count in (1, 4)}
-    orders = {
-        "epoch_order": order_seconds(lambda epoch: epoch_order(0, epoch, images)),
-        "block_order": order_seconds(lambda epoch: block_order(0, epoch, images, GLOBAL_BATCH)),
-    }
-    print(f"{images:,} images in shards: a file of {file_mib:.1f} MiB, saved in {saved:.2f} s\n")
+    wait_until_quiet()
+    figures, seen = undisturbed(lambda: measured(images))
+    processes, orders = figures["loaded_by"], figures["order_seconds"]
+    print(
+        f"{images:,} images in shards: a file of {figures['file_mib']:.1f} MiB, "
+        f"saved in {figures['save_seconds']:.2f} s\n"
+    )
     table = [["processes", "load s", "RSS MiB", "due to the index", "private", "shared (PSS)"]]
     for count, costs in processes.items():
         worst = {key: max(cost[key] for cost in costs) for key in costs[0]}
@@ -56,14 +50,32 @@ def bench_index(images: int, output: Path | None) -> None:
     print(results.columns(table))
     for order, seconds in orders.items():
         print(f"{order} of an epoch: {1000 * seconds:.0f} ms")
-    figures = {
+    results.write(output, "index", {**figures, **asdict(seen)})
+
+
+def measured(images: int) -> dict[str, Any]:
+    """Measures saving the index, loading it in one and in four processes, and an epoch's order."""
+    with TemporaryDirectory(prefix="resnet-dist-bench-") as name:
+        top = Path(name)
+        path = top / "train" / "index.arrow"
+        index = synthetic_index(images, top)
+        began = time.perf_counter()
+        save_index(index, path, top)
+        saved = time.perf_counter() - began
+        del index
+        file_mib = path.stat().st_size / 2**20
+        processes = {str(count): loaded_by(count, path, top) for count in (1, 4)}
+    orders = {
+        "epoch_order": order_seconds(lambda epoch: epoch_order(0, epoch, images)),
+        "block_order": order_seconds(lambda epoch: block_order(0, epoch, images, GLOBAL_BATCH)),
+    }
+    return {
         "images": images,
         "file_mib": round(file_mib, 1),
         "save_seconds": round(saved, 3),
         "loaded_by": processes,
         "order_seconds": orders,
     }
-    results.write(output, "index", figures)
 
 
 def synthetic_index(images: int, top: Path) -> Index:

@@ -9,9 +9,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from resnet_dist.distributed import World
+if TYPE_CHECKING:  # some benchmarks measure processes without torch
+    from resnet_dist.distributed import World
 
 T = TypeVar("T")
 TICKS = os.sysconf("SC_CLK_TCK")  # per second, of the times in /proc
@@ -20,6 +21,13 @@ LOOK_SECONDS = 1.0
 QUIET_LOOKS = 2  # in a row
 MAX_WAIT_SECONDS = 120
 REPEATS = 3  # of a disturbed measurement
+_at_once = False
+
+
+def measure_at_once() -> None:
+    """From now on this process neither waits nor repeats, but still watches."""
+    global _at_once
+    _at_once = True
 
 
 @dataclass(frozen=True)
@@ -92,9 +100,9 @@ def cpu_seconds_of_tree(root: int) -> float:
     return sum(count for pid, count in ticks.items() if is_ours(pid)) / TICKS
 
 
-def wait_until_quiet(root: int | None = None, limit_seconds: float = MAX_WAIT_SECONDS) -> bool:
+def wait_until_quiet(root: int | None = None) -> bool:
     """Waits until others use less than QUIET_SHARE. Returns whether that came about in time."""
-    ends = time.monotonic() + limit_seconds
+    ends = time.monotonic() + (0 if _at_once else MAX_WAIT_SECONDS)
     quiet_looks = 0
     while quiet_looks < QUIET_LOOKS:
         if time.monotonic() >= ends:
@@ -105,16 +113,15 @@ def wait_until_quiet(root: int | None = None, limit_seconds: float = MAX_WAIT_SE
     return True
 
 
-def root_of(world: World | None) -> int:
+def root_of(world: "World | None") -> int:
     """Returns the process whose descendants measure: with several ranks, their launcher."""
     return os.getpid() if world is None or world.size == 1 else os.getppid()
 
 
 def undisturbed(
     measure: Callable[[], T],
-    world: World | None = None,
+    world: "World | None" = None,
     say: Callable[[str], None] = print,
-    limit_seconds: float = MAX_WAIT_SECONDS,
 ) -> tuple[T, Disturbance]:
     """Measures on a quiet machine, and again, up to REPEATS times, if it was disturbed.
 
@@ -122,9 +129,9 @@ def undisturbed(
     with more than one, a collective.
     """
     root = root_of(world)
-    for repeats in range(REPEATS + 1):
+    for repeats in range(1 if _at_once else REPEATS + 1):
         if repeats:
-            wait_until_quiet(root, limit_seconds)
+            wait_until_quiet(root)
         watch = Watch(root)
         result = measure()
         seen = watch.seen(repeats)
@@ -132,6 +139,6 @@ def undisturbed(
         if not again:
             break
         if world is None or world.is_main:
-            what = "measured again" if repeats < REPEATS else "kept"
+            what = "measured again" if repeats < REPEATS and not _at_once else "kept"
             say(f"disturbed ({seen}): {what}")
     return result, seen

@@ -3,10 +3,12 @@
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from statistics import quantiles
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from resnet_dist.bench.quiet import Disturbance, root_of, undisturbed, wait_until_quiet
-from resnet_dist.distributed import World
+
+if TYPE_CHECKING:
+    from resnet_dist.distributed import World
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class Turn:
 def take_turns(
     contestants: Mapping[str, Callable[[], float]],
     runs: int,
-    world: World | None = None,
+    world: "World | None" = None,
     say: Callable[[str], None] = print,
 ) -> dict[str, list[Turn]]:
     """Measures each contestant `runs` times: A B C, B C A, C A B, ...

@@ -7,6 +7,9 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
 
 from resnet_dist.config import Config
 from resnet_dist.config_file import load_config, recipe_name
@@ -182,6 +185,21 @@ def prepare_shards(arguments: argparse.Namespace) -> None:
     print(prepare_shards(*given))
 
 
+def _bench(verb: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Namespace], None]:
+    """Adds what all benchmarks have in common."""
+
+    @wraps(verb)
+    def bench(arguments: argparse.Namespace) -> None:
+        if arguments.no_wait:
+            from resnet_dist.bench.quiet import measure_at_once
+
+            measure_at_once()
+        verb(arguments)
+
+    return bench
+
+
+@_bench
 def bench_loader(arguments: argparse.Namespace) -> None:
     from resnet_dist.bench.loader import IMAGES_PER_THREAD, bench_loader
     from resnet_dist.bench.results import cores_per_gpu
@@ -201,6 +219,7 @@ def bench_loader(arguments: argparse.Namespace) -> None:
         bench_loader(arguments.data, arguments.shards, settings, arguments.output, with_peers)
 
 
+@_bench
 def bench_peers(arguments: argparse.Namespace) -> None:
     from resnet_dist.bench.results import cores_per_gpu
     from resnet_dist.bench.streams import Settings
@@ -220,6 +239,7 @@ def bench_peers(arguments: argparse.Namespace) -> None:
     )
 
 
+@_bench
 def bench_step(arguments: argparse.Namespace) -> None:
     from resnet_dist import distributed
     from resnet_dist.bench.step import Shape, bench_step
@@ -239,6 +259,7 @@ def _usual_precision() -> str:
     return "bf16" if torch.cuda.is_available() else "fp32"
 
 
+@_bench
 def bench_end_to_end(arguments: argparse.Namespace) -> None:
     from resnet_dist import distributed
     from resnet_dist.bench.end_to_end import bench_end_to_end
@@ -248,6 +269,7 @@ def bench_end_to_end(arguments: argparse.Namespace) -> None:
     distributed.stop()
 
 
+@_bench
 def bench_allreduce(arguments: argparse.Namespace) -> None:
     from resnet_dist import distributed
     from resnet_dist.bench.allreduce import bench_allreduce
@@ -256,6 +278,22 @@ def bench_allreduce(arguments: argparse.Namespace) -> None:
     distributed.stop()
 
 
+@_bench
+def bench_loop(arguments: argparse.Namespace) -> None:
+    from resnet_dist.bench.loop import bench_loop
+    from resnet_dist.distributed import start_alone
+
+    bench_loop(start_alone("bench loop"), arguments.runs, arguments.steps, arguments.output)
+
+
+@_bench
+def bench_start(arguments: argparse.Namespace) -> None:
+    from resnet_dist.bench.start import bench_start
+
+    bench_start(Path("configs/quickstart.yaml"), arguments.runs, arguments.output)
+
+
+@_bench
 def bench_memory(arguments: argparse.Namespace) -> None:
     from resnet_dist.bench.memory import bench_memory
     from resnet_dist.distributed import start_alone
@@ -264,18 +302,21 @@ def bench_memory(arguments: argparse.Namespace) -> None:
     bench_memory(config, start_alone("bench memory"), arguments.epochs, arguments.output)
 
 
+@_bench
 def bench_index(arguments: argparse.Namespace) -> None:
     from resnet_dist.bench.index import bench_index
 
     bench_index(arguments.images, arguments.output)
 
 
+@_bench
 def bench_order(arguments: argparse.Namespace) -> None:
     from resnet_dist.bench.order import bench_order
 
     bench_order(arguments.images, arguments.output)
 
 
+@_bench
 def bench_checkpoint(arguments: argparse.Namespace) -> None:
     from resnet_dist.bench.checkpoint import bench_checkpoint
     from resnet_dist.distributed import start_alone
@@ -284,6 +325,7 @@ def bench_checkpoint(arguments: argparse.Namespace) -> None:
     bench_checkpoint(arguments.folder, arguments.runs, arguments.output)
 
 
+@_bench
 def bench_deterministic(arguments: argparse.Namespace) -> None:
     from resnet_dist import distributed
     from resnet_dist.bench.deterministic import bench_deterministic

@@ -257,7 +257,12 @@ def _add_bench(bench: Parser) -> None:
     end_to_end.set_defaults(verb=actions.bench_end_to_end)
     allreduce = benches.add_parser("allreduce", help="measure sums over ranks against the wire")
     allreduce.set_defaults(verb=actions.bench_allreduce)
-    for one in (step, end_to_end, allreduce):
+    loop = benches.add_parser("loop", help="measure what training's loop adds to a bare one")
+    loop.set_defaults(verb=actions.bench_loop)
+    loop.add_argument("--steps", type=_positive, default=100, metavar="N", help="default: 100")
+    start = benches.add_parser("start", help="measure what it costs to start")
+    start.set_defaults(verb=actions.bench_start)
+    for one in (step, end_to_end, allreduce, loop, start):
         one.add_argument("--runs", type=_positive, default=7, metavar="N", help="default: 7")
 
     memory = benches.add_parser("memory", help="measure the memory used in each epoch of loading")
@@ -297,19 +302,13 @@ def _add_bench(bench: Parser) -> None:
         "folder", type=_path, metavar="FOLDER", help="a folder on the disk for checkpoints"
     )
     saving.add_argument("--runs", type=_positive, default=40, metavar="N", help="default: 40")
-    every = (
-        loader,
-        peers,
-        step,
-        end_to_end,
-        allreduce,
-        memory,
-        index,
-        order,
-        deterministic,
-        saving,
-    )
-    for one in every:
+    measuring = (loader, peers, step, end_to_end, allreduce, loop, start, memory, index, order)
+    for one in (*measuring, deterministic, saving):
+        one.add_argument(
+            "--no-wait",
+            action="store_true",
+            help="do not wait until the machine is idle, and repeat nothing that was disturbed",
+        )
         one.add_argument(
             "--output", type=_path, metavar="FILE.json", help="write the figures to a file"
         )

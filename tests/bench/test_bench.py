@@ -104,7 +104,7 @@ def test_photos_may_be_in_a_folder_of_any_name(
 def figures(tmp_path: Path, *arguments: str) -> dict[str, Any]:
     """What a benchmark writes."""
     path = tmp_path / "figures.json"
-    main(["bench", *arguments, "--output", str(path)])
+    main(["bench", *arguments, "--no-wait", "--output", str(path)])
     written = json.loads(path.read_text())
     assert written["benchmark"] == arguments[0] or "--tune" in arguments
     assert {"cpu", "cores", "gpu", "torch", "pillow"} <= written["machine"].keys()

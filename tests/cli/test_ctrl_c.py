@@ -114,6 +114,11 @@ def verbs(checkpoint: Path, data: Path, here: Path) -> dict[str, list[object]]:
         "bench checkpoint": ["bench", "checkpoint", here],
         "bench deterministic": ["bench", "deterministic"],
         "bench loader": ["bench", "loader", data, "--no-peers"],
+        "bench peers": ["bench", "peers", data, "--model", "resnet18", "--batch-size", "2"],
+        "bench step": ["bench", "step", "--model", "resnet20", "--px", "32"],
+        "bench e2e": ["bench", "e2e", here / "tiny.yaml"],
+        "bench loop": ["bench", "loop"],
+        "bench start": ["bench", "start"],
         "dry run": ["train", here / "tiny.yaml", "--dry-run"],
         "status": ["status", here / "tiny.yaml"],
     }
