@@ -3,8 +3,8 @@
     python benchmarks/loader_profile.py PHOTOS [--threads N] [--output FILE.json]
 
 Each part runs alone, on the same windows of the same photos, and its CPU time is measured. "Python
-and waiting for each other" is what the whole loader takes beyond the sum of its parts. "Idle" is the
-share of the threads' time in which no part of the loader ran.
+and waiting for each other" is what the whole loader takes beyond the sum of its parts. "Idle" is
+the share of the threads' time in which no part of the loader ran.
 """
 
 import argparse
@@ -105,7 +105,9 @@ def measure(work: loaders.Work) -> dict[str, float]:
     pairs = list(zip(batches, requests, strict=True))
     timed("", lambda: [resampler.start(batch, one.windows)() for batch, one in pairs])
     cpu["normalize and copy"] = cpu.pop("") - cpu["resize"]
-    del windows, batches, pairs
+    windows.clear()
+    batches.clear()
+    pairs.clear()
     parts = sum(cpu.values())
     began = time.perf_counter()
     timed("whole", lambda: sum(1 for _ in loaders.ours(work)))

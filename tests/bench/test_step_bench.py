@@ -1,4 +1,4 @@
-"""`bench step`, `e2e`, `peers`, `allreduce`, `loop` and `start` run, and what they count is right."""
+"""`bench step`, `e2e`, `peers`, `allreduce`, `loop` and `start` run, and count what they say."""
 
 import json
 import subprocess
