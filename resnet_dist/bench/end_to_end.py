@@ -4,6 +4,7 @@ Measures the training step on noise in memory, the loader alone, and both togeth
 With several ranks also the step without any communication. They take turns.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -14,7 +15,7 @@ import torch
 
 from resnet_dist.bench import results
 from resnet_dist.bench.machine_floor import measured_rates, work_of_a_step
-from resnet_dist.bench.noise_job import CLASSES, NoiseJob
+from resnet_dist.bench.noise_job import CLASSES, NoiseJob, alone
 from resnet_dist.bench.turns import Spread, figures_of, spread, take_turns
 from resnet_dist.config import Config, OptimConfig
 from resnet_dist.data.load.batch import Batch
@@ -46,13 +47,16 @@ def bench_end_to_end(config: Config, world: World, runs: int, output: Path | Non
     Raises:
         UserError: the config does not fit the data.
     """
-    endless = replace(config.train, epochs=None, iterations=10**6, **_never())
+    endless = replace(config.train, epochs=None, iterations=10**6)
     config = replace(config, train=endless, optim=OptimConfig())
     index = load_index(config, "train", world)
     plan = Plan.of(config, world.size, len(index), None)
     loader = make_loader(index, config, world)
     batches = loader.batches(train_requests(config, plan, index, world.rank, 0))
     px = config.data.crop_px
+    images = plan.global_batch_size / plan.accumulation  # of a pass, over all ranks
+    of_a_rank = replace(config.train, max_local_batch_size=math.ceil(images / world.size))
+    config = replace(config, train=of_a_rank)
     job = NoiseJob(world, config, px)
     contestants: dict[str, Callable[[int], None]] = {
         SYNTHETIC: lambda count: _train(job, [job.batch] * count),
@@ -60,9 +64,8 @@ def bench_end_to_end(config: Config, world: World, runs: int, output: Path | Non
         BOTH: lambda count: _train(job, _ahead(batches, count)),
     }
     if world.size > 1:
-        alone = NoiseJob(replace(world, size=1, group=None), config, px)
-        contestants[ALONE] = lambda count: _train(alone, [alone.batch] * count)
-    images = job.batch_size * world.size
+        by_itself = NoiseJob(alone(world), config, px)
+        contestants[ALONE] = lambda count: _train(by_itself, [job.batch] * count)
     ready = config.data.prefetch_batches + SPARE_BATCHES
     timed = {
         name: _timed(once, 0 if name in (SYNTHETIC, ALONE) else ready, images, world)
@@ -92,10 +95,6 @@ def bench_end_to_end(config: Config, world: World, runs: int, output: Path | Non
         results.write(output, "e2e", figures)
 
 
-def _never() -> dict[str, Any]:
-    return {"eval_every_epochs": None, "save_every_epochs": None}
-
-
 def _train(job: NoiseJob, batches: Any) -> None:
     for batch in batches:
         job.step(batch)
@@ -115,7 +114,9 @@ def _ahead(batches: Iterator[Batch], count: int) -> Iterator[Batch]:
     yield upcoming
 
 
-def _timed(run: Callable[[int], None], warm: int, images: int, world: World) -> Callable[[], float]:
+def _timed(
+    run: Callable[[int], None], warm: int, images: float, world: World
+) -> Callable[[], float]:
     """Returns a function that measures images per second over TURN_SECONDS.
 
     run: takes a number of batches. warm: batches to take first. images: per batch, over all ranks.

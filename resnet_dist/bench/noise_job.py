@@ -1,5 +1,6 @@
 """A training job that runs the package's own training step on noise images in memory."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import torch
@@ -85,6 +86,11 @@ class NoiseJob:
     def mean_loss(self) -> float:
         """Returns the mean loss of the steps since the last call. CPU-GPU sync point."""
         return self._meter.drain()["train/loss"]
+
+
+def alone(world: World) -> World:
+    """Returns the world of this rank's device without any other rank."""
+    return replace(world, rank=0, size=1, group=None)
 
 
 def force_synchronized_batchnorm(network: nn.Module) -> None:

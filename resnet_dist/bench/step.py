@@ -9,7 +9,7 @@ but no waiting.
 import resource
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from resnet_dist.bench import results
 from resnet_dist.bench.dearest import profiled
 from resnet_dist.bench.machine_floor import Rates, measured_rates, work_of_a_step
-from resnet_dist.bench.noise_job import CLASSES, NoiseJob
+from resnet_dist.bench.noise_job import CLASSES, NoiseJob, alone
 from resnet_dist.bench.turns import Spread, Turn, figures_of, ratio, spread, take_turns
 from resnet_dist.config import Config, ModelConfig, TrainConfig
 from resnet_dist.distributed import World
@@ -68,13 +68,13 @@ def bench_step(
     if world.size == 1 and not dist.is_initialized():  # for SyncBN and DDP
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    alone = replace(world, size=1, group=None)
-    plain = _job(alone, shape)
-    contestants = _parts(plain, alone, shape)
-    synchronized = _job(alone, shape, compiled=False)
+    this_rank = alone(world)
+    plain = _job(this_rank, shape)
+    contestants = _parts(plain, this_rank, shape)
+    synchronized = _job(this_rank, shape, compiled=False)
     convert_sync_batchnorm(synchronized.state.model, world.group)
     synchronized.synchronize_batchnorm()
-    distributed = _job(alone, shape, compiled=False)
+    distributed = _job(this_rank, shape, compiled=False)
     distributed.distribute(world)
     for name, job in {SYNC_BN: synchronized, DDP: distributed}.items():
         if shape.compile:

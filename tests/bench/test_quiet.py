@@ -16,7 +16,11 @@ from tests.support.waiting import HANG_SECONDS
 
 BURN = "import time; ends = time.time() + {}\nwhile time.time() < ends: pass"
 # Starts a process and ends at once, so that the process belongs to nobody.
-ORPHAN = "import subprocess, sys; print(subprocess.Popen([sys.executable, '-c', sys.argv[1]]).pid)"
+ORPHAN = """
+import subprocess, sys
+command = [sys.executable, "-c", sys.argv[1]]
+print(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).pid)
+"""
 
 
 @pytest.fixture
@@ -34,7 +38,7 @@ def stranger() -> Iterator[int]:
     """A process that keeps a core busy and is no descendant of this one."""
     command = [sys.executable, "-c", ORPHAN, BURN.format(HANG_SECONDS)]
     started = subprocess.run(
-        command, stdout=subprocess.PIPE, text=True, check=True, timeout=HANG_SECONDS, close_fds=True
+        command, stdout=subprocess.PIPE, text=True, check=True, timeout=HANG_SECONDS
     )
     pid = int(started.stdout)
     yield pid

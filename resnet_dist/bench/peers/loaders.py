@@ -224,7 +224,8 @@ def _in_plain_c(
     def batch_of(request: Request) -> Tensor:
         samples, windows = request.samples, request.windows
         boxes = boxes_of(windows, index.sizes[samples])
-        out = kept.take((len(samples), height, height, 3), torch.float32)
+        shape = len(samples), height, height, 3
+        out = kept.take(shape, torch.float32) if height else torch.empty(shape)
         scratch = scratches.pop()
         rows = zip(samples.tolist(), boxes, windows.flip.tolist(), out, strict=True)
         for sample, box, flip, to in rows:
