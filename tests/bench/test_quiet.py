@@ -14,7 +14,7 @@ from resnet_dist.bench.quiet import Disturbance, Watch, cpu_seconds_of_tree, und
 from resnet_dist.bench.turns import Spread, Turn, figures_of, ratio, take_turns
 from tests.support.waiting import HANG_SECONDS
 
-BURN = "import time; ends = time.time() + {}\nwhile time.time() < ends: pass"
+BURN = "import time\nwhile time.process_time() < {}: pass"  # CPU seconds
 # Starts a process and ends at once, so that the process belongs to nobody.
 ORPHAN = """
 import subprocess, sys
@@ -23,9 +23,14 @@ print(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEV
 """
 
 
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever other tests in this process have asked for, and set back afterwards."""
+    monkeypatch.setattr(quiet, "_at_once", False)
+
+
 @pytest.fixture
-def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quiet, "_at_once", False)  # set back afterwards
+def at_once(patient: None) -> None:
     quiet.measure_at_once()
 
 
