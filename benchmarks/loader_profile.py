@@ -10,6 +10,7 @@ the share of the threads' time in which no part of the loader ran.
 import argparse
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -80,34 +81,38 @@ def measure(work: loaders.Work) -> dict[str, float]:
     requests = list(loaders.requests_of(work))
     paths = [index.paths[sample] for request in requests for sample in request.samples]
     sizes = [tuple(index.sizes[sample]) for request in requests for sample in request.samples]
-    cpu = {}
+    cpu: dict[str, float] = {}
 
     def timed(part: str, once: Callable[[], Any]) -> Any:
         began = time.process_time()
         result = once()
-        cpu[part] = 1000 * (time.process_time() - began) / len(paths)
+        spent = 1000 * (time.process_time() - began) / len(paths)
+        cpu[part] = cpu.get(part, 0.0) + spent
         return result
 
     timed("requests", lambda: list(loaders.requests_of(work)))
-    files = timed("read", lambda: [read_image_file(path) for path in paths])
+    batches = [paths[start : start + BATCH_SIZE] for start in range(0, len(paths), BATCH_SIZE)]
+    for batch in batches:  # the memory of one batch is used for the next, as in the loader
+        timed("read", lambda batch=batch: list(map(read_image_file, batch)))
+    files = list(map(read_image_file, paths))
     timed("check the header", lambda: list(map(why_not_plain, files, sizes)))
     encoded = [np.frombuffer(file, np.uint8) for file in files]
-    decoding = decoded(work, requests, index.sizes, encoded)
-    windows = timed("decode", lambda: list(decoding))
-    timed("resize", lambda: [resize(window, work.data.crop_px) for window in windows])
-    resampler = Resampler(
-        255 * np.array(work.data.mean, np.float32),
-        [255 * std for std in work.data.std],
-        torch.float32,
-        threads=1,
-    )
-    batches = [windows[i : i + BATCH_SIZE] for i in range(0, len(windows), BATCH_SIZE)]
-    pairs = list(zip(batches, requests, strict=True))
-    timed("", lambda: [resampler.start(batch, one.windows)() for batch, one in pairs])
-    cpu["normalize and copy"] = cpu.pop("") - cpu["resize"]
-    windows.clear()
-    batches.clear()
-    pairs.clear()
+    decoding = partial(decoded, work, requests, index.sizes, encoded)
+    timed("decode", lambda: sum(1 for _ in decoding()))
+    px = work.data.crop_px
+    out = torch.empty(px, px, 3, dtype=torch.uint8).permute(2, 0, 1)[None]
+    cpu["resize"] = 0.0
+    for windows in decoding():
+        began = time.thread_time()  # DALI decodes the next batch in its own threads
+        for window in windows:
+            seen = window.permute(2, 0, 1)[None]
+            torch.ops.aten._upsample_bilinear2d_aa.out(seen, [px, px], False, out=out)
+        cpu["resize"] += 1000 * (time.thread_time() - began) / len(paths)
+    mean, std = (255 * np.array(levels) for levels in (work.data.mean, work.data.std))
+    resampler = Resampler(mean.astype(np.float32), list(std), torch.float32, threads=1)
+    pairs = zip(decoding(), requests, strict=True)
+    timed("both", lambda: [resampler.start(batch, one.windows)() is None for batch, one in pairs])
+    cpu["normalize and copy"] = cpu.pop("both") - cpu["decode"] - cpu["resize"]
     parts = sum(cpu.values())
     began = time.perf_counter()
     timed("whole", lambda: sum(1 for _ in loaders.ours(work)))
@@ -123,8 +128,8 @@ def measure(work: loaders.Work) -> dict[str, float]:
 
 def decoded(
     work: loaders.Work, requests: list[Request], sizes: np.ndarray, encoded: list[np.ndarray]
-) -> Iterator[torch.Tensor]:
-    """Yields the window of each image, which DALI decodes, as the loader does."""
+) -> Iterator[list[torch.Tensor]]:
+    """Yields the windows of each batch, which DALI decodes, as the loader does."""
     inputs = []
     for number, request in enumerate(requests):
         boxes = boxes_of(request.windows, sizes[request.samples])
@@ -143,13 +148,7 @@ def decoded(
     )
     for _ in requests:
         (windows,) = pipe.run()
-        # Copies, because DALI uses the memory again.
-        yield from [torch.from_dlpack(window.__dlpack__()).clone() for window in windows]
-
-
-def resize(window: torch.Tensor, px: int) -> torch.Tensor:
-    channels_first = window.permute(2, 0, 1)[None]
-    return torch.ops.aten._upsample_bilinear2d_aa(channels_first, [px, px], False)
+        yield [torch.from_dlpack(window.__dlpack__()) for window in windows]
 
 
 if __name__ == "__main__":
