@@ -201,8 +201,12 @@ def test_trainers_side_by_side(
 @pytest.mark.slow
 def test_the_loop_next_to_a_bare_one(tmp_path: Path) -> None:
     written = figures(tmp_path, "loop", "--runs", "1", "--steps", "3")
-    assert written["ms_per_step"].keys() == {"bare for", "training's loop"}
-    assert "overhead_pct" in written
+    ms = {name: found["median"] for name, found in written["ms_per_step"].items()}
+    step, bare, loop = ms.values()
+    added = 1000 * (loop - bare)
+    assert written["added_microseconds_per_step"]["median"] == pytest.approx(added, abs=2)
+    share = added / step / 10
+    assert written["overhead_pct"]["median"] == pytest.approx(share, abs=0.01)
 
 
 @pytest.mark.slow
