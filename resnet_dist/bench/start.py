@@ -50,6 +50,7 @@ def bench_start(config: Path, runs: int, output: Path | None) -> None:
             f"quickstart on {RANKS} ranks, s to the first step": first_step,
         }
         turns = take_turns(contestants, runs)
+    del parts[0]  # of the warm-up
     medians = {part: Spread.of([one[part] for one in parts]).median for part in parts[0]}
     figures = {
         "seconds": {what: figures_of(of_this) for what, of_this in turns.items()},
