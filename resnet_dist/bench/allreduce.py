@@ -9,7 +9,6 @@ direction; that many bytes per second is its bus bandwidth.
 import os
 import socket
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from resnet_dist.bench import results
-from resnet_dist.bench.turns import figures_of, spread, take_turns
+from resnet_dist.bench.turns import figures_of, repeated, spread, take_turns
 from resnet_dist.distributed import World
 from resnet_dist.errors import UserError
 
@@ -56,14 +55,14 @@ def _measure(
 ) -> dict[str, Any]:
     def reduce(nbytes: int) -> Callable[[], float]:
         values = torch.zeros(nbytes // 4, device=device)
-        return _timed(lambda: dist.all_reduce(values, group=group), world, device)
+        return _timed(lambda: dist.all_reduce(values, group=group), world)
 
     contestants = {f"{nbytes}": reduce(nbytes) for nbytes in SIZES}
     ring = _Ring(world) if group is None else None
     if ring is None:
-        contestants["wire"] = _timed(_nccl_ring(world, device, group), world, device)
+        contestants["wire"] = _timed(_nccl_ring(world, device, group), world)
     else:
-        contestants["wire"] = _timed(ring.pass_on, world, device)
+        contestants["wire"] = _timed(ring.pass_on, world)
     turns = take_turns(contestants, runs, world)
     if ring is not None:
         ring.close()
@@ -83,33 +82,15 @@ def _measure(
     return {"wire_gb_per_sec": round(wire / 1000, 4), "sizes": rows}
 
 
-def _timed(once: Callable[[], Any], world: World, device: torch.device) -> Callable[[], float]:
-    """Returns a function that measures the microseconds of `once`, over TURN_SECONDS."""
-    count = 0
+def _timed(once: Callable[[], Any], world: World) -> Callable[[], float]:
+    """Returns a function that measures the microseconds of `once`."""
 
-    def seconds(calls: int) -> float:
-        _wait(world, device)
-        began = time.perf_counter()
-        for _ in range(calls):
+    def run(repetitions: int) -> None:
+        for _ in range(repetitions):
             once()
-        _wait(world, device)
-        return time.perf_counter() - began
 
-    def measure() -> float:
-        nonlocal count
-        if not count:  # the warm-up
-            seconds(2)
-            count = max(1, *world.gather(round(3 * TURN_SECONDS / seconds(3))))
-            return 0.0
-        return 1e6 * seconds(count) / count
-
-    return measure
-
-
-def _wait(world: World, device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)  # CPU-GPU sync point
-    world.any(False)
+    seconds = repeated(run, world, TURN_SECONDS)
+    return lambda: 1e6 * seconds()
 
 
 def _nccl_ring(

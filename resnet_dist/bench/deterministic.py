@@ -9,7 +9,6 @@ cuBLAS reads its setting only once per process, so both modes run with the deter
 This affects only the last layer.
 """
 
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,7 @@ import torch
 from torch.nn import functional as F
 
 from resnet_dist.bench import results
-from resnet_dist.bench.turns import figures_of, take_turns
+from resnet_dist.bench.turns import figures_of, now, take_turns
 from resnet_dist.config import Config, ModelConfig
 from resnet_dist.determinism import fix_algorithms
 from resnet_dist.distributed import World, sum_over_ranks
@@ -75,12 +74,10 @@ def measure(
 
     def timed(deterministic: bool) -> float:
         fix_algorithms(deterministic)
-        synchronize(world)
-        began = time.perf_counter()
+        began = now(world)
         for _ in range(calls):
             once(deterministic)
-        synchronize(world)
-        return 1000 * (time.perf_counter() - began) / calls
+        return 1000 * (now(world) - began) / calls
 
     # The warm-up is for autotuning and for DDP's buckets.
     modes = {mode: partial(timed, deterministic) for mode, deterministic in MODES.items()}
@@ -135,10 +132,3 @@ def exchange(world: World, parameters: int) -> Callable[[bool], None]:
             sum_over_ranks(bucket, world.group)
 
     return once
-
-
-def synchronize(world: World) -> None:
-    """Waits until all ranks and their GPUs have finished their work. A collective."""
-    if world.device.type == "cuda":
-        torch.cuda.synchronize()
-    world.any(False)

@@ -5,26 +5,21 @@ With several ranks also the step without any communication. They take turns.
 """
 
 import math
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from resnet_dist.bench import results
-from resnet_dist.bench.machine_floor import measured_rates, work_of_a_step
-from resnet_dist.bench.noise_job import CLASSES, NoiseJob, alone
-from resnet_dist.bench.turns import Spread, figures_of, spread, take_turns
+from resnet_dist.bench.machine_floor import floor_of_a_step
+from resnet_dist.bench.noise_job import NoiseJob, alone
+from resnet_dist.bench.turns import Spread, figures_of, repeated, spread, take_turns
 from resnet_dist.config import Config, OptimConfig
 from resnet_dist.data.load.batch import Batch
 from resnet_dist.data.load.build import load_index, make_loader
 from resnet_dist.data.view.requests import train_requests
 from resnet_dist.distributed import World
-from resnet_dist.models.build import build_model
 from resnet_dist.plan import Plan
-from resnet_dist.precision import DTYPES
 
 SYNTHETIC, LOADER, BOTH, ALONE = "synthetic", "loader only", "both", "synthetic, no communication"
 TURN_SECONDS = 4.0
@@ -67,28 +62,28 @@ def bench_end_to_end(config: Config, world: World, runs: int, output: Path | Non
         by_itself = NoiseJob(alone(world), config, px)
         contestants[ALONE] = lambda count: _train(by_itself, [job.batch] * count)
     ready = config.data.prefetch_batches + SPARE_BATCHES
-    timed = {
-        name: _timed(once, 0 if name in (SYNTHETIC, ALONE) else ready, images, world)
-        for name, once in contestants.items()
-    }
+
+    def speed(name: str) -> Callable[[], float]:
+        waits = ready if name in (LOADER, BOTH) else 0
+        seconds = repeated(contestants[name], world, TURN_SECONDS, waits)
+        return lambda: images / seconds()
+
+    timed = {name: speed(name) for name in contestants}
     turns = take_turns(timed, runs, world)
     batches.close()
     speeds = {name: spread(of_this).median for name, of_this in turns.items()}
     verdict = judge(speeds, world.device.type == "cpu")
-    rates = measured_rates(world.device, config.train.precision)
-    with torch.device("meta"):
-        network = build_model(config.model.name, CLASSES, zero_init_last_gamma=False)
-    work = work_of_a_step(network, job.batch_size, px, DTYPES[config.train.precision])
-    most = images / rates.seconds(work)
+    model, precision = config.model.name, config.train.precision
+    floor = floor_of_a_step(model, job.batch_size, px, precision, world.device)
     figures = {
         "config": config.name,
-        "model": config.model.name,
-        "precision": config.train.precision,
+        "model": model,
+        "precision": precision,
         "local_batch_size": job.batch_size,
         "ranks": world.size,
         "images_per_sec": {name: figures_of(of_this) for name, of_this in turns.items()},
         "verdict": asdict(verdict),
-        "floor": {**rates.figures(), "images_per_sec": round(most, 2)},
+        "floor": floor.figures(),
     }
     if world.is_main:
         print(describe_figures(figures, runs))
@@ -112,39 +107,6 @@ def _ahead(batches: Iterator[Batch], count: int) -> Iterator[Batch]:
         batch, upcoming = upcoming, next(batches)
         yield batch
     yield upcoming
-
-
-def _timed(
-    run: Callable[[int], None], warm: int, images: float, world: World
-) -> Callable[[], float]:
-    """Returns a function that measures images per second over TURN_SECONDS.
-
-    run: takes a number of batches. warm: batches to take first. images: per batch, over all ranks.
-    """
-    count = 0
-
-    def seconds(batches: int) -> float:
-        began = _now(world)
-        run(batches)
-        return _now(world) - began
-
-    def measure() -> float:
-        nonlocal count
-        run(warm + (0 if count else 1))
-        if not count:
-            count = max(2, *world.gather(round(2 * TURN_SECONDS / seconds(2))))
-            return 0.0
-        return images * count / seconds(count)
-
-    return measure
-
-
-def _now(world: World) -> float:
-    """Returns the time when all ranks and their devices have done their work. A collective."""
-    if world.device.type == "cuda":
-        torch.cuda.synchronize(world.device)  # CPU-GPU sync point
-    world.any(False)
-    return time.perf_counter()
 
 
 def judge(images_per_sec: dict[str, float], on_cpu: bool) -> Verdict:
@@ -182,7 +144,7 @@ def judge(images_per_sec: dict[str, float], on_cpu: bool) -> Verdict:
 
 
 def describe_figures(figures: dict[str, Any], runs: int) -> str:
-    most = figures["floor"]["images_per_sec"]
+    most = figures["ranks"] * figures["floor"]["images_per_sec"]
     table = [["", "img/s", "quartiles", "of the step's floor"]]
     for name, found in figures["images_per_sec"].items():
         speed = Spread(*(found[key] for key in ("median", "low", "high")))
@@ -194,7 +156,7 @@ def describe_figures(figures: dict[str, Any], runs: int) -> str:
             f"\n{figures['model']}, {figures['precision']}, batch {figures['local_batch_size']} on "
             f"each of {figures['ranks']} ranks; medians of {runs} runs\n",
             results.columns(table),
-            f"\nfloor of a step on this machine: {most:,.1f} img/s",
+            f"\nfloor of a step on this machine: {most:,.1f} img/s over all ranks",
             f"overlap: {verdict['overlap']:.2f} of the slower of the two",
             verdict["text"],
         ]

@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from resnet_dist.bench import results
-from resnet_dist.bench.turns import Spread, figures_of, spread, take_turns
+from resnet_dist.bench.turns import Spread, figures_of, now, spread, take_turns
 from resnet_dist.config import Config, DataConfig, ModelConfig, TrackingConfig, TrainConfig
 from resnet_dist.data.load.batch import Batch
 from resnet_dist.data.prepare.digits import write_digits
@@ -107,14 +107,14 @@ def _bare(job: Job, batch: Batch, steps: int) -> float:
     """Returns milliseconds per step."""
     model, optimizer, device = job.model, job.state.optimizer, job.world.device
     model.train()
-    began = _now(device)
+    began = now(job.world)
     for _ in range(steps):
         optimizer.zero_grad(set_to_none=True)
         with autocast(device, job.config.train.precision):
             loss = F.cross_entropy(model(batch.images), batch.labels)
         loss.backward()
         optimizer.step()
-    return 1000 * (_now(device) - began) / steps
+    return 1000 * (now(job.world) - began) / steps
 
 
 def _with_training_s_loop(job: Job, batch: Batch, steps: int, console: Console) -> float:
@@ -123,10 +123,10 @@ def _with_training_s_loop(job: Job, batch: Batch, steps: int, console: Console) 
 
     def noise() -> Generator[Batch]:
         yield batch  # fetched before the first step, and each other one before the step before it
-        times.append(_now(job.world.device))
+        times.append(now(job.world))
         for _ in range(steps):
             yield batch
-        times.append(_now(job.world.device))
+        times.append(now(job.world))
         interrupt.received.add(signal.SIGTERM)
         while True:
             yield batch
@@ -139,12 +139,6 @@ def _with_training_s_loop(job: Job, batch: Batch, steps: int, console: Console) 
     tracker.close("FINISHED", {})
     began, ended = times
     return 1000 * (ended - began) / steps
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)  # CPU-GPU sync point
-    return time.perf_counter()
 
 
 def describe_figures(figures: dict[str, Any], runs: int, spreads: dict[str, Spread]) -> str:

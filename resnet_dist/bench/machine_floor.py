@@ -17,7 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from resnet_dist.models.build import build_model
 from resnet_dist.precision import DTYPES
+
+CLASSES = 1000
 
 RUNS = 5
 COPY_BYTES = {"cuda": 2**30, "cpu": 2**28}  # far beyond any cache
@@ -37,12 +40,6 @@ class Rates:
             for flops, nbytes in work.operations
         )
 
-    def figures(self) -> dict[str, float]:
-        return {
-            "bandwidth_gb_per_sec": round(self.bytes_per_sec / 1e9, 2),
-            "matrix_tflops": round(self.flops_per_sec / 1e12, 4),
-        }
-
 
 @dataclass(frozen=True)
 class Work:
@@ -57,6 +54,43 @@ class Work:
     @property
     def nbytes(self) -> int:
         return sum(nbytes for _, nbytes in self.operations)
+
+
+@dataclass(frozen=True)
+class Floor:
+    """The shortest time of a step on this machine."""
+
+    rates: Rates
+    work: Work
+    batch_size: int
+
+    @property
+    def seconds(self) -> float:
+        return self.rates.seconds(self.work)
+
+    @property
+    def images_per_sec(self) -> float:
+        return self.batch_size / self.seconds
+
+    def figures(self) -> dict[str, float]:
+        return {
+            "bandwidth_gb_per_sec": round(self.rates.bytes_per_sec / 1e9, 2),
+            "matrix_tflops": round(self.rates.flops_per_sec / 1e12, 4),
+            "step_tflop": round(self.work.flops / 1e12, 4),
+            "step_gb": round(self.work.nbytes / 1e9, 3),
+            "step_ms": round(1000 * self.seconds, 3),
+            "images_per_sec": round(self.images_per_sec, 2),
+        }
+
+
+def floor_of_a_step(
+    model: str, batch_size: int, px: int, precision: str, device: torch.device
+) -> Floor:
+    """Measures the rates, and counts the work of a step of the network named `model`."""
+    with torch.device("meta"):
+        network = build_model(model, CLASSES, zero_init_last_gamma=False)
+    work = work_of_a_step(network, batch_size, px, DTYPES[precision])
+    return Floor(measured_rates(device, precision), work, batch_size)
 
 
 def measured_rates(device: torch.device, precision: str) -> Rates:

@@ -21,13 +21,13 @@ LOOK_SECONDS = 1.0
 QUIET_LOOKS = 2  # in a row
 MAX_WAIT_SECONDS = 120
 REPEATS = 3  # of a disturbed measurement
-_at_once = False
+at_once = False  # what `measure_at_once` sets, in this process
 
 
 def measure_at_once() -> None:
     """From now on this process neither waits nor repeats, but still watches."""
-    global _at_once
-    _at_once = True
+    global at_once
+    at_once = True
 
 
 @dataclass(frozen=True)
@@ -100,17 +100,14 @@ def cpu_seconds_of_tree(root: int) -> float:
     return sum(count for pid, count in ticks.items() if is_ours(pid)) / TICKS
 
 
-def wait_until_quiet(root: int | None = None) -> bool:
-    """Waits until others use less than QUIET_SHARE. Returns whether that came about in time."""
-    ends = time.monotonic() + (0 if _at_once else MAX_WAIT_SECONDS)
+def wait_until_quiet(root: int | None = None) -> None:
+    """Waits until others use less than QUIET_SHARE, but no longer than MAX_WAIT_SECONDS."""
+    ends = time.monotonic() + (0 if at_once else MAX_WAIT_SECONDS)
     quiet_looks = 0
-    while quiet_looks < QUIET_LOOKS:
-        if time.monotonic() >= ends:
-            return False
+    while quiet_looks < QUIET_LOOKS and time.monotonic() < ends:
         watch = Watch(root)
         time.sleep(LOOK_SECONDS)
         quiet_looks = 0 if watch.seen().is_disturbed else quiet_looks + 1
-    return True
 
 
 def root_of(world: "World | None") -> int:
@@ -129,7 +126,7 @@ def undisturbed(
     with more than one, a collective.
     """
     root = root_of(world)
-    for repeats in range(1 if _at_once else REPEATS + 1):
+    for repeats in range(1 if at_once else REPEATS + 1):
         if repeats:
             wait_until_quiet(root)
         watch = Watch(root)
@@ -139,6 +136,6 @@ def undisturbed(
         if not again:
             break
         if world is None or world.is_main:
-            what = "measured again" if repeats < REPEATS and not _at_once else "kept"
+            what = "measured again" if repeats < REPEATS and not at_once else "kept"
             say(f"disturbed ({seen}): {what}")
     return result, seen

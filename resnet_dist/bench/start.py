@@ -5,6 +5,7 @@ Each start is a process of its own. The quickstart is that of `make quickstart`,
 run folder of its own, and is stopped after its first step.
 """
 
+import itertools
 import os
 import re
 import signal
@@ -36,11 +37,10 @@ def bench_start(config: Path, runs: int, output: Path | None) -> None:
         write_digits(root)
         train = ["train", str(config), f"data.root={root}", f"tracking.run_root={name}/runs"]
         parts: list[dict[str, float]] = []
-        started = {"number": 0}
+        numbers = itertools.count()
 
         def first_step() -> float:
-            started["number"] += 1
-            seconds, found = _first_step([*train, f"name=start{started['number']}"])
+            seconds, found = _first_step([*train, f"name=start{next(numbers)}"])
             parts.append(found)
             return seconds
 

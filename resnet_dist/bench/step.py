@@ -7,7 +7,6 @@ but no waiting.
 """
 
 import resource
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,14 +18,21 @@ from torch.nn import functional as F
 
 from resnet_dist.bench import results
 from resnet_dist.bench.dearest import profiled
-from resnet_dist.bench.machine_floor import Rates, measured_rates, work_of_a_step
-from resnet_dist.bench.noise_job import CLASSES, NoiseJob, alone
-from resnet_dist.bench.turns import Spread, Turn, figures_of, ratio, spread, take_turns
+from resnet_dist.bench.machine_floor import floor_of_a_step
+from resnet_dist.bench.noise_job import NoiseJob, alone
+from resnet_dist.bench.turns import (
+    Spread,
+    Turn,
+    figures_of,
+    ratio,
+    repeated,
+    spread,
+    take_turns,
+)
 from resnet_dist.config import Config, ModelConfig, TrainConfig
 from resnet_dist.distributed import World
-from resnet_dist.models.build import build_model
 from resnet_dist.models.sync_batchnorm import convert_sync_batchnorm
-from resnet_dist.precision import DTYPES, autocast
+from resnet_dist.precision import autocast
 
 TURN_SECONDS = 0.5  # a turn has at least as many steps as fill this
 DEAREST = 10
@@ -70,18 +76,19 @@ def bench_step(
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     this_rank = alone(world)
     plain = _job(this_rank, shape)
-    contestants = _parts(plain, this_rank, shape)
-    synchronized = _job(this_rank, shape, compiled=False)
+    synchronized = _job(this_rank, shape)
     convert_sync_batchnorm(synchronized.state.model, world.group)
     synchronized.synchronize_batchnorm()
-    distributed = _job(this_rank, shape, compiled=False)
+    distributed = _job(this_rank, shape)
     distributed.distribute(world)
-    for name, job in {SYNC_BN: synchronized, DDP: distributed}.items():
-        if shape.compile:
-            job.compile()
-        contestants[name] = job.step
+    changed = {SYNC_BN: synchronized, DDP: distributed}
     if world.size > 1:
-        contestants[AS_TRAINED] = _job(world, shape).step
+        changed[AS_TRAINED] = _job(world, shape)
+    if shape.compile:
+        for job in (plain, *changed.values()):
+            job.compile()
+    contestants = _parts(plain, this_rank, shape)
+    contestants |= {name: job.step for name, job in changed.items()}
     timed = {name: _timed(once, world) for name, once in contestants.items()}
     turns = take_turns(timed, runs, world)
     figures = _figures(turns, shape, world)
@@ -92,12 +99,9 @@ def bench_step(
         results.write(output, "step", figures)
 
 
-def _job(world: World, shape: Shape, compiled: bool = True) -> NoiseJob:
+def _job(world: World, shape: Shape) -> NoiseJob:
     channels_last = shape.layout == "channels_last"
-    job = NoiseJob(world, shape.config(world), shape.px, channels_last=channels_last)
-    if shape.compile and compiled:
-        job.compile()
-    return job
+    return NoiseJob(world, shape.config(world), shape.px, channels_last=channels_last)
 
 
 def _parts(job: NoiseJob, world: World, shape: Shape) -> dict[str, Callable[[], Any]]:
@@ -116,42 +120,19 @@ def _parts(job: NoiseJob, world: World, shape: Shape) -> dict[str, Callable[[], 
 
 
 def _timed(once: Callable[[], Any], world: World) -> Callable[[], float]:
-    """Returns a function that measures the milliseconds of `once`, over TURN_SECONDS."""
-    count = 0
+    """Returns a function that measures the milliseconds of `once`."""
 
-    def measure() -> float:
-        nonlocal count
-        began = _now(world)
-        if not count:  # the warm-up: compiles, allocates, and finds out how often
+    def run(repetitions: int) -> None:
+        for _ in range(repetitions):
             once()
-            once()
-            began = _now(world)
-            once()
-            needed = round(TURN_SECONDS / (_now(world) - began))
-            # The ranks must agree, because a step communicates.
-            count = max(1, *world.gather(needed))
-            return 0.0
-        for _ in range(count):
-            once()
-        return 1000 * (_now(world) - began) / count
 
-    return measure
-
-
-def _now(world: World) -> float:
-    """Returns the time when all ranks and their devices have done their work. A collective."""
-    if world.device.type == "cuda":
-        torch.cuda.synchronize(world.device)  # CPU-GPU sync point
-    world.any(False)
-    return time.perf_counter()
+    seconds = repeated(run, world, TURN_SECONDS)
+    return lambda: 1000 * seconds()
 
 
 def _figures(turns: dict[str, list[Turn]], shape: Shape, world: World) -> dict[str, Any]:
-    rates = measured_rates(world.device, shape.precision)
-    with torch.device("meta"):
-        model = build_model(shape.model, CLASSES, zero_init_last_gamma=False)
-    work = work_of_a_step(model, shape.batch_size, shape.px, DTYPES[shape.precision])
-    step = spread(turns[STEP])
+    floor = floor_of_a_step(shape.model, shape.batch_size, shape.px, shape.precision, world.device)
+    seconds = spread(turns[STEP]).median / 1000
     rows: list[dict[str, Any]] = []
     for name, of_this in turns.items():
         rows.append({"part": name, "ms": figures_of(of_this)})
@@ -165,24 +146,15 @@ def _figures(turns: dict[str, list[Turn]], shape: Shape, world: World) -> dict[s
         "shape": asdict(shape),
         "ranks": world.size,
         "threads_per_rank": torch.get_num_threads(),
-        "images_per_sec": round(1000 * shape.batch_size / step.median, 2),
+        "images_per_sec": round(shape.batch_size / seconds, 2),
         "parts": rows,
-        "floor": _floor(rates, work, step.median / 1000, shape.batch_size),
+        "floor": {
+            **floor.figures(),
+            "fraction_reached": round(floor.seconds / seconds, 4),
+            # FLOPs per second, as a fraction of what this machine's matrix product reaches.
+            "mfu": round(floor.work.flops / seconds / floor.rates.flops_per_sec, 4),
+        },
         **_peak_memory(world.device),
-    }
-
-
-def _floor(rates: Rates, work: Any, seconds: float, batch_size: int) -> dict[str, float]:
-    least = rates.seconds(work)
-    return {
-        **rates.figures(),
-        "step_tflop": round(work.flops / 1e12, 4),
-        "step_gb": round(work.nbytes / 1e9, 3),
-        "step_ms": round(1000 * least, 3),
-        "images_per_sec": round(batch_size / least, 2),
-        "fraction_reached": round(least / seconds, 4),
-        # FLOPs per second, as a fraction of what this machine's matrix product reaches.
-        "mfu": round(work.flops / seconds / rates.flops_per_sec, 4),
     }
 
 

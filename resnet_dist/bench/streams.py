@@ -21,11 +21,12 @@ from typing import Any
 import torch
 
 from resnet_dist.bench.peers.loaders import Stream, Work, index_of
-from resnet_dist.bench.quiet import undisturbed, wait_until_quiet
+from resnet_dist.bench.quiet import cpu_seconds_of_tree, undisturbed, wait_until_quiet
 from resnet_dist.bench.turns import Spread
 from resnet_dist.data.index.worker_pool import end_with_parent
 from resnet_dist.process import deaf_to_ctrl_c
 
+HEAD = ["img/s", "quartiles", "CPU ms/img", "start s", "ours is", "quartiles"]
 WARM_BATCHES_PER_THREAD = 2  # torch's DataLoader prefetches this many batches per worker
 
 
@@ -68,7 +69,7 @@ class Run:
     """The measurements of one stream, from its start to its end."""
 
     images_per_sec: float  # over the timed batches
-    # CPU time of all threads and processes over the whole stream; hardly affected by other load.
+    # CPU time of all threads and processes over the timed batches; hardly affected by other load.
     cpu_ms_per_image: float
     startup_seconds: float  # until the first batch
     peak_rss_mib: float  # of the process so far, excluding its worker processes
@@ -145,7 +146,7 @@ def measure(stream: Callable[[Any], Stream], work: Work, settings: Settings) -> 
     # Not timed: training makes the index once per run, and `bench index` measures it.
     index_of(work)
     first, last = settings.warm_batches, settings.warm_batches + settings.timed_batches
-    cpu, began, times = _cpu_seconds(), time.perf_counter(), {}
+    began, times, cpu = time.perf_counter(), {}, {}
     batches = stream(work)
     for number in range(work.batches):
         next(batches)
@@ -153,18 +154,15 @@ def measure(stream: Callable[[Any], Stream], work: Work, settings: Settings) -> 
             if work.device == "cuda":
                 torch.cuda.synchronize()  # CPU-GPU sync point
             times[number] = time.perf_counter()
+            cpu[number] = cpu_seconds_of_tree(os.getpid())  # workers, too
     batches.close()
+    images = settings.timed_batches * work.batch_size
     return Run(
-        images_per_sec=settings.timed_batches * work.batch_size / (times[last] - times[first]),
-        cpu_ms_per_image=1000 * (_cpu_seconds() - cpu) / (work.batches * work.batch_size),
+        images_per_sec=images / (times[last] - times[first]),
+        cpu_ms_per_image=1000 * (cpu[last] - cpu[first]) / images,
         startup_seconds=times[0] - began,
         peak_rss_mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     )
-
-
-def _cpu_seconds() -> float:
-    """Returns the CPU time of this process and of its worker processes that have ended."""
-    return sum(os.times()[:4])
 
 
 def summary(
@@ -173,10 +171,10 @@ def summary(
     """Returns a contestant's figures: each run, the medians, and how many times as fast `ours`
     is."""
     column, reference = contestants.index(one), contestants.index(ours)
-    runs = [runs[column] for runs in rounds]
+    runs = [turns[column] for turns in rounds]
     speed = Spread.of([run.images_per_sec for run in runs])
     times = Spread.of(
-        [runs[reference].images_per_sec / runs[column].images_per_sec for runs in rounds]
+        [turns[reference].images_per_sec / turns[column].images_per_sec for turns in rounds]
     )
     return {
         "device": one.work.device,
@@ -202,6 +200,3 @@ def columns_of(row: dict[str, Any]) -> list[str]:
         f"{row['ours_is_times_as_fast']:.3f} x as fast",
         f"{times_low:.3f}..{times_high:.3f}",
     ]
-
-
-HEAD = ["img/s", "quartiles", "CPU ms/img", "start s", "ours is", "quartiles"]

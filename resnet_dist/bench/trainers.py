@@ -11,8 +11,7 @@ from typing import Any
 import torch
 
 from resnet_dist.bench import results
-from resnet_dist.bench.machine_floor import measured_rates, work_of_a_step
-from resnet_dist.bench.noise_job import CLASSES
+from resnet_dist.bench.machine_floor import floor_of_a_step
 from resnet_dist.bench.peers import trainers as peers
 from resnet_dist.bench.peers.trainers import Training
 from resnet_dist.bench.photos import photo_folder
@@ -27,8 +26,6 @@ from resnet_dist.bench.streams import (
 )
 from resnet_dist.config import DataConfig
 from resnet_dist.data.load.build import agreed_decoding
-from resnet_dist.models.build import build_model
-from resnet_dist.precision import DTYPES
 
 OURS = "resnet-dist"
 
@@ -78,7 +75,12 @@ def bench_peers(
         "floor": None,
     }
     if sleep_ms is None:
-        figures["floor"] = _floor(training, rows)
+        px = training.data.crop_px
+        floor = floor_of_a_step(model, training.batch_size, px, precision, torch.device(device))
+        figures["floor"] = floor.figures()
+        for row in rows:  # of a step alone, without loading
+            fraction = row["images_per_sec"] / floor.images_per_sec
+            row["fraction_of_the_floor"] = round(fraction, 4)
     print(describe_results(figures, settings))
     results.write(output, "peers", figures)
 
@@ -100,19 +102,6 @@ def side_by_side(training: Training) -> list[Contestant]:
         print("skipped: timm, which is not installed")
         contestants = [one for one in contestants if one.stream is not peers.timm_train]
     return contestants
-
-
-def _floor(training: Training, rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Adds to each row the fraction of the floor of a step that it reaches, without loading."""
-    rates = measured_rates(torch.device(training.device), training.precision)
-    with torch.device("meta"):
-        network = build_model(training.model, CLASSES, zero_init_last_gamma=False)
-    dtype = DTYPES[training.precision]
-    work = work_of_a_step(network, training.batch_size, training.data.crop_px, dtype)
-    most = training.batch_size / rates.seconds(work)
-    for row in rows:
-        row["fraction_of_the_floor"] = round(row["images_per_sec"] / most, 4)
-    return {**rates.figures(), "images_per_sec": round(most, 2)}
 
 
 def describe_results(figures: dict[str, Any], settings: Settings) -> str:

@@ -1,14 +1,17 @@
 """Lets contestants take turns, so that other load on the machine affects all of them alike."""
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from statistics import quantiles
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from resnet_dist.bench.quiet import Disturbance, root_of, undisturbed, wait_until_quiet
+from resnet_dist.distributed import World
 
-if TYPE_CHECKING:
-    from resnet_dist.distributed import World
+FIRST_CALLS = 2  # untimed: to compile, to allocate
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,7 @@ class Turn:
 def take_turns(
     contestants: Mapping[str, Callable[[], float]],
     runs: int,
-    world: "World | None" = None,
+    world: World | None = None,
     say: Callable[[str], None] = print,
 ) -> dict[str, list[Turn]]:
     """Measures each contestant `runs` times: A B C, B C A, C A B, ...
@@ -40,6 +43,44 @@ def take_turns(
         for name in names[first:] + names[:first]:
             turns[name].append(Turn(*undisturbed(contestants[name], world, say)))
     return turns
+
+
+def repeated(
+    run: Callable[[int], Any], world: World, turn_seconds: float, ready: int = 0
+) -> Callable[[], float]:
+    """Returns a function that measures the seconds of one repetition. A collective.
+
+    Its first call finds out how many repetitions fill `turn_seconds`. run: takes the number of
+    repetitions. ready: how many are untimed at the start of each turn, because they find their work
+    done already.
+    """
+    count = 0
+
+    def seconds(repetitions: int) -> float:
+        run(ready)
+        began = now(world)
+        run(repetitions)
+        return (now(world) - began) / repetitions
+
+    def measure() -> float:
+        nonlocal count
+        if count:
+            return seconds(count)
+        run(FIRST_CALLS)
+        each = seconds(FIRST_CALLS)
+        # The ranks must agree, because they communicate.
+        count = max(1, *world.gather(round(turn_seconds / each)))
+        return each
+
+    return measure
+
+
+def now(world: World) -> float:
+    """Returns the time when all ranks and their devices have done their work. A collective."""
+    if world.device.type == "cuda":
+        torch.cuda.synchronize(world.device)  # CPU-GPU sync point
+    world.any(False)
+    return time.perf_counter()
 
 
 @dataclass(frozen=True)

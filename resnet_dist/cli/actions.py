@@ -15,10 +15,8 @@ from resnet_dist.config import Config
 from resnet_dist.config_file import load_config, recipe_name
 from resnet_dist.errors import UserError
 from resnet_dist.process import outlive_the_screen, stop_with_launcher
-from resnet_dist.run.finished import result_if_finished
 from resnet_dist.run.folder import check_run_folder
 from resnet_dist.run.interrupt import Interrupt
-from resnet_dist.run.preflight import check_start
 from resnet_dist.verbs.given import check_trained, split_arguments
 
 JPEG_QUALITY = 90
@@ -40,6 +38,9 @@ def train(arguments: argparse.Namespace) -> None:
     if arguments.is_program:
         outlive_the_screen()
     with Interrupt() as interrupt:  # before importing torch, which takes seconds
+        from resnet_dist.run.finished import result_if_finished
+        from resnet_dist.run.preflight import check_start
+
         result = result_if_finished(config)
         if result is not None:
             if is_main:

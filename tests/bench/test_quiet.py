@@ -26,7 +26,7 @@ print(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEV
 @pytest.fixture(autouse=True)
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever other tests in this process have asked for, and set back afterwards."""
-    monkeypatch.setattr(quiet, "_at_once", False)
+    monkeypatch.setattr(quiet, "at_once", False)
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from resnet_dist.bench import checkpoint as bench
+from resnet_dist.bench import quiet
 from resnet_dist.checkpoints import folders, writer
 from resnet_dist.checkpoints.content import Checkpoint, leaf_values
 from resnet_dist.checkpoints.folders import Retention
@@ -331,6 +332,7 @@ def test_the_benchmark_in_small(
     monkeypatch.setattr(bench, "TIMED_SECONDS", 0.01)
     monkeypatch.setattr(bench, "CROP_PX", 32)
     monkeypatch.setattr(bench, "HOST_STEP_MS", 1)
+    monkeypatch.setattr(quiet, "at_once", True)
     bench.bench_checkpoint(tmp_path / "runs", 1, tmp_path / "figures.json")
     said = capsys.readouterr().out
     figures = json.loads((tmp_path / "figures.json").read_text())

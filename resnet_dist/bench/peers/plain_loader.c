@@ -59,7 +59,7 @@ int decode_window(const unsigned char *data, unsigned long nbytes, const int *wi
 }
 
 /* The triangle filter from `from` to `to` pixels: each output's first input, its number of inputs,
- * and their weights, which add up to 1 << WEIGHT_BITS but for rounding. */
+ * and their weights, which add up to 1 << WEIGHT_BITS, up to rounding. */
 struct filter {
     int first[MAX_PX], taps[MAX_PX];
     int16_t weights[MAX_PX][MAX_TAPS];

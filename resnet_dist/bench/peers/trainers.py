@@ -46,12 +46,12 @@ class Training(Work):
         train = replace(config.train, precision=self.precision)  # type: ignore[arg-type]
         return replace(config, model=ModelConfig(name=self.model), train=train)
 
-    def step_of(self, model: nn.Module, optimizer: torch.optim.Optimizer, scale: bool) -> Step:
-        """Returns a plain training step. scale: the loss, dynamically, if the precision is fp16."""
+    def step_of(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Step:
+        """Returns a plain training step."""
         if self.sleep_ms is not None:
             return sleeper(self.sleep_ms)
         device = torch.device(self.device)
-        scaler = grad_scaler(device, self.precision if scale else "fp32")
+        scaler = grad_scaler(device, self.precision)
 
         def step(images: Tensor, labels: Tensor) -> None:
             with autocast(device, self.precision):
@@ -90,7 +90,7 @@ def torchvision_plain(training: Training) -> Stream:
 
     model = getattr(models, training.model)(num_classes=CLASSES).to(training.device)
     optimizer = torch.optim.SGD(model.parameters(), LR, MOMENTUM, weight_decay=WEIGHT_DECAY)
-    return _trained(torchvision_batches(training), training.step_of(model, optimizer, scale=True))
+    return _trained(torchvision_batches(training), training.step_of(model, optimizer))
 
 
 def timm_train(training: Training) -> Stream:
@@ -140,7 +140,7 @@ def timm_train(training: Training) -> Stream:
             for images, labels in loader:
                 yield images.contiguous(memory_format=torch.channels_last), labels
 
-    return _trained(batches(), training.step_of(model, optimizer, scale=True))
+    return _trained(batches(), training.step_of(model, optimizer))
 
 
 def nvidia_recipe(training: Training) -> Stream:
