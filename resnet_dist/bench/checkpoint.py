@@ -5,6 +5,11 @@ save by the Saver (which copies the state and writes it in a background thread),
 that training waits for. The variants alternate (A B C, B C A, ...), so that other load on the
 machine affects all of them alike. The cost of a save is the median of the differences within a
 round. The timing of a variant ends when its save is complete, even if its steps end earlier.
+
+Next to a step that does nothing but run Python, the cost is the time in which the training thread
+did not run its steps, because it was copying, or waited for the GIL, a core or the disk, relative
+to the steps of the same turn. On a shared machine the speed of a core may vary by a factor of two
+from second to second, without any sign in /proc; in differences between turns a few percent drown.
 """
 
 import hashlib
@@ -14,7 +19,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -36,7 +41,7 @@ from resnet_dist.precision import autocast, grad_scaler
 from resnet_dist.state import TrainState
 
 STEPS_PER_SAVE = 100
-TIMED_SECONDS = 1.5  # minimum duration of the timed steps; a write may take half a second
+TIMED_SECONDS = 2.5  # minimum duration of the timed steps; a write may take a second
 PARTS_RUNS = 7
 CROP_PX = 224
 GPU_BATCH_SIZE = 128
@@ -51,6 +56,15 @@ CPU_BATCH_SIZE = 8
 REAL_STEP = "a ResNet-50 step, batch {}, images already in memory"
 
 
+@dataclass(frozen=True)
+class Step:
+    """A step to train while saving. host_ms: if it is pure CPU time of one thread, its duration."""
+
+    what: str
+    train: Callable[[], None]
+    host_ms: float | None = None
+
+
 def bench_checkpoint(folder: Path, runs: int, output: Path | None) -> None:
     """Prints the costs of saving and the times of its phases, and writes them to `output`.
 
@@ -62,14 +76,14 @@ def bench_checkpoint(folder: Path, runs: int, output: Path | None) -> None:
         state, config = trained_state(device), Config(model=ModelConfig("resnet50"))
         content = state.checkpoint(config, Facts(classes=CLASSES))
         batch_size = GPU_BATCH_SIZE if device.type == "cuda" else CPU_BATCH_SIZE
-        steps = {REAL_STEP.format(batch_size): real_step(state, device, batch_size)}
+        steps = [Step(REAL_STEP.format(batch_size), real_step(state, device, batch_size))]
         if device.type == "cpu":  # a real step takes so long on a CPU that it hides all other costs
-            steps[HOST_SIDE] = host_side_step()
+            steps.append(Step(HOST_SIDE, host_side_step(), HOST_STEP_MS))
         figures = {
             "steps_per_save": STEPS_PER_SAVE,
             "steps": [
-                {"step": what, **overhead(step, content, Path(name) / str(number), runs)}
-                for number, (what, step) in enumerate(steps.items())
+                {"step": step.what, **overhead(step, content, Path(name) / str(number), runs)}
+                for number, step in enumerate(steps)
             ],
             "parts": parts(content, Path(name), min(runs, PARTS_RUNS)),
         }
@@ -131,10 +145,8 @@ def host_side_step() -> Callable[[], None]:
     return step
 
 
-def overhead(
-    step: Callable[[], None], content: Checkpoint, folder: Path, runs: int
-) -> dict[str, Any]:
-    """Measures the duration of a step, and the time that each kind of save adds, in
+def overhead(step: Step, content: Checkpoint, folder: Path, runs: int) -> dict[str, Any]:
+    """Measures the duration of a step, and the time that each kind of save takes from training, in
     milliseconds."""
     saver = Saver(folder / "behind", Retention(1), say_warnings)
     number = 0
@@ -151,12 +163,12 @@ def overhead(
         "waited for": saved_here,
     }
     for kind in kinds.values():  # warm-up: buffers, imports, the allocator
-        step()
+        step.train()
         kind()
     saver.finish()
     synchronize()
     began = time.perf_counter()
-    step()
+    step.train()
     synchronize()
     timed_steps = math.ceil(TIMED_SECONDS / (time.perf_counter() - began))
 
@@ -166,14 +178,19 @@ def overhead(
         synchronize()
         began = time.perf_counter()
         save()
+        saved = time.thread_time()
         for _ in range(timed_steps):
-            step()
+            step.train()
+        trained = time.thread_time() - saved  # CPU time, so without any waiting
         synchronize()
         saver.finish()
-        return 1000 * (time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        if step.host_ms is None:
+            return 1000 * seconds
+        return step.host_ms * timed_steps * (seconds - trained) / trained
 
     turns = take_turns({name: partial(timed, save) for name, save in kinds.items()}, runs)
-    step_ms = spread(turns["none"]).median / timed_steps
+    step_ms = step.host_ms or spread(turns["none"]).median / timed_steps
     rows = []
     for name in ("behind", "waited for"):
         pairs = zip(turns[name], turns["none"], strict=True)
@@ -250,7 +267,7 @@ def describe_figures(figures: dict[str, Any]) -> str:
             low, high = row["added_ms_quartiles"]
             cost = [f"{row['added_ms']:.1f}", f"{low:.1f}..{high:.1f}"]
             table.append([kinds[row["save"]], *cost, f"{row['overhead_pct']:+.2f} %"])
-        text += f"\nStep: {step['step']}; measured {step['step_ms']:.1f} ms\n\n"
+        text += f"\nStep: {step['step']}; {step['step_ms']:.1f} ms\n\n"
         text += results.columns(table) + "\n"
     names = {"state_mb": "state.pt, MB", "whole_write_ms": "whole write, ms"}
     alone = [["measured separately", "median"]]

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from resnet_dist.data.view.augment import Windows
 
-IMAGES_PER_TASK = 8
+TASKS_PER_THREAD = 2  # of a batch: few, because each waits for its turn to run Python
+MIN_IMAGES_PER_TASK = 8
 MAX_KEPT = 16  # buffers
 
 
@@ -64,6 +65,7 @@ class Resampler:
         self._dtype = dtype
         self._std = np.array(std)
         self._threads = _serial_threads(threads)
+        self._tasks = TASKS_PER_THREAD * threads  # of a large batch
         self._buffers = Buffers()
 
     def forget(self) -> None:
@@ -83,6 +85,7 @@ class Resampler:
         bias = (255 * windows.color_shift[:, None, None] - self._mean) / self._std
         rows = np.broadcast_to(bias, (*bias.shape[:2], width, 3))  # [B, 1 or H, W, 3]
         rows = rows.reshape(batch, -1, 3 * width)
+        images_per_task = max(MIN_IMAGES_PER_TASK, math.ceil(batch / self._tasks))
         tasks = [
             self._threads.submit(
                 _resize,
@@ -92,8 +95,8 @@ class Resampler:
                 torch.tensor(rows[some], dtype=torch.float32),
                 out[some],
             )
-            for start in range(0, batch, IMAGES_PER_TASK)
-            for some in [slice(start, start + IMAGES_PER_TASK)]
+            for start in range(0, batch, images_per_task)
+            for some in [slice(start, start + images_per_task)]
         ]
 
         def finish() -> Tensor:

@@ -10,10 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
-from resnet_dist.data.load.resample import IMAGES_PER_TASK, Buffers, Resampler
+from resnet_dist.data.load.resample import MIN_IMAGES_PER_TASK, Buffers, Resampler
 from resnet_dist.data.view.augment import Windows, unchanged
 
-COUNT = 2 * IMAGES_PER_TASK + 3
+COUNT = 7 * MIN_IMAGES_PER_TASK + 3  # more per task than the minimum
 
 
 def pictures(seed: int) -> list[np.ndarray]:
