@@ -69,7 +69,7 @@ class Run:
     """The measurements of one stream, from its start to its end."""
 
     images_per_sec: float  # over the timed batches
-    # CPU time of all threads and processes over the timed batches; hardly affected by other load.
+    # CPU time of all threads and processes over the timed batches.
     cpu_ms_per_image: float
     startup_seconds: float  # until the first batch
     peak_rss_mib: float  # of the process so far, excluding its worker processes
