@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from resnet_dist.bench import results
-from resnet_dist.bench.turns import figures_of, repeated, spread, take_turns
+from resnet_dist.bench.turns import figures_of, many, repeated, spread, take_turns
 from resnet_dist.distributed import World
 from resnet_dist.errors import UserError
 
@@ -84,12 +84,7 @@ def _measure(
 
 def _timed(once: Callable[[], Any], world: World) -> Callable[[], float]:
     """Returns a function that measures the microseconds of `once`."""
-
-    def run(repetitions: int) -> None:
-        for _ in range(repetitions):
-            once()
-
-    seconds = repeated(run, world, TURN_SECONDS)
+    seconds = repeated(many(once), world, TURN_SECONDS)
     return lambda: 1e6 * seconds()
 
 

@@ -9,7 +9,8 @@ round. The timing of a variant ends when its save is complete, even if its steps
 Next to a step that does nothing but run Python, the cost is the time in which the training thread
 did not run its steps, because it was copying, or waited for the GIL, a core or the disk, relative
 to the steps of the same turn. On a shared machine the speed of a core may vary by a factor of two
-from second to second, without any sign in /proc; in differences between turns a few percent drown.
+from second to second, without any sign in /proc, and differences between turns vary as much. Not
+counted is that the writing thread's core may slow down the other one, if they share hardware.
 """
 
 import hashlib
@@ -58,7 +59,11 @@ REAL_STEP = "a ResNet-50 step, batch {}, images already in memory"
 
 @dataclass(frozen=True)
 class Step:
-    """A step to train while saving. host_ms: if it is pure CPU time of one thread, its duration."""
+    """A step to train while saving.
+
+    host_ms: the nominal duration of a step that is nothing but CPU time of one thread; None for
+    any other step.
+    """
 
     what: str
     train: Callable[[], None]
@@ -206,6 +211,7 @@ def overhead(step: Step, content: Checkpoint, folder: Path, runs: int) -> dict[s
         )
     return {
         "step_ms": round(step_ms, 2),
+        "timed": "the whole turn" if step.host_ms is None else "what the steps did not use of it",
         "rounds": runs,
         "kinds": rows,
         "without_ms": figures_of(turns["none"]),
@@ -255,7 +261,7 @@ def parts(content: Checkpoint, folder: Path, runs: int) -> dict[str, float]:
 
 def synchronize() -> None:
     if torch.cuda.is_available():
-        torch.cuda.synchronize()
+        torch.cuda.synchronize()  # CPU-GPU sync point
 
 
 def describe_figures(figures: dict[str, Any]) -> str:

@@ -16,7 +16,7 @@ def profiled(step: Callable[[], Any], device: torch.device, count: int) -> dict[
     with profile(activities=activities, acc_events=True) as seen:
         step()
         if gpu:
-            torch.cuda.synchronize(device)
+            torch.cuda.synchronize(device)  # CPU-GPU sync point
     events = seen.key_averages()
     launched = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch")
     times = {

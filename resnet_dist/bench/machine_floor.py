@@ -17,10 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from resnet_dist.bench.noise_job import CLASSES
 from resnet_dist.models.build import build_model
 from resnet_dist.precision import DTYPES
-
-CLASSES = 1000
 
 RUNS = 5
 COPY_BYTES = {"cuda": 2**30, "cpu": 2**28}  # far beyond any cache
@@ -118,7 +117,7 @@ def _best_seconds(once: Callable[[], Any], device: torch.device) -> float:
 
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        torch.cuda.synchronize(device)  # CPU-GPU sync point
 
 
 def work_of_a_step(model: nn.Module, batch_size: int, px: int, dtype: torch.dtype) -> Work:

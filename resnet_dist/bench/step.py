@@ -24,6 +24,7 @@ from resnet_dist.bench.turns import (
     Spread,
     Turn,
     figures_of,
+    many,
     ratio,
     repeated,
     spread,
@@ -121,12 +122,7 @@ def _parts(job: NoiseJob, world: World, shape: Shape) -> dict[str, Callable[[], 
 
 def _timed(once: Callable[[], Any], world: World) -> Callable[[], float]:
     """Returns a function that measures the milliseconds of `once`."""
-
-    def run(repetitions: int) -> None:
-        for _ in range(repetitions):
-            once()
-
-    seconds = repeated(run, world, TURN_SECONDS)
+    seconds = repeated(many(once), world, TURN_SECONDS)
     return lambda: 1000 * seconds()
 
 

@@ -75,6 +75,16 @@ def repeated(
     return measure
 
 
+def many(once: Callable[[], Any]) -> Callable[[int], None]:
+    """Returns a function that calls `once` a given number of times."""
+
+    def run(count: int) -> None:
+        for _ in range(count):
+            once()
+
+    return run
+
+
 def now(world: World) -> float:
     """Returns the time when all ranks and their devices have done their work. A collective."""
     if world.device.type == "cuda":

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -323,6 +324,31 @@ def test_one_checkpoint_in_so_many_epochs_stays(tiny_config: Callable[..., Confi
     train(config, "test", Interrupt())
     names = sorted(p.name for p in (config.run_dir / "checkpoints").iterdir())
     assert names == ["best", "latest", "step-00000005", "step-00000010", "step-00000012"]
+
+
+def test_the_benchmark_counts_what_a_save_takes_from_steps_of_python(
+    tmp_path: Path, tiny_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever else the machine does: compared with the clocks of the steps themselves."""
+    monkeypatch.setattr(bench, "TIMED_SECONDS", 0.4)
+    monkeypatch.setattr(quiet, "at_once", True)
+    clocks: list[tuple[float, float]] = []  # wall and CPU time at both ends of each step
+
+    def burn() -> None:
+        clocks.append((time.perf_counter(), time.thread_time()))
+        while time.thread_time() < clocks[-1][1] + 0.02:
+            pass
+        clocks.append((time.perf_counter(), time.thread_time()))
+
+    step = bench.Step("burn", burn, host_ms=50)
+    figures = bench.overhead(step, content_of(small_state(1), tiny_config()), tmp_path, 1)
+    # Four steps to warm up, then three kinds of turns to warm up, and once more.
+    count = (len(clocks) // 2 - 4) // 6
+    ends = clocks[2 * (4 + 3 * count) : 2 * (4 + 4 * count)]  # of the turn without a save
+    wall, cpu = (last - first for first, last in zip(ends[0], ends[-1], strict=True))
+    whole_turn = 50 * count
+    waited = whole_turn * (wall - cpu) / cpu
+    assert figures["without_ms"]["median"] == pytest.approx(waited, abs=0.4 * whole_turn)
 
 
 @pytest.mark.slow
