@@ -4,6 +4,7 @@ On shared virtual machines a kernel thread may hold a core for a minute after a 
 ended, and the host may take the cores away (steal). Neither shows among one's own processes.
 """
 
+import ctypes
 import os
 import time
 from collections.abc import Callable
@@ -15,6 +16,7 @@ if TYPE_CHECKING:  # some benchmarks measure processes without torch
     from resnet_dist.distributed import World
 
 T = TypeVar("T")
+LIBC = ctypes.CDLL(None)
 TICKS = os.sysconf("SC_CLK_TCK")  # per second, of the times in /proc
 QUIET_SHARE = 0.05  # of all cores, for others: daemons take less
 LOOK_SECONDS = 1.0
@@ -79,9 +81,13 @@ def busy_seconds() -> tuple[float, float]:
 
 
 def cpu_seconds_of_tree(root: int) -> float:
-    """Returns the CPU time of a process and all its descendants, also of those that have ended."""
+    """Returns the CPU time of a process and all its descendants, also of those that have ended.
+
+    It is exact to the microsecond, except for descendants that have ended: their parents know
+    their time in ticks of 10 ms only.
+    """
     parents: dict[int, int] = {}
-    ticks: dict[int, int] = {}
+    ended: dict[int, int] = {}  # ticks
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
             # The name, in parentheses, may contain blanks.
@@ -90,14 +96,26 @@ def cpu_seconds_of_tree(root: int) -> float:
             continue
         pid = int(path.parent.name)
         parents[pid] = int(fields[1])
-        ticks[pid] = sum(map(int, fields[11:15]))  # utime, stime, and those of ended children
+        ended[pid] = int(fields[13]) + int(fields[14])  # of its children
 
     def is_ours(pid: int) -> bool:
         while pid > 0 and pid != root:
             pid = parents.get(pid, 0)
         return pid == root
 
-    return sum(count for pid, count in ticks.items() if is_ours(pid)) / TICKS
+    ours = [pid for pid in parents if is_ours(pid)]
+    return sum(_own_cpu_seconds(pid) + ended[pid] / TICKS for pid in ours)
+
+
+def _own_cpu_seconds(pid: int) -> float:
+    """Returns the CPU time of all threads of a process, 0 if it has just ended."""
+    clock = ctypes.c_int()
+    if LIBC.clock_getcpuclockid(pid, ctypes.byref(clock)):
+        return 0.0
+    try:
+        return time.clock_gettime(clock.value)
+    except OSError:
+        return 0.0
 
 
 def wait_until_quiet(root: int | None = None) -> None:

@@ -56,6 +56,28 @@ def test_the_time_of_ended_children_counts_as_ours() -> None:
     assert cpu_seconds_of_tree(os.getpid()) - before >= 0.3
 
 
+def test_less_than_a_tick_is_counted() -> None:
+    """The kernel's tables count ticks of 10 ms; a short measurement takes less than one."""
+    before = cpu_seconds_of_tree(os.getpid())
+    began = time.thread_time()
+    while time.thread_time() - began < 0.001:
+        pass
+    assert cpu_seconds_of_tree(os.getpid()) - before >= 0.001
+
+
+def test_the_time_of_running_children_counts_as_ours() -> None:
+    before = cpu_seconds_of_tree(os.getpid())
+    sleeps = BURN.format(0.5) + "\nprint(1, flush=True)\ntime.sleep(" + str(HANG_SECONDS) + ")"
+    child = subprocess.Popen([sys.executable, "-c", sleeps], stdout=subprocess.PIPE)
+    try:
+        assert child.stdout is not None
+        assert child.stdout.readline()
+        assert cpu_seconds_of_tree(os.getpid()) - before >= 0.5
+    finally:
+        child.kill()
+        child.communicate()
+
+
 def test_a_stranger_is_seen() -> None:
     """Seen from a process that sleeps, this one is a stranger."""
     sleeper = subprocess.Popen(["sleep", str(HANG_SECONDS)])
