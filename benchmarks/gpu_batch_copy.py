@@ -231,7 +231,7 @@ def current_stream(device: torch.device) -> torch.cuda.Stream | None:
 
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        torch.cuda.synchronize(device)  # CPU-GPU sync point
 
 
 def describe_way(way: str, figures: dict[str, Any]) -> str:

@@ -143,7 +143,7 @@ def host_syncs(job: NoiseJob) -> int:
 
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
-        torch.cuda.synchronize()
+        torch.cuda.synchronize()  # CPU-GPU sync point
 
 
 def describe_figures(figures: dict[str, Any]) -> str:

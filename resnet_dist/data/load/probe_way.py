@@ -249,7 +249,7 @@ def main() -> None:
         # If this process cannot use the GPU at all, that is not the decoder's fault.
         torch.cuda.set_device(given.device)
         torch.zeros(2**28, dtype=torch.uint8, device=given.device)
-        torch.cuda.synchronize(given.device)
+        torch.cuda.synchronize(given.device)  # CPU-GPU sync point
         torch.cuda.empty_cache()
     way = WAYS[given.way]
     if given.device.type == "cpu":  # only to test the probe itself
