@@ -83,39 +83,36 @@ def busy_seconds() -> tuple[float, float]:
 def cpu_seconds_of_tree(root: int) -> float:
     """Returns the CPU time of a process and all its descendants, also of those that have ended.
 
-    It is exact to the microsecond, except for descendants that have ended: their parents know
-    their time in ticks of 10 ms only.
+    The time of descendants that have ended is known in ticks only, other times to the microsecond.
     """
     parents: dict[int, int] = {}
-    ended: dict[int, int] = {}  # ticks
+    seconds: dict[int, float] = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
+        pid = int(path.parent.name)
         try:
             # The name, in parentheses, may contain blanks.
             fields = path.read_bytes().rpartition(b")")[2].split()
+            own = time.clock_gettime(_cpu_clock_of(pid))
         except OSError:  # it has just ended
             continue
-        pid = int(path.parent.name)
         parents[pid] = int(fields[1])
-        ended[pid] = int(fields[13]) + int(fields[14])  # of its children
+        seconds[pid] = own + sum(map(int, fields[13:15])) / TICKS  # those of its ended children
 
     def is_ours(pid: int) -> bool:
         while pid > 0 and pid != root:
             pid = parents.get(pid, 0)
         return pid == root
 
-    ours = [pid for pid in parents if is_ours(pid)]
-    return sum(_own_cpu_seconds(pid) + ended[pid] / TICKS for pid in ours)
+    return sum(used for pid, used in seconds.items() if is_ours(pid))
 
 
-def _own_cpu_seconds(pid: int) -> float:
-    """Returns the CPU time of all threads of a process, 0 if it has just ended."""
+def _cpu_clock_of(pid: int) -> int:
+    """Returns the number of the clock that counts the CPU time of all threads of a process."""
     clock = ctypes.c_int()
-    if LIBC.clock_getcpuclockid(pid, ctypes.byref(clock)):
-        return 0.0
-    try:
-        return time.clock_gettime(clock.value)
-    except OSError:
-        return 0.0
+    code = LIBC.clock_getcpuclockid(pid, ctypes.byref(clock))
+    if code:
+        raise OSError(code, os.strerror(code))
+    return clock.value
 
 
 def wait_until_quiet(root: int | None = None) -> None:
