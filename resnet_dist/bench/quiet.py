@@ -10,10 +10,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
-if TYPE_CHECKING:  # some benchmarks measure processes without torch
-    from resnet_dist.distributed import World
+from resnet_dist.distributed import World
 
 T = TypeVar("T")
 LIBC = ctypes.CDLL(None)
@@ -125,14 +124,14 @@ def wait_until_quiet(root: int | None = None) -> None:
         quiet_looks = 0 if watch.seen().is_disturbed else quiet_looks + 1
 
 
-def root_of(world: "World | None") -> int:
+def root_of(world: World | None) -> int:
     """Returns the process whose descendants measure: with several ranks, their launcher."""
     return os.getpid() if world is None or world.size == 1 else os.getppid()
 
 
 def undisturbed(
     measure: Callable[[], T],
-    world: "World | None" = None,
+    world: World | None = None,
     say: Callable[[str], None] = print,
 ) -> tuple[T, Disturbance]:
     """Measures on a quiet machine, and again, up to REPEATS times, if it was disturbed.

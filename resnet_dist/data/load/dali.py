@@ -42,6 +42,27 @@ class _Graph:
     inputs: Callable[[Work], tuple[Any, ...]]  # work -> the arrays that the pipeline polls
 
 
+class _Source:
+    """What a pipeline polls for its inputs, until it is closed.
+
+    The graph of a DALI pipeline refers to its source and, in a circle, to itself. So both live on
+    until the next full garbage collection, which may be a long time coming. A closed source keeps
+    no images alive until then.
+    """
+
+    def __init__(self, poll: Callable[[], tuple[Any, ...]]) -> None:
+        """poll: returns the inputs of a batch; StopIteration if there are no more."""
+        self._poll: Callable[[], tuple[Any, ...]] | None = poll
+
+    def __call__(self) -> tuple[Any, ...]:
+        assert self._poll is not None
+        return self._poll()
+
+    def close(self) -> None:
+        """Forgets where the inputs come from."""
+        self._poll = None
+
+
 class Loader:
     """Turns requests into batches, reading and decoding ahead of the consumer.
 
@@ -234,7 +255,8 @@ class Loader:
             return alive[-1]
 
         while True:
-            pipe = graph.define(poll, **graph.options, **self._executor)
+            source = _Source(poll)
+            pipe = graph.define(source, **graph.options, **self._executor)
             try:
                 while True:
                     # This waits for DALI's CPU threads, but not for the GPU: the current CUDA
@@ -247,6 +269,7 @@ class Loader:
                 self._mend_first_bad(polled, error)
             finally:
                 del pipe
+                source.close()
                 give_back()
                 if self._device.type == "cuda":
                     backend.ReleaseUnusedMemory()  # type: ignore[attr-defined]
@@ -292,7 +315,8 @@ class Loader:
 
         while done < len(singles):
             left = iter(singles[done:])
-            pipe = graph.define(poll, **graph.options, **executor)
+            source = _Source(poll)
+            pipe = graph.define(source, **graph.options, **executor)
             try:
                 while True:
                     pipe.run()
@@ -302,6 +326,8 @@ class Loader:
             except RuntimeError as error:
                 said = str(error)
                 del pipe
+            finally:
+                source.close()
             yield done, said
             done += 1
 

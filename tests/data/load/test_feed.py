@@ -1,5 +1,6 @@
 """Bad images: found at any stage, replaced by the same stand-in, within a budget."""
 
+import gc
 import io
 import os
 import resource
@@ -28,6 +29,7 @@ from resnet_dist.data.load.build import make_loader
 from resnet_dist.data.load.cache import BLANK_GREY, SPARE_BYTES, EncodedCache, shared_bytes
 from resnet_dist.data.load.dali import Loader
 from resnet_dist.data.load.decoding import HOST, UNPROBED, Decoding
+from resnet_dist.data.load.feed import Work
 from resnet_dist.data.load.reader import Reader
 from resnet_dist.data.view.augment import Request, eval_windows
 from resnet_dist.data.view.requests import train_request
@@ -293,6 +295,36 @@ def test_shards_are_closed_with_their_reader(index: Index, tmp_path: Path) -> No
     assert len(os.listdir("/proc/self/fd")) == before + IMAGES
     del reader
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def image_holders() -> set[int]:
+    """The ids of everything that keeps a batch's encoded images or pixels."""
+    return {
+        id(one)
+        for one in gc.get_objects()
+        if type(one) is Work
+        or (type(one) is list and any(isinstance(part, np.ndarray) for part in one))
+    }
+
+
+@pytest.mark.parametrize("how", ["closed early", "to the end", "to the end, with a bad image"])
+def test_a_loader_that_is_done_keeps_no_images(index: Index, how: str) -> None:
+    """The graphs of DALI's pipelines live on without a garbage collection, but what feeds them does
+    not."""
+    if "bad" in how:
+        write(index.paths[3], spoiled(3)["no quantization tables"])
+    gc.collect()
+    gc.disable()
+    try:
+        before = image_holders()
+        batches = loader(index).batches(train_stream(index))
+        for _ in batches:
+            if how == "closed early":
+                break
+        batches.close()
+        assert image_holders() <= before
+    finally:
+        gc.enable()
 
 
 def test_all_kinds_in_one_batch(index: Index) -> None:
